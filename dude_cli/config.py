@@ -1,0 +1,204 @@
+"""The schema of a config: what a YAML training recipe may say, with each field's meaning, type, range and default.
+
+`config_file.load_config` reads a file into `Config` and reports every problem with its line. The descriptions
+here are the reference documentation; `docs/config.md` is generated from them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Method = Literal["dude", "dora", "pissa", "lora"]
+DType = Literal["float32", "bfloat16", "float16"]
+DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
+
+
+class Section(BaseModel):
+    """A block of the config: unknown keys are errors, values are not coerced, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    name_or_path: str = Field(
+        min_length=1,
+        description="Hub name or folder of the base model, or `embedded:quickstart` for the model in this package.",
+    )
+    revision: str | None = Field(None, description="Hub revision: a branch, a tag or a commit.")
+    dtype: DType = Field(
+        "bfloat16", description="Dtype of the frozen base weights. Adapters are always trained in float32."
+    )
+    attn_implementation: str = Field(
+        "sdpa", description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2, ..."
+    )
+    trust_remote_code: bool = Field(False, description="Allow Python code from the model's repository to run.")
+
+
+class SvdConfig(Section):
+    algorithm: Literal["auto", "exact", "randomized"] = Field(
+        "auto", description="`auto` is exact up to a short side of 1024 and randomized above."
+    )
+    iterations: int = Field(8, ge=0, description="Power iterations of the randomized algorithm, each with a QR.")
+    oversample: int | None = Field(
+        None, ge=0, description="Extra columns of the randomized sketch; as many as the rank if not given."
+    )
+
+
+class AdapterConfig(Section):
+    method: Method = Field(
+        "dude",
+        description="dude: SVD init and magnitude; pissa: SVD init; dora: magnitude; lora: neither.",
+    )
+    rank: PositiveInt = Field(16, description="Rank r of the trained factors; at most min(in, out) of each layer.")
+    alpha: float | None = Field(
+        None, gt=0, description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given."
+    )
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="`all-linear`, or module names (`q_proj`, `mlp.up_proj`) or regular expressions over full names.",
+    )
+    exclude_modules: list[str] = Field(
+        default_factory=lambda: ["lm_head"], description="Module names or regular expressions to leave alone."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the learned difference, not of the base.")
+    svd: SvdConfig = Field(default_factory=SvdConfig, description="How the SVD start is computed.")
+    norm_gradient: Literal["detached", "exact"] = Field(
+        "detached", description="Whether the backward pass differentiates through the row norms (DoRA, section 4.3)."
+    )
+    rank_stabilized: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+    @property
+    def has_svd_init(self) -> bool:
+        return self.method in ("dude", "pissa")
+
+    @property
+    def has_magnitude(self) -> bool:
+        return self.method in ("dude", "dora")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of the update s B A: alpha / r, or alpha / sqrt(r) when rank-stabilised."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return float(alpha / (self.rank**0.5 if self.rank_stabilized else self.rank))
+
+
+class DataSource(Section):
+    path: str = Field(
+        min_length=1,
+        description="Hub name, folder, or a .jsonl, .json, .csv or .parquet file, or `embedded:quickstart`.",
+    )
+    name: str | None = Field(None, description="Configuration (subset) of a hub data set or folder.")
+    split: str = Field("train", description='Split, with slices as in `datasets`: "train[:1000]", "train[10%:]".')
+    revision: str | None = Field(None, description="Hub revision of the data set.")
+
+
+class DataConfig(Section):
+    train: list[DataSource] = Field(min_length=1, description="Data sets to train on, one after the other.")
+    validation: list[DataSource] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Data sets for the evaluation loss, or the share of the training rows to hold out for it."
+    )
+    format: DataFormat = Field(
+        "prompt_completion",
+        description=(
+            "prompt_completion: columns prompt and completion; alpaca: instruction, input, output; "
+            "chat: messages, through the tokenizer's chat template; text: text. "
+            "`prompt` and `completion` below replace the columns by templates."
+        ),
+    )
+    prompt: str | None = Field(None, description='Template over the columns, such as "Question: {question}\\nAnswer:".')
+    completion: str | None = Field(None, description='Template over the columns, such as " {answer}".')
+    max_length: PositiveInt = Field(512, description="Longest row in tokens; longer ones lose the start of their prompt.")
+    packing: bool = Field(False, description="Pack several rows into one sequence; no row attends to another.")
+    train_on_inputs: bool = Field(False, description="Learn the prompt's tokens too, not the completion's alone.")
+    shuffle: bool = Field(True, description="A new order of the rows each epoch, from the seed; else their own order.")
+
+    @model_validator(mode="after")
+    def _templates_fit_the_format(self) -> DataConfig:
+        if self.prompt is not None and self.completion is None:
+            raise ValueError("`prompt` needs `completion` beside it: the text to learn")
+        if self.completion is not None and self.format in ("alpaca", "chat"):
+            raise ValueError(f"`prompt` and `completion` replace `format: {self.format}`: give one or the other")
+        return self
+
+
+class TrainConfig(Section):
+    learning_rate: float = Field(
+        2.0e-5, gt=0, description="Peak rate. SVD starts (dude, pissa) want about a tenth of LoRA's."
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the rate after the warm-up; cosine and linear fall to 0."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps over which the rate rises from 0.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows; `max_steps` replaces it.")
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps.")
+    global_batch_size: PositiveInt = Field(32, description="Rows per optimizer step, over all ranks and micro-batches.")
+    per_device_batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Rows per forward on one device. `auto` halves it when memory runs out."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of A and B; magnitudes have none.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay rate of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay rate of the second moment.")
+    adam_epsilon: float = Field(1.0e-8, gt=0, description="AdamW's term against division by zero.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null for no clipping.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory.")
+    logging_steps: PositiveInt = Field(1, description="Steps between two lines of metrics.jsonl.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps between two evaluation losses; null: before the first step and after the last."
+    )
+    save_steps: PositiveInt | None = Field(None, description="Steps between two checkpoints; null: none but the result.")
+    save_total_limit: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="Stop after so many evaluations without a new lowest loss; the lowest one's adapter is kept."
+    )
+    report_to: list[Literal["tensorboard"]] = Field(
+        default_factory=list, description="Trackers beside metrics.jsonl."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("max_steps") and values.get("num_train_epochs"):
+            raise ValueError("`max_steps` and `num_train_epochs` contradict each other: give one")
+        return values
+
+
+class EvalTask(Section):
+    name: str = Field(min_length=1, description="lm-eval task or group, such as mmlu or gsm8k.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Examples in the prompt; null: 5 for mmlu and gsm8k as papers report, else the task's own."
+    )
+    limit: PositiveInt | None = Field(None, description="Score only the first so many questions of each (sub)task.")
+
+
+class EvalConfig(Section):
+    tasks: list[EvalTask] = Field(default_factory=list, description="What `dude eval` scores when no --task is given.")
+    batch_size: PositiveInt = Field(8, description="Sequences per forward.")
+
+
+class Config(Section):
+    """One run: the whole YAML file."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    output_dir: str = Field("", description="The run folder; runs/<name of the config file> if not given.")
+    seed: int = Field(42, ge=0, description="Of the row order, the factors' random start, the SVD's sketch, dropout.")
+
+    @model_validator(mode="after")
+    def _validation_is_there_when_needed(self) -> Config:
+        for key in ("eval_steps", "early_stopping_patience"):
+            if getattr(self.train, key) is not None and self.data.validation is None:
+                raise ValueError(f"`train.{key}` needs `data.validation`")
+        if self.train.early_stopping_patience is not None and self.train.eval_steps is None:
+            raise ValueError("`train.early_stopping_patience` counts evaluations: give `train.eval_steps` too")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir)
