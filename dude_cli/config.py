@@ -64,7 +64,9 @@ class AdapterConfig(Section):
     exclude_modules: list[str] = Field(
         default_factory=lambda: ["lm_head"], description="Module names or regular expressions to leave alone."
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the learned difference, not of the base.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the input of the learned difference, not of the base."
+    )
     svd: SvdConfig = Field(default_factory=SvdConfig, description="How the SVD start is computed.")
     norm_gradient: Literal["detached", "exact"] = Field(
         "detached", description="Whether the backward pass differentiates through the row norms (DoRA, section 4.3)."
@@ -111,7 +113,9 @@ class DataConfig(Section):
     )
     prompt: str | None = Field(None, description='Template over the columns, such as "Question: {question}\\nAnswer:".')
     completion: str | None = Field(None, description='Template over the columns, such as " {answer}".')
-    max_length: PositiveInt = Field(512, description="Longest row in tokens; longer ones lose the start of their prompt.")
+    max_length: PositiveInt = Field(
+        512, description="Longest row in tokens; longer ones lose the start of their prompt."
+    )
     packing: bool = Field(False, description="Pack several rows into one sequence; no row attends to another.")
     train_on_inputs: bool = Field(False, description="Learn the prompt's tokens too, not the completion's alone.")
     shuffle: bool = Field(True, description="A new order of the rows each epoch, from the seed; else their own order.")
@@ -149,14 +153,14 @@ class TrainConfig(Section):
     eval_steps: PositiveInt | None = Field(
         None, description="Steps between two evaluation losses; null: before the first step and after the last."
     )
-    save_steps: PositiveInt | None = Field(None, description="Steps between two checkpoints; null: none but the result.")
+    save_steps: PositiveInt | None = Field(
+        None, description="Steps between two checkpoints; null: none but the result."
+    )
     save_total_limit: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted.")
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after so many evaluations without a new lowest loss; the lowest one's adapter is kept."
     )
-    report_to: list[Literal["tensorboard"]] = Field(
-        default_factory=list, description="Trackers beside metrics.jsonl."
-    )
+    report_to: list[Literal["tensorboard"]] = Field(default_factory=list, description="Trackers beside metrics.jsonl.")
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +173,9 @@ class TrainConfig(Section):
 class EvalTask(Section):
     name: str = Field(min_length=1, description="lm-eval task or group, such as mmlu or gsm8k.")
     num_fewshot: int | None = Field(
-        None, ge=0, description="Examples in the prompt; null: 5 for mmlu and gsm8k as papers report, else the task's own."
+        None,
+        ge=0,
+        description="Examples in the prompt; null: 5 for mmlu and gsm8k as papers report, else the task's own.",
     )
     limit: PositiveInt | None = Field(None, description="Score only the first so many questions of each (sub)task.")
 

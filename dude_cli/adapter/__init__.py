@@ -1,0 +1,37 @@
+"""The method, usable on any transformers model without the CLI.
+
+model = patch_model(model, AdapterConfig(method="dude", rank=16))
+...train the trainable parameters...
+save_adapter(model, folder, config); load_adapter(fresh_base_model, folder)
+"""
+
+from dude_cli.adapter.layer import AdapterLayer
+from dude_cli.adapter.patch import (
+    adapter_layers,
+    constant_adapters,
+    disable_adapters,
+    find_targets,
+    merge_adapter,
+    patch_model,
+    trainable_parameters,
+    unpatch_model,
+)
+from dude_cli.adapter.state import load_adapter, read_adapter_config, save_adapter
+from dude_cli.config import AdapterConfig, SvdConfig
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterLayer",
+    "SvdConfig",
+    "adapter_layers",
+    "constant_adapters",
+    "disable_adapters",
+    "find_targets",
+    "load_adapter",
+    "merge_adapter",
+    "patch_model",
+    "read_adapter_config",
+    "save_adapter",
+    "trainable_parameters",
+    "unpatch_model",
+]

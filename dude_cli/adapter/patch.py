@@ -1,0 +1,211 @@
+"""Put adapters on a model's linear layers, and take them off again."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dude_cli.adapter.decompose import initial_factors, seed_for
+from dude_cli.adapter.layer import AdapterLayer, Factors
+from dude_cli.adapter.weight import is_linear, stored_weight, weight_chunks, weight_rows, weight_shape
+from dude_cli.config import AdapterConfig
+from dude_cli.errors import AdapterError, UsageError, nearest
+
+OnLayer = Callable[[str, int, int], None]  # (layer name, its number from 1, how many)
+
+
+def patch_model(
+    model: PreTrainedModel, config: AdapterConfig, *, seed: int = 0, on_layer: OnLayer | None = None
+) -> PreTrainedModel:
+    """Freeze `model` and put an adapter on each target layer, in place; only the adapters' tensors are trainable.
+
+    The SVD sketch and the random starts depend on `seed` and the layer's name alone.
+    Raises UsageError for a pattern without a layer and a rank too large; AdapterError if `model` is patched already.
+    """
+    _refuse_patched(model)
+    targets = find_targets(model, config)
+    _check_ranks(targets, config.rank)
+    model.requires_grad_(False)
+    for number, (name, layer) in enumerate(targets.items(), start=1):
+        if on_layer is not None:
+            on_layer(name, number, len(targets))
+        factors = start_factors(layer, config, seed_for(seed, name))
+        model.set_submodule(name, AdapterLayer(layer, config, factors))
+    return model
+
+
+def patch_with_factors(model: PreTrainedModel, config: AdapterConfig, factors: dict[str, Factors]) -> PreTrainedModel:
+    """Freeze `model` and put the given factors on the layers they name, in place; for a loaded adapter."""
+    _refuse_patched(model)
+    model.requires_grad_(False)
+    for name, given in factors.items():
+        layer = model.get_submodule(name)
+        model.set_submodule(name, AdapterLayer(layer, config, given.to(stored_weight(layer).device)))
+    return model
+
+
+def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Put the base layers back, in place, and drop the adapters. The base weights were never changed."""
+    for name, layer in adapter_layers(model).items():
+        model.set_submodule(name, layer.base_layer)
+    return model
+
+
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight in its own dtype, and unpatch.
+
+    In place, row chunk by row chunk: this is the one function that changes the base.
+    """
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for rows, merged in [(rows, layer.adapted_rows(rows)) for rows, _ in weight_chunks(layer.base_layer)]:
+                _write_rows(layer.base_layer, rows, merged)
+    return unpatch_model(model)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within, the model is its base, bit for bit."""
+    layers = list(adapter_layers(model).values())
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+@contextmanager
+def constant_adapters(model: nn.Module) -> Iterator[None]:
+    """A promise that A, B and m do not change within, so that each layer computes its row norms once.
+
+    For the micro-batches between two optimizer steps, for an evaluation and for generation. The norm is computed by
+    the first forward within. May be nested.
+    """
+    with ExitStack() as stack:
+        for layer in adapter_layers(model).values():
+            if not layer.holds_norms:
+                layer.hold_norms(True)
+                stack.callback(layer.hold_norms, False)
+        yield
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """The adapter layers of `model` by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' A, B and magnitudes by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The linear layers that `target_modules` names and `exclude_modules` does not, in the model's order.
+
+    A pattern matches a layer whose name is equal to it or ends in `.` and it, or, as a regular expression, the whole
+    name. A layer that shares its weight with the input embedding is left alone: adapting one would untie them.
+    """
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    tied = {name for name, module in linear.items() if _is_tied(model, module)}
+    excluded = {name for name in linear if any(_matches(pattern, name) for pattern in config.exclude_modules)}
+    candidates = {name: module for name, module in linear.items() if name not in tied | excluded}
+    if config.target_modules == "all-linear":
+        if not candidates:
+            raise UsageError(
+                f"{type(model).__name__} has no linear layer for an adapter",
+                where="adapter.target_modules: all-linear",
+                fix="check adapter.exclude_modules; supported are torch.nn.Linear and transformers' Conv1D",
+            )
+        return candidates
+    patterns = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    for pattern in patterns:
+        if not any(_matches(pattern, name) for name in candidates):
+            raise _no_such_layer(pattern, list(linear), tied, excluded)
+    return {name: module for name, module in candidates.items() if any(_matches(pattern, name) for pattern in patterns)}
+
+
+def start_factors(layer: nn.Module, config: AdapterConfig, seed: int) -> Factors:
+    """The start of one layer's factors, float32, on the layer's device: its SVD, or A Kaiming-uniform and B zero."""
+    out_features, in_features = weight_shape(layer)
+    if config.has_svd_init:
+        W = weight_rows(layer, slice(None))
+        A, B = initial_factors(W, config.rank, config.scaling, config.svd, seed)
+        return Factors(A, B, initial_A=A.clone(), initial_B=B.clone())
+    # LoRA's start: nn.Linear's own, kaiming_uniform_(a=sqrt(5)), is uniform within 1 / sqrt(in).
+    bound = 1 / math.sqrt(in_features)
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+    return Factors(A, torch.zeros(out_features, config.rank)).to(stored_weight(layer).device)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(_regex(pattern), name) is not None
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"`{pattern}` is neither a module's name nor a regular expression: {error}",
+            where="adapter.target_modules",
+            fix="write a name such as q_proj, or a valid regular expression such as .*mlp\\.(up|down)_proj",
+        ) from None
+
+
+def _is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
+    embedding = model.get_input_embeddings()
+    return embedding is not None and getattr(embedding, "weight", None) is layer.weight
+
+
+def _no_such_layer(pattern: str, linear: list[str], tied: set[str], excluded: set[str]) -> UsageError:
+    matching = [name for name in linear if _matches(pattern, name)]
+    where = f"adapter.target_modules: {pattern}"
+    if any(name in tied for name in matching):
+        return UsageError(
+            f"`{matching[0]}` shares its weight with the input embedding and cannot have an adapter of its own",
+            where=where,
+            fix="take it out of adapter.target_modules",
+        )
+    if any(name in excluded for name in matching):
+        return UsageError(
+            f"`{matching[0]}` is a target and excluded too",
+            where=where,
+            fix="take it out of adapter.exclude_modules or of adapter.target_modules",
+        )
+    short_names = sorted({name.rpartition(".")[2] for name in linear})
+    close = nearest(pattern, short_names) or short_names[:12]
+    return UsageError(
+        f"`{pattern}` matches no linear layer of the model", where=where, fix=f"nearest names: {', '.join(close)}"
+    )
+
+
+def _check_ranks(targets: dict[str, nn.Module], rank: int) -> None:
+    for name, layer in targets.items():
+        out_features, in_features = weight_shape(layer)
+        if rank > min(out_features, in_features):
+            raise UsageError(
+                f"rank {rank} is larger than the smaller side of {name}, which is {out_features} x {in_features}",
+                where="adapter.rank",
+                fix=f"use a rank of at most {min(out_features, in_features)}, or exclude the layer",
+            )
+
+
+def _refuse_patched(model: nn.Module) -> None:
+    if adapter_layers(model):
+        raise AdapterError("the model has adapters already", fix="call unpatch_model first, or load the model anew")
+
+
+def _write_rows(layer: nn.Module, rows: slice, values: Tensor) -> None:
+    weight = stored_weight(layer)
+    target = weight if isinstance(layer, nn.Linear) else weight.T
+    target[rows] = values.to(weight.dtype)

@@ -1,0 +1,209 @@
+"""The adapter folder: save, load, verify.
+
+adapter.safetensors     <layer>.lora_A, .lora_B, .magnitude, .initial_A, .initial_B, float32
+adapter_config.json     format version, the AdapterConfig, the base model, the checksum of the file above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dude_cli import files
+from dude_cli.adapter.layer import Factors
+from dude_cli.adapter.patch import adapter_layers, patch_with_factors
+from dude_cli.adapter.weight import is_linear, stored_weight, weight_rows, weight_shape
+from dude_cli.config import AdapterConfig
+from dude_cli.errors import AdapterError
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "adapter.safetensors"
+CONFIG_FILE = "adapter_config.json"
+# Rows of each target layer that the fingerprint reads: enough to tell fine-tuned copies of one model apart.
+FINGERPRINT_ROWS = 16
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What `adapter_config.json` says."""
+
+    config: AdapterConfig
+    base_model: str
+    base_revision: str | None
+    base_fingerprint: str
+    sha256: str
+
+
+def save_adapter(
+    model: PreTrainedModel, folder: Path, config: AdapterConfig, *, base_revision: str | None = None
+) -> None:
+    """Write the adapter of `model` to `folder`, replacing one that is there only when the new one is complete."""
+    layers = adapter_layers(model)
+    if not layers:
+        raise AdapterError("the model has no adapter to save", fix="call patch_model first")
+    with files.new_folder(folder) as partial:
+        save_file(adapter_tensors(model), partial / TENSORS_FILE)
+        saved = {
+            "format_version": FORMAT_VERSION,
+            "adapter": config.model_dump(mode="json"),
+            "base_model": {
+                "name_or_path": model.config.name_or_path,
+                "revision": base_revision,
+                "fingerprint": base_fingerprint({name: layer.base_layer for name, layer in layers.items()}),
+            },
+            "sha256": files.sha256(partial / TENSORS_FILE),
+        }
+        files.write_text(partial / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterConfig:
+    """Patch `model`, the base that the adapter was made on, with the adapter of `folder`; no SVD is redone.
+
+    Raises AdapterError, before the model is touched, for a folder that is not an adapter, a wrong checksum, missing
+    or misshapen tensors, and another base model.
+    """
+    saved = read_adapter_config(folder)
+    factors = _read_factors(folder, saved)
+    for name, given in factors.items():
+        _check_layer(model, folder, name, given)
+    fingerprint = base_fingerprint({name: model.get_submodule(name) for name in factors})
+    if fingerprint != saved.base_fingerprint:
+        raise AdapterError(
+            f"the adapter was made on {saved.base_model}, whose weights are not those of {model.config.name_or_path}",
+            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}",
+            fix=f"load {saved.base_model} as the base model, at the same revision",
+        )
+    patch_with_factors(model, saved.config, factors)
+    return saved.config
+
+
+def read_adapter_config(folder: Path) -> SavedAdapter:
+    """What the adapter folder says of itself. Raises AdapterError if it is not one of ours."""
+    path = folder / CONFIG_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.get("peft_type"):
+            raise AdapterError("this is a PEFT adapter, not one of dude's", where=str(path))
+        if saved["format_version"] != FORMAT_VERSION:
+            raise AdapterError(
+                f"adapter format {saved['format_version']} is not the one this version reads, {FORMAT_VERSION}",
+                where=str(path),
+                fix="use the version of dude that wrote it",
+            )
+        base = saved["base_model"]
+        return SavedAdapter(
+            config=AdapterConfig.model_validate(saved["adapter"]),
+            base_model=base["name_or_path"],
+            base_revision=base["revision"],
+            base_fingerprint=base["fingerprint"],
+            sha256=saved["sha256"],
+        )
+    except OSError as error:
+        raise AdapterError(
+            f"no adapter is here: {error.strerror}", where=str(path), fix="name a folder that `dude train` wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise AdapterError(
+            f"{CONFIG_FILE} cannot be read: {error}", where=str(path), fix="train again, or restore the file"
+        ) from error
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors by their name on disk, contiguous, on the CPU, in the model's order."""
+    return {
+        f"{name}.{field}": tensor.detach().contiguous().cpu()
+        for name, layer in adapter_layers(model).items()
+        for field in Factors._fields
+        if (tensor := getattr(layer, field)) is not None
+    }
+
+
+def base_fingerprint(layers: dict[str, nn.Module]) -> str:
+    """SHA-256 over the names, the shapes and evenly spaced rows of the base layers, the values rounded to bfloat16.
+
+    The rounding makes one model loaded in float32 and in bfloat16 the same base.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(layers):
+        out_features, in_features = weight_shape(layers[name])
+        digest.update(f"{name}:{out_features}x{in_features};".encode())
+        rows = torch.linspace(0, out_features - 1, min(FINGERPRINT_ROWS, out_features)).long()
+        values = weight_rows(layers[name], rows.to(stored_weight(layers[name]).device)).to(torch.bfloat16)
+        digest.update(values.contiguous().cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_factors(folder: Path, saved: SavedAdapter) -> dict[str, Factors]:
+    path = folder / TENSORS_FILE
+    try:
+        checksum = files.sha256(path)
+        if checksum != saved.sha256:
+            raise AdapterError(
+                f"{TENSORS_FILE} is damaged: its checksum is not the one that was saved with it",
+                where=f"{path}: sha256 {checksum[:12]}, saved {saved.sha256[:12]}",
+                fix="restore the file from a copy, or train again",
+            )
+        tensors = load_file(path)
+    except OSError as error:
+        raise AdapterError(
+            f"{TENSORS_FILE} cannot be read: {error.strerror}", where=str(path), fix="restore the file"
+        ) from error
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{TENSORS_FILE} is not a safetensors file: {error}", where=str(path), fix="restore the file"
+        ) from error
+    by_layer: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition(".")
+        by_layer.setdefault(name, {})[field] = tensor
+    return {name: _factors(path, saved.config, name, fields) for name, fields in by_layer.items()}
+
+
+def _factors(path: Path, config: AdapterConfig, name: str, fields: dict[str, Tensor]) -> Factors:
+    wanted = {"lora_A", "lora_B"}
+    wanted |= {"magnitude"} if config.has_magnitude else set()
+    wanted |= {"initial_A", "initial_B"} if config.has_svd_init else set()
+    if set(fields) != wanted:
+        missing, extra = sorted(wanted - set(fields)), sorted(set(fields) - wanted)
+        raise AdapterError(
+            f"{name} has not the tensors of a {config.method} adapter: missing {missing}, unexpected {extra}",
+            where=str(path),
+            fix="restore the file from a copy, or train again",
+        )
+    return Factors(**fields)
+
+
+def _check_layer(model: PreTrainedModel, folder: Path, name: str, factors: Factors) -> None:
+    where = str(folder / TENSORS_FILE)
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if layer is None or not is_linear(layer):
+        raise AdapterError(
+            f"the adapter has a layer {name}, and {model.config.name_or_path} has no such linear layer",
+            where=where,
+            fix="load the base model that the adapter was made on",
+        )
+    out_features, in_features = weight_shape(layer)
+    rank = factors.lora_A.shape[0]
+    shape_A, shape_B = (rank, in_features), (out_features, rank)
+    shapes = (shape_A, shape_B, (out_features,), shape_A, shape_B)
+    for field, tensor, shape in zip(Factors._fields, factors, shapes, strict=True):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+            raise AdapterError(
+                f"{name}.{field} is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"and the model's layer needs {shape} torch.float32",
+                where=where,
+                fix="load the base model that the adapter was made on",
+            )
