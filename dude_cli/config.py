@@ -6,26 +6,47 @@ here are the reference documentation; `docs/config.md` is generated from them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from dude_cli.template import parse_template
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Method = Literal["dude", "dora", "pissa", "lora"]
 DType = Literal["float32", "bfloat16", "float16"]
 DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
+Contradiction = tuple[str, tuple[str, ...]]  # a message, and the dotted keys that it is about, from its section on
 
 
 class Section(BaseModel):
-    """A block of the config: unknown keys are errors, values are not coerced, instances do not change."""
+    """A block of the config: unknown keys are errors, values are not coerced, instances do not change.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    A subclass names its values that contradict each other in `contradictions`; all of them become one error.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        """Yield what is wrong with values that are right each on its own, and the keys that it is about."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> Self:
+        found = list(self.contradictions())
+        if found:
+            message = "; ".join(message for message, _ in found)
+            raise PydanticCustomError("contradiction", "{message}", {"message": message, "contradictions": found})
+        return self
 
 
 class ModelConfig(Section):
     name_or_path: str = Field(
         min_length=1,
+        examples=["meta-llama/Llama-2-7b-hf"],
         description="Hub name or folder of the base model, or `embedded:quickstart` for the model in this package.",
     )
     revision: str | None = Field(None, description="Hub revision: a branch, a tag or a commit.")
@@ -59,6 +80,7 @@ class AdapterConfig(Section):
     )
     target_modules: str | list[str] = Field(
         "all-linear",
+        min_length=1,
         description="`all-linear`, or module names (`q_proj`, `mlp.up_proj`) or regular expressions over full names.",
     )
     exclude_modules: list[str] = Field(
@@ -91,6 +113,7 @@ class AdapterConfig(Section):
 class DataSource(Section):
     path: str = Field(
         min_length=1,
+        examples=["meta-math/MetaMathQA"],
         description="Hub name, folder, or a .jsonl, .json, .csv or .parquet file, or `embedded:quickstart`.",
     )
     name: str | None = Field(None, description="Configuration (subset) of a hub data set or folder.")
@@ -120,13 +143,21 @@ class DataConfig(Section):
     train_on_inputs: bool = Field(False, description="Learn the prompt's tokens too, not the completion's alone.")
     shuffle: bool = Field(True, description="A new order of the rows each epoch, from the seed; else their own order.")
 
-    @model_validator(mode="after")
-    def _templates_fit_the_format(self) -> DataConfig:
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _template_is_well_formed(cls, template: str | None) -> str | None:
+        if template is not None:
+            parse_template(template)
+        return template
+
+    def contradictions(self) -> Iterator[Contradiction]:
         if self.prompt is not None and self.completion is None:
-            raise ValueError("`prompt` needs `completion` beside it: the text to learn")
+            yield "`data.prompt` needs `data.completion` beside it: the text to learn", ("prompt", "completion")
         if self.completion is not None and self.format in ("alpaca", "chat"):
-            raise ValueError(f"`prompt` and `completion` replace `format: {self.format}`: give one or the other")
-        return self
+            yield (
+                f"`data.prompt` and `data.completion` replace `data.format: {self.format}`: give one or the other",
+                ("completion", "format"),
+            )
 
 
 class TrainConfig(Section):
@@ -162,16 +193,22 @@ class TrainConfig(Section):
     )
     report_to: list[Literal["tensorboard"]] = Field(default_factory=list, description="Trackers beside metrics.jsonl.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_or_epochs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("max_steps") and values.get("num_train_epochs"):
-            raise ValueError("`max_steps` and `num_train_epochs` contradict each other: give one")
-        return values
+    def contradictions(self) -> Iterator[Contradiction]:
+        if self.max_steps is not None and "num_train_epochs" in self.model_fields_set:
+            yield (
+                "`train.max_steps` and `train.num_train_epochs` both say how long to train: give one",
+                ("max_steps", "num_train_epochs"),
+            )
+        if self.per_device_batch_size != "auto" and self.per_device_batch_size > self.global_batch_size:
+            yield (
+                f"`train.per_device_batch_size` ({self.per_device_batch_size}) is larger than "
+                f"`train.global_batch_size` ({self.global_batch_size}), which counts the rows of all devices",
+                ("per_device_batch_size", "global_batch_size"),
+            )
 
 
 class EvalTask(Section):
-    name: str = Field(min_length=1, description="lm-eval task or group, such as mmlu or gsm8k.")
+    name: str = Field(min_length=1, examples=["gsm8k"], description="lm-eval task or group, such as mmlu or gsm8k.")
     num_fewshot: int | None = Field(
         None,
         ge=0,
@@ -184,6 +221,12 @@ class EvalConfig(Section):
     tasks: list[EvalTask] = Field(default_factory=list, description="What `dude eval` scores when no --task is given.")
     batch_size: PositiveInt = Field(8, description="Sequences per forward.")
 
+    def contradictions(self) -> Iterator[Contradiction]:
+        names = [task.name for task in self.tasks]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield f"`eval.tasks` names {name} twice, and a run keeps one result per task", (f"tasks.{index}.name",)
+
 
 class Config(Section):
     """One run: the whole YAML file."""
@@ -194,16 +237,19 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     output_dir: str = Field("", description="The run folder; runs/<name of the config file> if not given.")
-    seed: int = Field(42, ge=0, description="Of the row order, the factors' random start, the SVD's sketch, dropout.")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Of the row order, the factors' random start, the SVD's sketch, dropout."
+    )
 
-    @model_validator(mode="after")
-    def _validation_is_there_when_needed(self) -> Config:
+    def contradictions(self) -> Iterator[Contradiction]:
         for key in ("eval_steps", "early_stopping_patience"):
             if getattr(self.train, key) is not None and self.data.validation is None:
-                raise ValueError(f"`train.{key}` needs `data.validation`")
+                yield f"`train.{key}` needs `data.validation`", (f"train.{key}", "data.validation")
         if self.train.early_stopping_patience is not None and self.train.eval_steps is None:
-            raise ValueError("`train.early_stopping_patience` counts evaluations: give `train.eval_steps` too")
-        return self
+            yield (
+                "`train.early_stopping_patience` counts evaluations: give `train.eval_steps` too",
+                ("train.early_stopping_patience", "train.eval_steps"),
+            )
 
     @property
     def run_dir(self) -> Path:
