@@ -1,0 +1,160 @@
+"""Turn a row of text into token ids and the flags that say which of them are learned.
+
+The prompt and the completion are encoded as one text, because that is what a model is scored on: lm-eval encodes
+context and continuation together too. The border is where the encoding of the prompt alone stops agreeing with it:
+a token is context when the prompt by itself gives it, and everything from the first token that the completion
+changes is learned. So " B" after "Answer: " is learned whole, as lm-eval scores it, and where a token straddles the
+border no part of the answer is lost.
+
+The beginning is what the tokenizer puts there by itself (BOS or nothing). The end is exactly one learned EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dude_cli.config import DataConfig
+from dude_cli.errors import DataError
+from dude_cli.row_files import Row
+from dude_cli.rows import Columns
+from dude_cli.template import parse_template, render
+
+# Stanford Alpaca's prompts (Taori et al. 2023), word for word, so that published settings are met.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row's token ids, which of them are learned, and how many in front are context that may be cut.
+
+    `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    leading: int
+    context: int
+
+
+def format_columns(config: DataConfig) -> Columns:
+    """Return the columns that a format and its templates read."""
+    if config.format == "alpaca":
+        return Columns(("instruction", "output"), ("input",))
+    if config.format == "chat":
+        return Columns(("messages",))
+    return Columns(tuple(dict.fromkeys(name for text in _templates(config) for name in parse_template(text))))
+
+
+def _templates(config: DataConfig) -> tuple[str, str]:
+    """The templates of prompt and completion; plain text is a completion without a prompt."""
+    if config.format == "text" and config.prompt is None:
+        return "", "{text}" if config.completion is None else config.completion
+    prompt = "{prompt}" if config.prompt is None else config.prompt
+    return prompt, "{completion}" if config.completion is None else config.completion
+
+
+def row_texts(config: DataConfig, row: Row) -> tuple[str, str]:
+    """Return (prompt, completion) of a row in any format but chat."""
+    if config.format == "alpaca":
+        template = ALPACA_WITH_INPUT if str(row["input"]) else ALPACA_WITHOUT_INPUT
+        return render(template, row), str(row["output"])
+    prompt, completion = _templates(config)
+    return render(prompt, row), render(completion, row)
+
+
+class TextEncoder:
+    """Encodes texts as the tokenizer does by default, with its own BOS once, and one EOS at the end of a row."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token, so the model could not learn where an answer ends",
+                where=str(getattr(tokenizer, "name_or_path", "")) or None,
+                fix="set `eos_token` in the model's tokenizer_config.json to a token of its vocabulary",
+            )
+        self.tokenizer = tokenizer
+        self.eos_id = int(tokenizer.eos_token_id)
+        self.leading = self._leading_tokens()
+
+    def _leading_tokens(self) -> list[int]:
+        """What the tokenizer puts in front of every text; found by encoding one with and without it."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return list(full[:start])
+        return []
+
+    def encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
+        """Return each text's ids, with the tokenizer's own leading tokens once and without any EOS at the end."""
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            list(texts),
+            add_special_tokens=special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # rows longer than the model's context are cut, counted and reported here
+        )["input_ids"]
+        leading = self.leading if special_tokens else []
+        return [self._trim(list(ids), leading) for ids in batch]
+
+    def _trim(self, ids: list[int], leading: list[int]) -> list[int]:
+        start = len(leading)
+        if leading and ids[start : 2 * start] == leading:  # the text begins with BOS itself
+            del ids[:start]
+        while len(ids) > start and ids[-1] == self.eos_id:
+            ids.pop()
+        return ids
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, learn_all: bool) -> list[Encoded]:
+        """Return the encoding of (prompt, completion) pairs, the completion and one EOS learned.
+
+        An EOS inside the text is data, not the end of the row, and is not learned.
+        """
+        wholes = self.encode([prompt + completion for prompt, completion in pairs])
+        prompts = self.encode([prompt for prompt, _ in pairs])
+        return [self._finish(whole, prompt, learn_all) for whole, prompt in zip(wholes, prompts, strict=True)]
+
+    def _finish(self, whole: list[int], prompt: list[int], learn_all: bool) -> Encoded:
+        leading = len(self.leading)
+        context = max(common_prefix(whole, prompt), leading)
+        first = leading if learn_all else context
+        learned = [index >= first and token != self.eos_id for index, token in enumerate(whole)]
+        return Encoded([*whole, self.eos_id], [*learned, True], leading, context)
+
+
+def common_prefix(left: Tokens, right: Tokens) -> int:
+    """Return how many tokens the two have in common at the start."""
+    length = min(len(left), len(right))
+    if left[:length] == right[:length]:
+        return length
+    return next(index for index in range(length) if left[index] != right[index])
+
+
+def truncate(row: Encoded, max_length: int) -> tuple[list[int], list[bool]]:
+    """Return the ids and flags of a row in at most `max_length` tokens: the context loses its start first.
+
+    The leading tokens stay, and at least one token in front of the answer, without which its first token could not
+    be predicted. Only an answer that does not fit behind that is cut at its end, and then has no EOS.
+    """
+    excess = len(row.ids) - max_length
+    if excess <= 0:
+        return row.ids, row.learned
+    kept_in_front = row.leading or min(row.context, 1)
+    cut = min(excess, row.context - kept_in_front)
+    keep = [*range(row.leading), *range(row.leading + cut, len(row.ids))][:max_length]
+    return [row.ids[index] for index in keep], [row.learned[index] for index in keep]

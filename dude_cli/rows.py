@@ -1,0 +1,217 @@
+"""Read the rows of a data source: a Hub name, a folder, a file, or the package's own problems."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_cli.config import DataSource
+from dude_cli.errors import DataError, nearest
+from dude_cli.row_files import FILE_SUFFIXES, Row, first_line, read_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EMBEDDED = "embedded:quickstart"
+EMBEDDED_SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that a format reads: `required` must be there in every row; `optional` may be absent or null."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+def read_sources(sources: Sequence[DataSource], columns: Columns) -> list[Row]:
+    """Return the rows of `sources`, one source after the other, each row with just the columns asked for.
+
+    Raises DataError where a source cannot be read, lacks a required column, or has a null in one.
+    """
+    return [row for source in sources for row in read_source(source, columns)]
+
+
+def read_source(source: DataSource, columns: Columns) -> list[Row]:
+    """Return the rows of one source; see `read_sources`."""
+    path = Path(source.path)
+    if source.path == EMBEDDED:
+        rows = _read_embedded(source)
+    elif path.is_file():
+        rows = _read_file(source, path)
+    elif path.is_dir() or not _looks_like_a_path(source.path):
+        return _read_dataset(source, columns)
+    else:
+        raise _missing_path(source)
+    _check_columns(source, list(rows[0]) if rows else [], columns, empty=not rows)
+    return _keep_columns(source, rows, columns)
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """A Hub name is `name` or `owner/name`; anything else, or a data file's suffix, means a local path."""
+    return text.startswith((".", "/", "~")) or text.endswith(FILE_SUFFIXES) or text.count("/") > 1
+
+
+def _missing_path(source: DataSource) -> DataError:
+    path = Path(source.path)
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = nearest(path.name, siblings)
+    fix = f"did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else (
+        "give the path of a .jsonl, .json, .csv or .parquet file or of a folder, or a Hub name such as owner/name"
+    )
+    return DataError(f"no such data file or folder: {source.path}", where="data", fix=fix)
+
+
+# --- slices -----------------------------------------------------------------------------------------------------
+
+
+def _slice_rows(source: DataSource, splits: dict[str, Callable[[], Sequence[Row]]]) -> list[Row]:
+    """Return the rows that `source.split` names; `splits` gives a reader of the rows of each split there is."""
+    from datasets import ReadInstruction
+
+    named = set(re.findall(r"(?:^|\+)\s*(\w+)", source.split))
+    loaded = {name: read() for name, read in splits.items() if name in named}
+    lengths = {name: len(loaded.get(name, ())) for name in splits}
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise _bad_split(source, list(splits), error) from error
+    return [row for part in parts for row in loaded[part.splitname][part.from_ : part.to]]
+
+
+def _bad_split(source: DataSource, splits: list[str], error: Exception) -> DataError:
+    return DataError(
+        f"cannot take split {source.split!r}: {first_line(error)}",
+        where=source.path,
+        fix=f"the splits there are: {', '.join(splits)}; a slice is written like train[:1000] or train[10%:]",
+    )
+
+
+def _read_file(source: DataSource, path: Path) -> list[Row]:
+    if source.name is not None or source.revision is not None:
+        raise DataError(
+            f"a file has no name ({source.name}) and no revision ({source.revision})",
+            where=source.path,
+            fix="remove `name` and `revision` from this source; they belong to data sets on the Hub and to folders",
+        )
+    return _slice_rows(source, {"train": lambda: read_file(path)})
+
+
+# --- data sets --------------------------------------------------------------------------------------------------
+
+
+def _read_embedded(source: DataSource) -> list[Row]:
+    from dude_cli.quickstart import rows
+
+    def reader(split: str) -> Callable[[], Sequence[Row]]:
+        return lambda: rows(split)
+
+    return _slice_rows(source, {split: reader(split) for split in EMBEDDED_SPLITS})
+
+
+def _read_dataset(source: DataSource, columns: Columns) -> list[Row]:
+    try:
+        dataset = _open_dataset(source)
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pyarrow and the Hub client raise dozens of types; --debug shows which
+        raise _unreadable_dataset(source, error) from error
+    there = list(dataset.column_names)
+    _check_columns(source, there, columns, empty=len(dataset) == 0)
+    kept = [name for name in (*columns.required, *columns.optional) if name in there]
+    values = dataset.select_columns(kept).with_format(None)[:]
+    rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
+    return _keep_columns(source, rows, columns)
+
+
+def _open_dataset(source: DataSource) -> Dataset:
+    import datasets
+
+    folder = Path(source.path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _open_saved(source, datasets.load_from_disk(source.path))
+    return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+
+
+def _open_saved(source: DataSource, saved: Any) -> Dataset:
+    """Take the split of a folder that `save_to_disk` wrote; one without splits has one, called train."""
+    import datasets
+
+    splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    lengths = {name: len(dataset) for name, dataset in splits.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise _bad_split(source, list(splits), error) from error
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
+
+
+def _unreadable_dataset(source: DataSource, error: Exception) -> DataError:
+    """Say in the user's terms why a folder or a Hub data set did not open."""
+    message = first_line(error)
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "gated" in message.lower() or "GatedRepoError" in kinds:
+        what, fix = f"the data set {source.path} is gated", (
+            f"ask for access at https://huggingface.co/datasets/{source.path}, then run `hf auth login`"
+        )
+    elif kinds & {"ConnectionError", "ConnectTimeout", "ReadTimeout", "OfflineModeIsEnabled", "ConnectError"}:
+        what, fix = f"cannot reach the data set {source.path}: {message}", (
+            "it is neither a local path nor in the local cache: connect once to download it (and unset "
+            "HF_HUB_OFFLINE), or give the path of a local copy"
+        )
+    elif "DatasetNotFoundError" in kinds:
+        what, fix = f"no such data set: {message}", (
+            "check the spelling at https://huggingface.co/datasets; for a private one run `hf auth login`"
+        )
+    elif "BuilderConfig" in message or "Config name is missing" in message:
+        what, fix = f"cannot open configuration {source.name!r}: {message}", "set `name` to one of those"
+    elif "Unknown split" in message or "instruction format" in message:
+        what, fix = f"cannot take split {source.split!r}: {message}", (
+            "set `split` to one of those, or a slice such as train[:1000] or train[10%:]"
+        )
+    else:
+        what, fix = f"cannot open the data set: {type(error).__name__}: {message}", (
+            "check that `datasets.load_dataset` opens it (--debug shows the whole cause)"
+        )
+    return DataError(what, where=source.path, fix=fix)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------
+
+
+def _check_columns(source: DataSource, there: list[str], columns: Columns, *, empty: bool) -> None:
+    if empty:
+        raise DataError(
+            "the data set has no rows", where=f"{source.path}, split {source.split}", fix="check the file and the split"
+        )
+    for column in columns.required:
+        if column not in there:
+            close = nearest(column, there)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise DataError(
+                f"no column {column!r}; the columns are: {', '.join(there)}",
+                where=source.path,
+                fix=f"{hint}choose another `data.format`, or templates `data.prompt` and `data.completion`",
+            )
+
+
+def _keep_columns(source: DataSource, rows: Sequence[Row], columns: Columns) -> list[Row]:
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        for column in columns.required:
+            if row.get(column) is None:
+                raise DataError(
+                    f"row {number} has no value (null) in column {column!r}",
+                    where=f"{source.path}, split {source.split}, row {number}",
+                    fix="fill in or remove such rows",
+                )
+        new = {column: row[column] for column in columns.required}
+        for column in columns.optional:
+            new[column] = "" if row.get(column) is None else row[column]
+        kept.append(new)
+    return kept
