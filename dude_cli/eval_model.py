@@ -1,0 +1,119 @@
+"""The model as lm-eval sees it: quiet, counting what it cuts, and left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+OnProgress = Callable[[int, int], None]  # (requests done, requests in all)
+
+
+def harness_model(model: Any, tokenizer: Any, batch_size: int, on_progress: OnProgress) -> Any:
+    """An lm-eval HFLM on a model in memory that reports progress and remembers the prompts that it cuts.
+
+    `cut_prompts` holds each prompt that did not fit and lost its start: for an answer to score, when prompt and
+    answer are longer than the context; for an answer to generate, when the prompt is longer than the context less
+    `max_gen_toks`. lm-eval itself only logs a warning.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class HarnessModel(HFLM):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # lm-eval sets a pad token; on a copy, so that the caller's tokenizer stays as it is.
+            super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+            self.cut_prompts: set[str] = set()
+            self._done, self._total = 0, 0
+            # lm-eval tells its cache about every finished request.
+            self.set_cache_hook(self)
+
+        def add_partial(self, kind: str, request: Any, response: Any) -> None:
+            self._done += 1
+            on_progress(self._done, self._total)
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self._done, self._total = 0, len(requests)
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self._done, self._total = 0, len(requests)
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            self._done, self._total = 0, len(requests)
+            for request in requests:
+                prompt, settings = request.args
+                room = self.max_length - max_gen_tokens(settings)
+                if len(self.tok_encode(prompt)) > room:
+                    self.cut_prompts.add(prompt)
+            return super().generate_until(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            for texts, prompt, answer in requests:
+                # The last token of the answer is scored but not fed, hence the one more.
+                if texts is not None and len(prompt) + len(answer) > self.max_length + 1:
+                    self.cut_prompts.add(texts[0])
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def max_gen_tokens(settings: dict[str, Any]) -> int:
+        return int(normalize_gen_kwargs(settings, HarnessModel.max_gen_toks.fget(None))["max_gen_toks"])
+
+    lm = HarnessModel()
+    lm.max_gen_tokens = max_gen_tokens
+    return lm
+
+
+def fit_generation_length(lm: Any, task: Any) -> tuple[int, int] | None:
+    """Leave the prompt at least half of the context; return the task's own `max_gen_toks` and the one to use.
+
+    The task's own number (256 for gsm8k) is kept wherever it is at most half of the context, so every model with a
+    context of 512 tokens or more is scored as papers do. None for a task that generates nothing.
+    """
+    if task.get_config("output_type") != "generate_until":
+        return None
+    own = lm.max_gen_tokens(task.get_config("generation_kwargs") or {})
+    used = min(own, lm.max_length // 2)
+    if used < own:
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": used}, update=True)
+    return own, used
+
+
+@contextlib.contextmanager
+def left_as_found(model: Any) -> Iterator[None]:
+    """Give each module its train or eval mode back at the end; lm-eval puts the model in eval mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-eval's prints off stdout, and its warnings and the bar that it draws for each subject off the screen."""
+    import datasets
+    import lm_eval.api.task as task_module
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bar, bars_on = task_module.tqdm, datasets.are_progress_bars_disabled() is False
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        task_module.tqdm = lambda rows, **_: rows
+        datasets.disable_progress_bars()
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        task_module.tqdm = bar
+        if bars_on:
+            datasets.enable_progress_bars()

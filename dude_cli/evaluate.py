@@ -1,0 +1,249 @@
+"""Benchmark scores: lm-eval on the model in memory, for a run, an adapter or a plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_cli.config import EvalTask
+from dude_cli.errors import ResourceError, UsageError
+from dude_cli.eval_model import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
+from dude_cli.eval_results import BY_TASK, differences, results_json, results_table, task_results, write_results
+from dude_cli.eval_target import Target, find_target
+from dude_cli.eval_tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "EvalRequest",
+    "Target",
+    "evaluate",
+    "find_target",
+    "results_json",
+    "results_table",
+    "task_results",
+    "write_results",
+]
+
+# lm-eval's own settings, so that a score here is a score there.
+BOOTSTRAP_ITERS = 100_000
+RANDOM_SEED, NUMPY_SEED, TORCH_SEED = 0, 1234, 1234
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to score. `num_fewshot` None in a task: 5 for mmlu and gsm8k, else the task's own.
+
+    `data_dir` holds local copies, `mmlu/` and `gsm8k/`, and keeps the evaluation off the network; `include_paths` are
+    folders with the user's own lm-eval task files; `compare_base` scores the model without its adapter as well.
+    """
+
+    tasks: tuple[EvalTask, ...]
+    batch_size: int = 8
+    data_dir: Path | None = None
+    include_paths: tuple[Path, ...] = ()
+    compare_base: bool = False
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    request: EvalRequest,
+    *,
+    adapter_sha256: str | None = None,
+    log: Callable[[str], None] = lambda message: None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Score `model` on every task of `request` and return lm-eval's result layout, for all tasks in one document.
+
+    lm-eval's keys (`results`, `groups`, `group_subtasks`, `configs`, `versions`, `n-shot`, `higher_is_better`,
+    `n-samples`, `samples`, `config`, `task_hashes`) and these: `requested` (each task asked for, with the names it
+    stands for and its limit), `prompt_hashes` (SHA-256 over a task's prompts), `prompts_cut` (how many did not fit
+    the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
+    `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and `difference` tuned minus base with
+    the paired standard error (see `eval_results.paired_difference`).
+
+    The model's modes, the tokenizer and the environment are left as they were; Python's, numpy's and torch's global
+    random generators are seeded as lm-eval does. `log` receives one line for each stage, `on_progress` the requests
+    done and their number. Raises UsageError for what the user can put right and ResourceError out of GPU memory.
+    """
+    from dude_cli.adapter import adapter_layers, constant_adapters, disable_adapters
+
+    if request.compare_base and not adapter_layers(model):
+        raise UsageError(
+            "the model has no adapter, so there is no base to compare it with",
+            where="--base",
+            fix="give a run or an adapter, or leave --base out",
+        )
+    start = time.time()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(left_as_found(model))
+        stack.enter_context(quiet())
+        if request.data_dir is not None or is_offline():
+            stack.enter_context(offline())
+        _seed()
+        loaded = load_tasks(
+            request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log
+        )
+        lm = harness_model(model, tokenizer, request.batch_size, on_progress)
+        lengths = _fit_generation_lengths(lm, loaded, log)
+        with constant_adapters(model):
+            tuned = _score(lm, loaded, "", log)
+        if request.compare_base:
+            with disable_adapters(model):
+                base = _score(lm, loaded, " (base)", log)
+            tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
+            tuned["difference"] = differences(base, tuned, _weighting(loaded))
+        return tuned | {
+            "requested": {
+                found.request.name: {"names": found.names, "limit": found.request.limit} for found in loaded
+            },
+            "fewshot_sampler": {name: sampler_note(task) for found in loaded for name, task in found.tasks.items()},
+            "max_gen_toks": lengths,
+            "adapter_sha256": adapter_sha256,
+            **_environment(lm, request),
+            "date": start,
+            "total_evaluation_time_seconds": str(time.time() - start),
+        }
+
+
+def _score(lm: Any, loaded: list[LoadedTask], suffix: str, log: Callable[[str], None]) -> dict[str, Any]:
+    """lm-eval's results for all requested tasks, merged, and what we add to each task's."""
+    import lm_eval
+
+    merged: dict[str, Any] = {"results": {}, "samples": {}}
+    for found in loaded:
+        name, limit = found.request.name, found.request.limit
+        log(f"scoring {name}{suffix}: {_questions(found)} questions")
+        lm.cut_prompts.clear()
+        _seed()
+        for task in found.tasks.values():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        with _memory_errors(lm.batch_size):
+            results = lm_eval.evaluate(
+                lm=lm,
+                task_dict={"tasks": found.tasks, "groups": found.groups},
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP_ITERS,
+            )
+        results |= _prompt_facts(results["samples"], lm.cut_prompts)
+        results["n-shot"] |= _group_num_fewshot(found)
+        cut = sum(results["prompts_cut"].values())
+        if cut and not suffix:
+            log(f"{name}: {cut} prompts lost their start to fit the context of {lm.max_length} tokens")
+        for key in (*BY_TASK, "samples"):
+            if key in results:
+                merged.setdefault(key, {}).update(results[key])
+    return merged
+
+
+def _prompt_facts(samples: dict[str, list[dict[str, Any]]], cut_prompts: set[str]) -> dict[str, dict[str, Any]]:
+    """Hash and count each task's prompts, then drop their text, which is most of the samples' memory."""
+    from lm_eval.utils import hash_string
+
+    facts: dict[str, dict[str, Any]] = {"task_hashes": {}, "prompt_hashes": {}, "prompts_cut": {}}
+    for name, rows in samples.items():
+        # As lm-eval's own tracker computes it.
+        facts["task_hashes"][name] = hash_string(
+            "".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows)
+        )
+        # Each filter repeats the questions.
+        once = [row for row in rows if row["filter"] == rows[0]["filter"]]
+        facts["prompt_hashes"][name] = hash_string("".join(row["prompt_hash"] for row in once))
+        facts["prompts_cut"][name] = sum(
+            any(arguments[0] in cut_prompts for arguments in row["arguments"]) for row in once
+        )
+        for row in rows:
+            del row["arguments"]
+    return facts
+
+
+def _fit_generation_lengths(
+    lm: Any, loaded: list[LoadedTask], log: Callable[[str], None]
+) -> dict[str, dict[str, int]]:
+    lengths = {}
+    for found in loaded:
+        for name, task in found.tasks.items():
+            fitted = fit_generation_length(lm, task)
+            if fitted is None:
+                continue
+            own, used = fitted
+            lengths[name] = {"official": own, "used": used}
+            if used < own:
+                log(f"{name}: answers have {used} tokens at most, not {own}: half of the context of {lm.max_length}")
+    return lengths
+
+
+def _weighting(loaded: list[LoadedTask]) -> dict[str, dict[str, bool]]:
+    return {
+        name: {metric.metric: metric.weight_by_size for metric in group.aggregate_metric_list or ()}
+        for found in loaded
+        for name, group in found.groups.items()
+    }
+
+
+def _group_num_fewshot(found: LoadedTask) -> dict[str, int]:
+    # lm-eval gives a group of groups, such as mmlu, no number.
+    numbers = {
+        name: {task.get_config("num_fewshot") for task in group.get_all_tasks()}
+        for name, group in found.groups.items()
+    }
+    return {name: next(iter(values)) for name, values in numbers.items() if len(values) == 1}
+
+
+def _questions(found: LoadedTask) -> int:
+    limit = found.request.limit
+    sizes = [len(task.eval_docs) for task in found.tasks.values()]
+    return sum(sizes if limit is None else [min(size, limit) for size in sizes])
+
+
+def _environment(lm: Any, request: EvalRequest) -> dict[str, Any]:
+    limits = {task.name: task.limit for task in request.tasks}
+    return {
+        "config": {
+            "model": lm.model.config._name_or_path,
+            "model_num_parameters": lm.model.num_parameters(),
+            "model_dtype": str(lm.model.dtype),
+            "batch_size": request.batch_size,
+            "device": str(lm.device),
+            "limit": limits if len(set(limits.values())) > 1 else next(iter(limits.values())),
+            "bootstrap_iters": BOOTSTRAP_ITERS,
+            "random_seed": RANDOM_SEED,
+            "numpy_seed": NUMPY_SEED,
+            "torch_seed": TORCH_SEED,
+            "fewshot_seed": FEWSHOT_SEED,
+        },
+        "max_length": lm.max_length,
+        "lm_eval_version": importlib.metadata.version("lm_eval"),
+        "transformers_version": importlib.metadata.version("transformers"),
+    }
+
+
+def _seed() -> None:
+    import numpy
+    import torch
+
+    random.seed(RANDOM_SEED)
+    numpy.random.seed(NUMPY_SEED)
+    torch.manual_seed(TORCH_SEED)
+
+
+@contextlib.contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"out of GPU memory with a batch of {batch_size} prompts",
+            where="--batch-size",
+            fix=f"lower it, such as --batch-size {max(1, batch_size // 2)}",
+        ) from error
