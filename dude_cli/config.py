@@ -123,7 +123,7 @@ class DataSource(Section):
 
 class DataConfig(Section):
     train: list[DataSource] = Field(min_length=1, description="Data sets to train on, one after the other.")
-    validation: list[DataSource] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    validation: Annotated[list[DataSource], Field(min_length=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Data sets for the evaluation loss, or the share of the training rows to hold out for it."
     )
     format: DataFormat = Field(

@@ -25,30 +25,40 @@ _SCALARS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     "bool": (re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), lambda text: text.lower() == "true"),
     "int": (re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), lambda text: _integer(text)),
     "float": (
-        re.compile(
-            r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-        ),
+        re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
         lambda text: float(text.replace(".i", "i").replace(".I", "I").replace(".n", "n").replace(".N", "N")),
     ),
 }
 
 
+# In this order, because the float pattern matches integers too.
+SCALAR_PATTERNS = [(_TAG + name, pattern) for name, (pattern, _) in _SCALARS.items()]
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's parser with YAML 1.2's scalar rules in place of its own."""
 
-    yaml_implicit_resolvers: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
-
-
-for _name, (_pattern, _) in _SCALARS.items():  # in this order: the float pattern matches integers too
-    _Loader.yaml_implicit_resolvers.setdefault(None, []).append((_TAG + _name, _pattern))
+    yaml_implicit_resolvers = {None: SCALAR_PATTERNS}  # noqa: RUF012
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where something is written; places sort in reading order."""
+    """Where something is written; places sort in reading order, those in overrides after those in the file.
 
+    In an override, `override` is its text and `line` its number on the command line.
+    """
+
+    is_override: bool = field(init=False, repr=False)
     line: int
     column: int
+    override: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_override", self.override is not None)
+
+    def in_file(self, name: str) -> str:
+        """Write the place as `name:line:column`, or as the override that it is."""
+        return f'override "{self.override}"' if self.is_override else f"{name}:{self.line}:{self.column}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""Read a config file and overrides into `Config`, with every problem of both in one error; write a config as YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dude_cli import shipped
+from dude_cli.config import Config
+from dude_cli.config_overrides import apply_overrides
+from dude_cli.config_problems import validate
+from dude_cli.errors import ConfigError, nearest
+from dude_cli.strict_yaml import SCALAR_PATTERNS, Document, Place, Problem, parse, place_of
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the config at `path`, changed by overrides such as `train.learning_rate=1e-4`.
+
+    A shipped name (`configs/gsm8k.yaml`, as `dude ls` prints it) works where no such file exists. `output_dir` is
+    `runs/<name of the file>` if it is not given.
+
+    Raises ConfigError: for a file that cannot be read, or with one line per problem, `file:line:column: message`, in
+    the order of the file and then of the overrides.
+    """
+    found = path if path.exists() else shipped.find_shipped(path.as_posix())
+    if found is None:
+        raise _no_such_file(path)
+    document = _read(found)
+    if document.value is not None:
+        apply_overrides(document, overrides)
+    config = validate(document)
+    if config is None or document.problems:
+        ordered = sorted(document.problems, key=lambda problem: problem.place)
+        lines = [f"{problem.place.in_file(str(found))}: {problem.message}" for problem in ordered]
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return config if config.output_dir else config.model_copy(update={"output_dir": f"runs/{path.stem}"})
+
+
+def dump_config(config: Config) -> str:
+    """Return the config as YAML with each value written out; `load_config` reads it back to an equal Config."""
+    return yaml.dump(resolved(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Return the config as plain values: each key written out, but for `num_train_epochs` beside `max_steps`."""
+    values = config.model_dump()
+    if config.train.max_steps is not None:
+        del values["train"]["num_train_epochs"]
+    return values
+
+
+def _read(path: Path) -> Document:
+    try:
+        data = path.read_bytes()
+    except IsADirectoryError as error:
+        names = sorted(str(file) for file in [*path.glob("*.yaml"), *path.glob("*.yml")])
+        fix = "name one of its files: " + ", ".join(names) if names else "name a .yaml file"
+        raise ConfigError("a config is a file, and this is a folder", where=str(path), fix=fix) from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config: {error.strerror or error}", where=str(path), fix="check its permissions"
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8-sig", errors="replace")
+        message = f"not UTF-8 text: {error.reason}; save the file as UTF-8"
+        return Document(problems=[Problem(place_of(before, len(before)), message)])
+    return _top_level(parse(text))
+
+
+def _top_level(document: Document) -> Document:
+    """Report a file that is empty, or anything but a mapping of keys."""
+    if not isinstance(document.value, dict) and not document.problems:
+        kind = "is empty" if document.value is None else f"is not a mapping but {json.dumps(document.value)[:40]}"
+        message = f"the config {kind}; wanted sections such as `model:` and `data:` (copy one: `dude ls`, `dude cp`)"
+        document.problems.append(Problem(document.values.get((), Place(1, 1)), message))
+    if not isinstance(document.value, dict):
+        document.value = None
+    return document
+
+
+def _no_such_file(path: Path) -> ConfigError:
+    folders = {path.parent, Path("configs"), Path(".")}
+    present = [file.as_posix() for folder in folders for file in folder.glob("*.y*ml")]
+    names = [name for name, _ in shipped.list_shipped() if name.startswith("configs/")]
+    close = nearest(path.as_posix(), sorted({*present, *names}))
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return ConfigError("no such config file", where=str(path), fix=f"{meant}shipped: {', '.join(names)}")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML 1.1 (other readers) or YAML 1.2 (`strict_yaml`) would take for something else."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        **yaml.SafeDumper.yaml_implicit_resolvers,
+        None: SCALAR_PATTERNS,
+    }
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
