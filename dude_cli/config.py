@@ -231,11 +231,11 @@ class EvalConfig(Section):
 class Config(Section):
     """One run: the whole YAML file."""
 
-    model: ModelConfig
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
-    data: DataConfig
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
+    model: ModelConfig = Field(description="The base model, which stays as it is.")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="What is trained: method and size.")
+    data: DataConfig = Field(description="The rows to learn from, and how they become text.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="How long, how fast, and what is kept.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="The benchmark scores that `dude eval` takes.")
     output_dir: str = Field("", description="The run folder; runs/<name of the config file> if not given.")
     seed: int = Field(
         42, ge=0, lt=2**32, description="Of the row order, the factors' random start, the SVD's sketch, dropout."

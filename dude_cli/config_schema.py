@@ -36,6 +36,11 @@ def key_paths() -> list[Path]:
     return [(*path, key) for path, section in sections() for key in section.model_fields]
 
 
+def is_section(field: FieldInfo) -> bool:
+    """Whether a field is one section, not a value or a list of sections."""
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
 def path_of(loc: Loc) -> Path:
     """Return the names in a location, without the indices of list entries."""
     return tuple(part for part in loc if isinstance(part, str))

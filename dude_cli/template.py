@@ -48,8 +48,7 @@ def _pieces(text: str) -> tuple[tuple[str, bool], ...]:
             pieces.append((found[0], False))
         elif match["field"] is None:
             raise ValueError(
-                f"`{found}` at character {match.start() + 1} has no partner; "
-                f"write `{found * 2}` for a literal brace"
+                f"`{found}` at character {match.start() + 1} has no partner; write `{found * 2}` for a literal brace"
             )
         else:
             pieces.append((_column(match["field"], match.start() + 1), True))

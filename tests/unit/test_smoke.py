@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dude_cli import quickstart, shipped, smoke
+from dude_cli.config import Config
+from dude_cli.config_file import dump_config, load_config
+
+CONFIGS = [name for name, _ in shipped.list_shipped() if name.startswith("configs/")]
+
+pytestmark = pytest.mark.skipif(
+    not (quickstart.MODEL_DIR / "tokenizer.json").is_file(), reason="the embedded tokenizer has not been trained yet"
+)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def config_of(**data: Any) -> Config:
+    values = {"model": {"name_or_path": "gpt2"}, "data": {"train": [{"path": "rows.jsonl"}], **data}}
+    return Config.model_validate({**values, "output_dir": "runs/a"})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_shrinks_to_local_files(name: str, tmp_path: Path) -> None:
+    config = load_config(Path(name))
+    small = smoke.write_smoke_inputs(config, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(small.model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(small.model.name_or_path)
+    rows = [json.loads(line) for line in Path(small.data.train[0].path).read_text(encoding="utf-8").splitlines()]
+    assert model.config.model_type == "llama"
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
+    assert len(rows) == smoke.TRAIN_ROWS
+    assert (small.train.max_steps, small.train.global_batch_size) == (smoke.STEPS, smoke.BATCH_SIZE)
+    assert small.adapter.rank <= smoke.MAX_RANK
+    assert small.adapter.scaling == config.adapter.scaling
+    assert small.data.max_length <= smoke.MAX_LENGTH
+    assert all(task.limit == smoke.EVAL_LIMIT for task in small.eval.tasks)
+    assert small.output_dir == f"{config.output_dir}-smoke"
+    assert small.adapter.target_modules == config.adapter.target_modules
+
+
+def test_a_shrunken_config_can_be_saved_and_read_again(tmp_path: Path) -> None:
+    small = smoke.write_smoke_inputs(load_config(Path("configs/gsm8k.yaml")), tmp_path)
+    (tmp_path / "small.yaml").write_text(dump_config(small), encoding="utf-8")
+    assert load_config(tmp_path / "small.yaml") == small
+
+
+@pytest.mark.parametrize(
+    ("data", "columns"),
+    [
+        ({}, {"prompt", "completion"}),
+        ({"format": "alpaca"}, {"instruction", "input", "output"}),
+        ({"format": "text"}, {"text"}),
+        ({"format": "text", "completion": "{title}"}, {"title"}),
+        ({"format": "chat"}, {"messages"}),
+        ({"prompt": "{a} {b}", "completion": "{c}"}, {"a", "b", "c"}),
+    ],
+)
+def test_rows_have_the_columns_of_the_config(data: dict[str, Any], columns: set[str]) -> None:
+    rows = smoke.generated_rows(config_of(**data).data, 5, seed=1)
+    assert len(rows) == 5
+    assert all(set(row) == columns for row in rows)
+
+
+def test_rows_and_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    config = config_of()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    for folder in ("one", "two"):
+        smoke.write_smoke_inputs(config, tmp_path / folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    for file in ("train.jsonl", "validation.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    assert (tmp_path / "one/train.jsonl").read_bytes() != (tmp_path / "one/validation.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("gpt2", "gpt2"),
+        ("meta-llama/Llama-3.2-1B", "llama"),
+        ("mistralai/Mistral-7B-v0.1", "mistral"),
+        ("google/gemma-7b", "gemma"),
+        ("google/gemma-2-2b", "gemma2"),
+        ("google/gemma-3-1b-pt", "gemma3_text"),
+        ("Qwen/Qwen2.5-0.5B", "qwen2"),
+        ("Qwen/Qwen3-0.6B", "qwen3"),
+        ("microsoft/phi-2", "phi"),
+        ("EleutherAI/pythia-70m", "gpt_neox"),
+        ("EleutherAI/gpt-j-6b", "gptj"),
+        ("tiiuae/falcon-7b", "falcon"),
+        ("nobody/knows", "llama"),
+    ],
+)
+def test_the_architecture_follows_the_name(name: str, model_type: str) -> None:
+    config = config_of().model_copy(update={"model": config_of().model.model_copy(update={"name_or_path": name})})
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
+    model = smoke.smoke_model(config, tokenizer)
+    logits = model(input_ids=torch.arange(3, 13)[None]).logits
+    assert model.config.model_type == model_type
+    assert torch.isfinite(logits).all()
+
+
+def test_the_architecture_is_read_from_a_local_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "phi"}', encoding="utf-8")
+    model = config_of().model.model_copy(update={"name_or_path": str(tmp_path)})
+    assert smoke._model_type(model) == "phi"
+
+
+def test_chat_gets_a_template_and_a_share_stays_a_share(tmp_path: Path) -> None:
+    small = smoke.write_smoke_inputs(config_of(format="chat", validation=0.01), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(small.model.name_or_path)
+    row = smoke.generated_rows(small.data, 1, seed=1)[0]
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    assert text.startswith("user: What is ")
+    assert small.data.validation == 0.25
