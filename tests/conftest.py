@@ -1,0 +1,19 @@
+"""What the tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real benchmark data and a small real model, from the environment."""
+    folder = os.environ.get("DUDE_TEST_DATA")
+    if not folder:
+        pytest.skip("DUDE_TEST_DATA does not name a folder with gsm8k/, mmlu/ and models/stories260K/")
+    if not Path(folder).is_dir():
+        pytest.skip(f"DUDE_TEST_DATA names {folder}, which is no folder")
+    return Path(folder).resolve()

@@ -1,0 +1,103 @@
+"""A target is a run, an adapter or a model; without one, the newest finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dude_cli.errors import UsageError
+from dude_cli.evaluate import find_target
+
+
+def make_run(folder: Path, *, finished_at: int | None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("model: {}\n")
+    if finished_at is not None:
+        make_adapter(folder / "adapter")
+        os.utime(folder / "adapter" / "adapter_config.json", (finished_at, finished_at))
+    return folder
+
+
+def make_adapter(folder: Path, **config: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"format_version": 1, **config}))
+    return folder
+
+
+def test_without_a_target_the_newest_finished_run_is_taken(tmp_path: Path) -> None:
+    make_run(tmp_path / "old", finished_at=1_000)
+    make_run(tmp_path / "sweep" / "new", finished_at=3_000)
+    make_run(tmp_path / "middle", finished_at=2_000)
+    make_run(tmp_path / "unfinished", finished_at=None)
+    stray = make_adapter(tmp_path / "copied" / "adapter")  # no config.yaml beside it: not a run
+    os.utime(stray / "adapter_config.json", (9_000, 9_000))
+
+    target = find_target(None, tmp_path)
+
+    assert target.kind == "run"
+    assert target.path == tmp_path / "sweep" / "new"
+    assert target.adapter_dir == tmp_path / "sweep" / "new" / "adapter"
+    assert "new" in str(target)
+
+
+@pytest.mark.parametrize("make", ["nothing", "unfinished"])
+def test_without_a_finished_run_the_error_says_what_to_do(tmp_path: Path, make: str) -> None:
+    runs = tmp_path / "runs"
+    if make == "unfinished":
+        make_run(runs / "one", finished_at=None)
+    with pytest.raises(UsageError, match="dude train CONFIG") as caught:
+        find_target(None, runs)
+    assert caught.value.exit_code == 2
+    assert str(runs) in str(caught.value)
+
+
+def test_the_three_kinds_of_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished_at=1_000)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+
+    assert find_target(str(run)).kind == "run"
+    adapter = find_target(str(run / "adapter"))
+    assert (adapter.kind, adapter.adapter_dir) == ("adapter", run / "adapter")
+    plain = find_target(str(model))
+    assert (plain.kind, plain.path, plain.adapter_dir) == ("model", model, None)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-2-7b-hf", "embedded:quickstart"])
+def test_names_that_are_no_folder_are_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = find_target(name)
+    assert (target.kind, target.name, target.path) == ("model", name, None)
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished_at=None)
+    with pytest.raises(UsageError, match=r"not finished.*\n.*\n.*dude train"):
+        find_target(str(run))
+
+
+def test_an_adapter_in_pefts_format_is_refused(tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "peft", peft_type="LORA")
+    with pytest.raises(UsageError, match="PEFT's format"):
+        find_target(str(folder))
+
+
+def test_a_folder_of_nothing_and_a_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a run, nor an adapter, nor a model"):
+        find_target(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        find_target(str(tmp_path / "file"))
+
+
+def test_a_mistyped_run_is_not_taken_for_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs" / "gsm8k", finished_at=1_000)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"no folder `runs/gsm8`(.|\n)*runs/gsm8k"):
+        find_target("runs/gsm8")
+    with pytest.raises(UsageError, match="no folder"):
+        find_target("./gsm8k")
