@@ -16,9 +16,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatEncoder:
     """Encodes conversations. The template alone decides the text, BOS and end-of-turn tokens included.
 
-    A turn of the assistant is learned with its end-of-turn token and nothing after that. The turns are taken from
-    the template's `{% generation %}` blocks; without those, from how the text grows message by message. Where
-    a template ends the last turn with no special token, one EOS is added, or the model would never learn to stop.
+    A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
+    The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
+    message by message. Where a template ends the last turn with no special token, one EOS is added, or the model
+    would never learn to stop.
     """
 
     def __init__(self, encoder: TextEncoder) -> None:
@@ -38,7 +39,7 @@ class ChatEncoder:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
         messages = _checked(conversation, where)
         try:
-            ids, spans = self._by_marks(messages) if self.marks_turns else self._by_prefixes(messages, where)
+            text, turns = self._marked_turns(messages) if self.marks_turns else self._grown_turns(messages, where)
         except DataError:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
@@ -47,16 +48,59 @@ class ChatEncoder:
                 where=where,
                 fix="check the order of its roles and its fields against the model's chat template",
             ) from error
-        return self._finish(ids, [self._with_end_of_turn(ids, *span) for span in spans], learn_all)
-
-    def _finish(self, ids: list[int], spans: list[tuple[int, int]], learn_all: bool) -> Encoded:
+        ids, *prefixes = self.encoder.raw([text, *(text[:border] for turn in turns for border in turn)])
+        cuts = [common_prefix(ids, prefix) for prefix in prefixes]
+        spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
+        spans = [(start, stop) for start, stop in spans if start < stop]
+        if messages[-1]["role"] == "assistant" and spans and not self._ends(ids, *spans[-1]):
+            ids.append(self.encoder.eos_id)
+            spans[-1] = spans[-1][0], len(ids)
         learned = [learn_all] * len(ids)
         for start, stop in spans:
-            learned[start:stop] = [True] * (stop - start)
-        if spans and spans[-1][1] == len(ids) and not self._ends(ids, *spans[-1]):
-            ids, learned = [*ids, self.encoder.eos_id], [*learned, True]
+            learned[start:stop] = [token != self.encoder.eos_id for token in ids[start : stop - 1]] + [True]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
         return Encoded(ids, learned, leading, max(spans[0][0] if spans else len(ids), leading))
+
+    def _marked_turns(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text and the `{% generation %}` blocks in it, in characters.
+
+        `apply_chat_template(return_assistant_tokens_mask=True)` would give tokens, but where a tokenizer's offsets
+        leave out white space (Llama 3, GPT-2) it drops a turn that begins with a space, and all turns after it,
+        and never ends one that ends with a line break (seen in transformers 5.23).
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, turns = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return texts[0], list(turns[0])
+
+    def _grown_turns(self, messages: list[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text and the assistant's turns in it: what each adds to the text so far."""
+        text = self._render(messages)
+        turns = []
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:index], add_generation_prompt=True) if index else ""
+                after = self._render(messages[: index + 1])
+                if not (text.startswith(before) and text.startswith(after)):
+                    raise DataError(
+                        "the chat template changes earlier text when a message is added, so it does not show "
+                        "where the assistant's turns are",
+                        where=where,
+                        fix="mark the assistant's text in the template with {% generation %} ... {% endgeneration %}",
+                    )
+                turns.append((len(before), len(after)))
+        return text, turns
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
 
     def _ends(self, ids: list[int], start: int, stop: int) -> bool:
         """Whether a turn holds an end-of-turn token; white space may follow it."""
@@ -70,43 +114,6 @@ class ChatEncoder:
         elif stop < len(ids) and ids[stop] in self.special_ids:
             stop += 1
         return start, stop
-
-    def _by_marks(self, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = [0, *encoded["assistant_masks"], 0]
-        starts = [index for index in range(1, len(mask)) if mask[index] and not mask[index - 1]]
-        stops = [index for index in range(1, len(mask)) if mask[index - 1] and not mask[index]]
-        return list(encoded["input_ids"]), [(a - 1, b - 1) for a, b in zip(starts, stops, strict=True)]
-
-    def _by_prefixes(self, messages: list[Message], where: str) -> tuple[list[int], list[tuple[int, int]]]:
-        whole = self._render(messages)
-        borders: list[str] = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                borders.append(self._render(messages[:index], add_generation_prompt=True) if index else "")
-                borders.append(self._render(messages[: index + 1]))
-        if not all(whole.startswith(border) for border in borders):
-            raise DataError(
-                "the chat template changes earlier text when a message is added, so it does not show "
-                "where the assistant's turns are",
-                where=where,
-                fix="mark the assistant's text in the template with {% generation %} ... {% endgeneration %}",
-            )
-        ids, *prefixes = self._tokenize([whole, *borders])
-        cuts = [common_prefix(ids, prefix) for prefix in prefixes]
-        return ids, list(zip(cuts[::2], cuts[1::2], strict=True))
-
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _checked(conversation: Any, where: str) -> list[Message]:

@@ -98,23 +98,26 @@ class TextEncoder:
                 return list(full[:start])
         return []
 
-    def encode(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
-        """Return each text's ids, with the tokenizer's own leading tokens once and without any EOS at the end."""
+    def raw(self, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
+        """Return each text's ids as the tokenizer gives them."""
         if not texts:
             return []
-        batch = self.tokenizer(
+        batch: list[list[int]] = self.tokenizer(
             list(texts),
             add_special_tokens=special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # rows longer than the model's context are cut, counted and reported here
         )["input_ids"]
-        leading = self.leading if special_tokens else []
-        return [self._trim(list(ids), leading) for ids in batch]
+        return batch
 
-    def _trim(self, ids: list[int], leading: list[int]) -> list[int]:
-        start = len(leading)
-        if leading and ids[start : 2 * start] == leading:  # the text begins with BOS itself
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text's ids, with the tokenizer's own leading tokens once and without any EOS at the end."""
+        return [self._trim(ids) for ids in self.raw(texts, special_tokens=True)]
+
+    def _trim(self, ids: list[int]) -> list[int]:
+        start = len(self.leading)
+        if start and ids[start : 2 * start] == self.leading:  # the text begins with BOS itself
             del ids[:start]
         while len(ids) > start and ids[-1] == self.eos_id:
             ids.pop()

@@ -59,8 +59,12 @@ def _missing_path(source: DataSource) -> DataError:
     path = Path(source.path)
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, siblings)
-    fix = f"did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else (
-        "give the path of a .jsonl, .json, .csv or .parquet file or of a folder, or a Hub name such as owner/name"
+    fix = (
+        f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+        if close
+        else (
+            "give the path of a .jsonl, .json, .csv or .parquet file or of a folder, or a Hub name such as owner/name"
+        )
     )
     return DataError(f"no such data file or folder: {source.path}", where="data", fix=fix)
 
@@ -146,9 +150,7 @@ def _open_saved(source: DataSource, saved: Any) -> Dataset:
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise _bad_split(source, list(splits), error) from error
-    return datasets.concatenate_datasets(
-        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    )
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _unreadable_dataset(source: DataSource, error: Exception) -> DataError:
@@ -156,27 +158,34 @@ def _unreadable_dataset(source: DataSource, error: Exception) -> DataError:
     message = first_line(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "gated" in message.lower() or "GatedRepoError" in kinds:
-        what, fix = f"the data set {source.path} is gated", (
-            f"ask for access at https://huggingface.co/datasets/{source.path}, then run `hf auth login`"
+        what, fix = (
+            f"the data set {source.path} is gated",
+            (f"ask for access at https://huggingface.co/datasets/{source.path}, then run `hf auth login`"),
         )
     elif kinds & {"ConnectionError", "ConnectTimeout", "ReadTimeout", "OfflineModeIsEnabled", "ConnectError"}:
-        what, fix = f"cannot reach the data set {source.path}: {message}", (
-            "it is neither a local path nor in the local cache: connect once to download it (and unset "
-            "HF_HUB_OFFLINE), or give the path of a local copy"
+        what, fix = (
+            f"cannot reach the data set {source.path}: {message}",
+            (
+                "it is neither a local path nor in the local cache: connect once to download it (and unset "
+                "HF_HUB_OFFLINE), or give the path of a local copy"
+            ),
         )
     elif "DatasetNotFoundError" in kinds:
-        what, fix = f"no such data set: {message}", (
-            "check the spelling at https://huggingface.co/datasets; for a private one run `hf auth login`"
+        what, fix = (
+            f"no such data set: {message}",
+            ("check the spelling at https://huggingface.co/datasets; for a private one run `hf auth login`"),
         )
     elif "BuilderConfig" in message or "Config name is missing" in message:
         what, fix = f"cannot open configuration {source.name!r}: {message}", "set `name` to one of those"
     elif "Unknown split" in message or "instruction format" in message:
-        what, fix = f"cannot take split {source.split!r}: {message}", (
-            "set `split` to one of those, or a slice such as train[:1000] or train[10%:]"
+        what, fix = (
+            f"cannot take split {source.split!r}: {message}",
+            ("set `split` to one of those, or a slice such as train[:1000] or train[10%:]"),
         )
     else:
-        what, fix = f"cannot open the data set: {type(error).__name__}: {message}", (
-            "check that `datasets.load_dataset` opens it (--debug shows the whole cause)"
+        what, fix = (
+            f"cannot open the data set: {type(error).__name__}: {message}",
+            ("check that `datasets.load_dataset` opens it (--debug shows the whole cause)"),
         )
     return DataError(what, where=source.path, fix=fix)
 

@@ -1,0 +1,136 @@
+"""`prepare_data` from files to encoded rows and the report on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dude_cli.batches import NOT_LEARNED
+from dude_cli.config import DataConfig, DataSource
+from dude_cli.data import PreparedData, prepare_data
+from dude_cli.errors import DataError
+
+
+@pytest.fixture
+def prepare(tmp_path, bos_tokenizer):
+    def run(rows: list[dict], *, tokenizer=bos_tokenizer, seed: int = 0, **fields: object) -> PreparedData:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return prepare_data(DataConfig(train=[DataSource(path=str(path))], **fields), tokenizer, seed)
+
+    return run
+
+
+def numbered(count: int) -> list[dict]:
+    return [{"prompt": f"How many is {i}?", "completion": f" {i} apples"} for i in range(count)]
+
+
+def test_report_counts_rows_tokens_and_truncation(prepare, bos_tokenizer):
+    rows = [*numbered(3), {"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}]
+    prepared = prepare(rows, max_length=40)
+    report = prepared.train_report
+    lengths = [len(bos_tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows]
+    assert (report.rows, report.truncated_rows, report.rows_without_target) == (4, 1, 0)
+    assert report.longest_row == max(lengths)
+    assert report.tokens == sum(min(length, 40) for length in lengths) == prepared.train.lengths.sum()
+    learned = sum(label != NOT_LEARNED for row in prepared.train for label in row.labels)
+    assert report.target_tokens == learned == prepared.train.target_tokens.sum()
+    assert (report.max_length, report.packed_sequences) == (40, None)
+    assert report.example == [("<s>How many is 0?", False), (" 0 apples</s>", True)]
+    assert prepared.validation is None
+    assert prepared.validation_report is None
+
+
+def test_rows_without_target_are_counted_and_left_out(prepare):
+    prepared = prepare([{"text": ""}, {"text": "hello"}, {"text": ""}], format="text", max_length=1 + 5)
+    assert prepared.train_report.rows == 3  # after BOS even an empty text has its EOS to learn
+    with pytest.raises(DataError, match="none of the 2 rows has a token to learn") as caught:
+        prepare(numbered(2), max_length=1)
+    assert "max_length" in caught.value.fix
+
+
+def test_rows_without_target_do_not_shift_the_others(prepare, make_tokenizer):
+    tokenizer = make_tokenizer(None, eos_token="</s>")
+    prepared = prepare([{"text": ""}, {"text": "hello"}, {"text": ""}], format="text", tokenizer=tokenizer)
+    assert (prepared.train_report.rows, prepared.train_report.rows_without_target) == (1, 2)
+    assert prepared.train[0].source_rows == [1]
+
+
+def test_held_out_share_is_apart_and_repeats(prepare):
+    rows = numbered(50)
+    prepared = prepare(rows, validation=0.1, packing=True, max_length=64)
+    train = [row for sequence in prepared.train for row in sequence.source_rows]
+    held_out = [row for sequence in prepared.validation for row in sequence.source_rows]
+    assert sorted(train + held_out) == list(range(50))
+    assert len(held_out) == prepared.validation_report.rows == 5
+    again = prepare(rows, validation=0.1, packing=True, max_length=64)
+    assert again.fingerprint == prepared.fingerprint
+    other = prepare(rows, validation=0.1, packing=True, max_length=64, seed=1)
+    assert other.fingerprint != prepared.fingerprint
+
+
+def test_validation_sources_of_their_own(prepare, tmp_path):
+    (tmp_path / "dev.jsonl").write_text('{"prompt": "hello", "completion": " there"}\n')
+    prepared = prepare(numbered(3), validation=[DataSource(path=str(tmp_path / "dev.jsonl"))])
+    assert prepared.train_report.rows == 3
+    assert prepared.validation_report.example == [("<s>hello", False), (" there</s>", True)]
+
+
+def test_packing_keeps_every_row(prepare):
+    rows = numbered(40)
+    plain, packed = prepare(rows, max_length=60), prepare(rows, max_length=60, packing=True)
+    assert packed.train_report.packed_sequences == len(packed.train) < len(plain.train)
+    assert packed.train_report.rows == 40
+    assert packed.train.target_tokens.sum() == plain.train.target_tokens.sum()
+    assert packed.train.lengths.max() <= 60
+    assert packed.fingerprint != plain.fingerprint
+
+
+def test_chat_rows_and_the_row_that_is_wrong(prepare, make_tokenizer):
+    tokenizer = make_tokenizer(None, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    talk = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "46"}]}
+    silent = {"messages": talk["messages"][:1]}
+    prepared = prepare([talk, silent], tokenizer=tokenizer, format="chat")
+    assert (prepared.train_report.rows, prepared.train_report.rows_without_target) == (1, 1)
+    assert prepared.train_report.example[1] == ("46<|im_end|>", True)
+    with pytest.raises(DataError) as caught:
+        prepare([talk, {"messages": "hello"}], tokenizer=tokenizer, format="chat")
+    assert caught.value.where == "data.train, row 2, column messages"
+
+
+def test_numbers_become_text_and_alpaca_input_may_be_missing(prepare):
+    rows = [{"instruction": "Add 1 and 2.", "output": 3}]
+    prepared = prepare(rows, format="alpaca")
+    prompt, answer = (text for text, _ in prepared.train_report.example)
+    assert answer == "3</s>"
+    assert "### Input" not in prompt
+
+
+def test_real_questions_with_a_real_tokenizer(test_data: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "models/stories260K")
+    config = DataConfig(
+        train=[DataSource(path=str(test_data / "gsm8k/train.jsonl"), split="train[:200]")],
+        prompt="Question: {question}\nAnswer:",
+        completion=" {answer}",
+        max_length=256,
+    )
+    prepared = prepare_data(config, tokenizer, 0)
+    lines = (test_data / "gsm8k/train.jsonl").read_text().splitlines()[:200]
+    assert prepared.train_report.truncated_rows > 0
+    for row, line in zip(prepared.train, lines, strict=True):
+        assert row.input_ids[0] == tokenizer.bos_token_id
+        learned = tokenizer.decode([label for label in row.labels if label != NOT_LEARNED])
+        answer = json.loads(line)["answer"]
+        if row.labels[-1] == tokenizer.eos_token_id:
+            assert learned.lstrip() == answer + "</s>"
+        else:
+            assert len(row) == 256
+            assert answer.startswith(learned.lstrip())

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dude_cli.chat import ChatEncoder
+from dude_cli.encode import TextEncoder, truncate
+from dude_cli.errors import DataError
+
+HEAD = "<|im_start|>{{ m.role }}\n"
+CHATML = (
+    "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def marked(block: str, after: str) -> str:
+    assistant = "{% generation %}" + block + "{% endgeneration %}" + after
+    return (
+        "{% for m in messages %}"
+        + HEAD
+        + "{% if m.role == 'assistant' %}"
+        + assistant
+        + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    )
+
+
+TEMPLATES = {
+    "no marks": CHATML,
+    "marks with the end of turn": marked("{{ m.content }}<|im_end|>", "\n"),
+    "marks with the end of turn and a line break": marked("{{ m.content }}<|im_end|>\n", ""),
+    "marks without the end of turn": marked("{{ m.content }}", "<|im_end|>\n"),
+}
+CONVERSATION = [
+    {"role": "system", "content": "it's fine"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": " there\n"},
+    {"role": "user", "content": "How many?"},
+    {"role": "assistant", "content": "46"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(make_tokenizer):
+    def build(template: str, **special: str):
+        tokenizer = make_tokenizer(None, **{"eos_token": "<|im_end|>", **special})
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build
+
+
+def encode(tokenizer, conversation=CONVERSATION, *, learn_all=False):
+    return ChatEncoder(TextEncoder(tokenizer)).encode(conversation, where="row 1", learn_all=learn_all)
+
+
+def learned_turns(tokenizer, row) -> list[str]:
+    turns: list[list[int]] = [[]]
+    for token, on in zip(row.ids, row.learned, strict=True):
+        if on:
+            turns[-1].append(token)
+        elif turns[-1]:
+            turns.append([])
+    return [tokenizer.decode(turn) for turn in turns if turn]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_the_assistants_turns_are_learned_with_their_end_and_nothing_else(chat_tokenizer, template):
+    tokenizer = chat_tokenizer(template)
+    row = encode(tokenizer)
+    assert learned_turns(tokenizer, row) == [" there\n<|im_end|>", "46<|im_end|>"]
+    rendered = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert tokenizer.decode(row.ids) == rendered
+
+
+contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "<|" not in text)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=st.lists(st.tuples(contents, contents), min_size=1, max_size=3))
+def test_learned_text_is_the_contents_for_any_text(chat_tokenizer, pairs):
+    messages = []
+    for user, assistant in pairs:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    for template in TEMPLATES.values():
+        tokenizer = chat_tokenizer(template)
+        turns = learned_turns(tokenizer, encode(tokenizer, messages))
+        assert len(turns) == len(pairs)
+        for turn, (_, assistant) in zip(turns, pairs, strict=True):
+            assert turn.endswith(assistant + "<|im_end|>")
+            assert not turn.removesuffix(assistant + "<|im_end|>").strip()  # a token of the header may reach over
+
+
+def test_end_of_turn_text_inside_an_answer_is_not_learned_as_an_end(chat_tokenizer):
+    tokenizer = chat_tokenizer(CHATML)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    row = encode(tokenizer, messages)
+    ends = [i for i, (t, on) in enumerate(zip(row.ids, row.learned, strict=True)) if on and t == tokenizer.eos_token_id]
+    assert len(ends) == 1
+    assert tokenizer.decode(row.ids[ends[0] - 1]) == "b"
+
+
+def test_template_without_an_end_of_turn_gets_one_eos(chat_tokenizer):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer = chat_tokenizer(template, eos_token="</s>")
+    row = encode(tokenizer)
+    assert learned_turns(tokenizer, row)[-1] == " 46\n</s>"
+    assert row.ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_bos_of_the_template_stays_when_the_start_is_cut(chat_tokenizer):
+    tokenizer = chat_tokenizer("<s>" + CHATML, bos_token="<s>")
+    row = encode(tokenizer, CONVERSATION[:3])
+    ids, learned = truncate(row, 8)
+    assert row.leading == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert len(ids) == 8
+    assert tokenizer.decode([t for t, on in zip(ids, learned, strict=True) if on]) == " there\n<|im_end|>"
+
+
+def test_train_on_inputs_learns_every_turn(chat_tokenizer):
+    row = encode(chat_tokenizer(CHATML), learn_all=True)
+    assert all(row.learned)
+
+
+def test_conversation_without_an_assistant_has_nothing_to_learn(chat_tokenizer):
+    for template in TEMPLATES.values():
+        assert not any(encode(chat_tokenizer(template), CONVERSATION[:2]).learned)
+
+
+def error_of(tokenizer, conversation=CONVERSATION) -> DataError:
+    with pytest.raises(DataError) as caught:
+        encode(tokenizer, conversation)
+    assert caught.value.where
+    assert caught.value.fix
+    return caught.value
+
+
+def test_tokenizer_without_a_chat_template(plain_tokenizer):
+    assert "no chat template" in error_of(plain_tokenizer).what
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer):
+    last_only = (
+        "{% for m in messages %}" + HEAD + "{% if loop.last %}thinking {% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    error = error_of(chat_tokenizer(last_only))
+    assert "changes earlier text" in error.what
+    assert "{% generation %}" in error.fix
+    assert error.where == "row 1"
+
+
+def test_what_the_template_raises_is_shown(chat_tokenizer):
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('start with user') }}{% endif %}" + CHATML
+    assert "start with user" in error_of(chat_tokenizer(template)).what
+
+
+@pytest.mark.parametrize("conversation", ["text", [], ["text"], [{"role": "user"}], None])
+def test_what_is_not_a_conversation(chat_tokenizer, conversation):
+    assert "not a conversation" in error_of(chat_tokenizer(CHATML), conversation).what

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from dude_cli.config import DataSource
+from dude_cli.errors import DataError
+from dude_cli.rows import Columns, read_source, read_sources
+
+ROWS = [{"question": f"What is {i}?", "answer": str(i), "extra": i} for i in range(20)]
+COLUMNS = Columns(("question", "answer"))
+KEPT = [{"question": row["question"], "answer": row["answer"]} for row in ROWS]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def write(path: Path, rows: list[dict] = ROWS) -> Path:
+    import csv
+
+    import datasets
+
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+def read(path: object, columns: Columns = COLUMNS, **fields: object) -> list[dict]:
+    return read_source(DataSource(path=str(path), **fields), columns)
+
+
+def error_of(path: object, columns: Columns = COLUMNS, **fields: object) -> DataError:
+    with pytest.raises(DataError) as caught:
+        read(path, columns, **fields)
+    error = caught.value
+    assert error.what
+    assert error.where
+    assert error.fix
+    return error
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_file_format_gives_the_same_rows_and_slices(tmp_path, suffix):
+    path = write(tmp_path / f"rows{suffix}")
+    assert read(path) == KEPT
+    assert read(path, split="train[:5]") == KEPT[:5]
+    assert read(path, split="train[90%:]") == KEPT[18:]
+    assert read(path, split="train[-3:]+train[:1]") == KEPT[17:] + KEPT[:1]
+    assert read(path, split="train[:1000]") == KEPT
+
+
+def test_folders_that_load_dataset_or_save_to_disk_made(tmp_path):
+    import datasets
+
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder/train.jsonl")
+    write(tmp_path / "folder/test.jsonl", ROWS[:3])
+    assert read(tmp_path / "folder") == KEPT
+    assert read(tmp_path / "folder", split="test[1:]") == KEPT[1:3]
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": dataset, "dev": dataset.select(range(3))}).save_to_disk(tmp_path / "several")
+    assert read(tmp_path / "one", split="train[10%:]") == KEPT[2:]
+    assert read(tmp_path / "several", split="dev[:2]") == KEPT[:2]
+    assert "train, dev" in error_of(tmp_path / "several", split="test").fix
+    assert "Unknown split" in error_of(tmp_path / "folder", split="nope").what
+
+
+def test_real_data_folder_opens_by_its_configuration(test_data):
+    rows = read(test_data / "gsm8k", name="main", split="train[:10]")
+    lines = (test_data / "gsm8k/train.jsonl").read_text().splitlines()[:10]
+    assert rows == [json.loads(line) for line in lines]
+    error = error_of(test_data / "gsm8k", name="nope")
+    assert "'nope'" in error.what
+    assert "main" in error.what
+
+
+def test_the_packages_own_problems_slice_like_any_split(monkeypatch):
+    module = types.ModuleType("dude_cli.quickstart")
+    module.rows = lambda split: [{"prompt": f"{split} {i}", "completion": "x"} for i in range(10)]
+    monkeypatch.setitem(sys.modules, "dude_cli.quickstart", module)
+    columns = Columns(("prompt", "completion"))
+    assert [row["prompt"] for row in read("embedded:quickstart", columns, split="dev[:20%]")] == ["dev 0", "dev 1"]
+    assert "train, dev, test" in error_of("embedded:quickstart", columns, split="nope").fix
+
+
+def test_sources_are_read_one_after_the_other(tmp_path):
+    first = write(tmp_path / "a.jsonl", ROWS[:2])
+    second = write(tmp_path / "b.csv", [dict(reversed(row.items())) for row in ROWS[2:4]])
+    sources = [DataSource(path=str(first)), DataSource(path=str(second))]
+    assert read_sources(sources, COLUMNS) == KEPT[:4]
+
+
+def test_csv_cells_stay_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\n007,NA\n"a, b",\n"two\nlines",null\n')
+    assert [tuple(row.values()) for row in read(path)] == [("007", "NA"), ("a, b", ""), ("two\nlines", "null")]
+
+
+def test_json_file_with_one_object_a_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read(path) == KEPT
+
+
+def test_optional_columns_may_be_absent_or_null(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"a": "x"}, {"a": "y", "b": None}, {"a": "z", "b": "B"}])
+    assert [row["b"] for row in read(path, Columns(("a",), ("b",)))] == ["", "", "B"]
+
+
+def test_missing_file_names_the_nearest(tmp_path):
+    write(tmp_path / "rows.jsonl")
+    error = error_of(tmp_path / "row.jsonl")
+    assert "no such data file or folder" in error.what
+    assert str(tmp_path / "rows.jsonl") in error.fix
+
+
+def test_malformed_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n\n{"question": \n')
+    assert error_of(path).where == f"{path}:3"
+    path.write_text("[1, 2]\n")
+    assert "list" in error_of(path).what
+
+
+def test_broken_files_say_what_is_wrong(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"question": "a",}]')
+    assert f"{tmp_path}/rows.json:1:" in error_of(tmp_path / "rows.json").where
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 not really")
+    assert "parquet" in error_of(tmp_path / "rows.parquet").what
+    (tmp_path / "rows.csv").write_text("question,answer\na,b,c\n")
+    assert "more cells" in error_of(tmp_path / "rows.csv").what
+    (tmp_path / "latin.jsonl").write_bytes('{"question": "é", "answer": ""}'.encode("latin-1"))
+    assert "UTF-8" in error_of(tmp_path / "latin.jsonl").what
+    (tmp_path / "rows.xlsx").write_bytes(b"")
+    assert ".jsonl" in error_of(tmp_path / "rows.xlsx").fix
+
+
+def test_missing_column_names_those_there_and_the_nearest(tmp_path):
+    for path in (write(tmp_path / "rows.jsonl"), write(tmp_path / "rows.parquet")):
+        error = error_of(path, Columns(("questions",)))
+        assert error.what == "no column 'questions'; the columns are: question, answer, extra"
+        assert "'question'" in error.fix
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder/train.jsonl")
+    assert "no column 'prompt'" in error_of(tmp_path / "folder", Columns(("prompt",))).what
+
+
+def test_null_in_a_needed_column_names_the_row(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": None}])
+    error = error_of(path)
+    assert "row 3" in error.what
+    assert "'answer'" in error.what
+    short = tmp_path / "rows.csv"
+    short.write_text("question,answer\na,b\nc\n")
+    assert "row 2" in error_of(short).what
+
+
+def test_no_rows_is_an_error(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n")
+    assert "no rows" in error_of(tmp_path / "rows.jsonl").what
+    assert "no rows" in error_of(write(tmp_path / "more.jsonl"), split="train[20:]").what
+
+
+def test_bad_split_says_what_splits_there_are(tmp_path):
+    path = write(tmp_path / "rows.jsonl")
+    assert "the splits there are: train" in error_of(path, split="test").fix
+    assert "train[:x]" in error_of(path, split="train[:x]").what
+
+
+def test_name_and_revision_do_not_fit_a_file(tmp_path):
+    assert "remove `name` and `revision`" in error_of(write(tmp_path / "rows.jsonl"), name="main").fix
+
+
+def test_hub_name_while_offline():
+    error = error_of("no-such-owner/no-such-data")
+    assert "cannot reach the data set no-such-owner/no-such-data" in error.what
+    assert "HF_HUB_OFFLINE" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("raised", "what", "fix"),
+    [
+        ("Dataset 'a/b' is a gated dataset on the Hub. You must be authenticated.", "is gated", "hf auth login"),
+        ("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.", "no such data set", "spelling"),
+    ],
+)
+def test_gated_and_unknown_hub_names(monkeypatch, raised, what, fix):
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    def load_dataset(*_: object, **__: object) -> None:
+        raise DatasetNotFoundError(raised)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    error = error_of("a/b")
+    assert what in error.what
+    assert fix in error.fix
+
+
+def test_hub_options_reach_load_dataset(monkeypatch):
+    import datasets
+
+    seen = {}
+
+    def load_dataset(path: str, name: str | None, **options: object) -> datasets.Dataset:
+        seen.update(path=path, name=name, **options)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("owner/data", name="sub", split="test[:3]", revision="v1") == KEPT
+    assert seen == {"path": "owner/data", "name": "sub", "split": "test[:3]", "revision": "v1"}
