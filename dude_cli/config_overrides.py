@@ -85,3 +85,4 @@ def _forget(document: Document, loc: Loc) -> None:
     for places in (document.keys, document.values):
         for old in [old for old in places if old[: len(loc)] == loc]:
             del places[old]
+    document.unread = {old for old in document.unread if old[: len(loc)] != loc}

@@ -36,7 +36,10 @@ def validate(document: Document) -> Config | None:
     """
     if document.value is None:
         return None
-    values, faulty = copy.deepcopy(document.value), set[Path]()
+    values = copy.deepcopy(document.value)
+    faulty = {_without_entries(loc) for loc in document.unread}
+    for path in faulty:
+        _leave_out(values, path)
     for _ in key_paths():  # each round leaves out at least one key
         try:
             config = Config.model_validate(values)
@@ -85,12 +88,16 @@ def _problems(document: Document, loc: Loc, details: ErrorDetails, faulty: set[P
 
 
 def _faulty_paths(loc: Loc, details: ErrorDetails) -> list[Path]:
-    """Return the keys to leave out for an error; an entry of a list takes its list along."""
-    locs = [loc]
-    if details["type"] == "contradiction":
-        locs = [_below(loc, key) for _, keys in details["ctx"]["contradictions"] for key in keys]
-    cut = [next((index for index, part in enumerate(loc) if isinstance(part, int)), len(loc)) for loc in locs]
-    return [path_of(loc[:end]) for loc, end in zip(locs, cut, strict=True)]
+    """Return the keys to leave out for an error."""
+    if details["type"] != "contradiction":
+        return [_without_entries(loc)]
+    return [_without_entries(_below(loc, key)) for _, keys in details["ctx"]["contradictions"] for key in keys]
+
+
+def _without_entries(loc: Loc) -> Path:
+    """Return the key of the list that `loc` is in, or of the value itself outside lists."""
+    end = next((index for index, part in enumerate(loc) if isinstance(part, int)), len(loc))
+    return path_of(loc[:end])
 
 
 def _leave_out(values: dict[str, Any], path: Path) -> None:

@@ -50,8 +50,8 @@ def without_union_tags(loc: Loc) -> Loc:
     """Return a location in pydantic's error without the parts that name the branch of a union it was tried for."""
     kept: Loc = ()
     for part in loc:
-        if isinstance(part, int) or field_at((*path_of(kept), part)) or not _is_in_union(kept):
-            kept = (*kept, part)
+        is_tag = isinstance(part, str) and kept and isinstance(kept[-1], str) and _is_union_at(kept)
+        kept = kept if is_tag else (*kept, part)
     return kept
 
 
@@ -133,7 +133,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return found[0] if found else None
 
 
-def _is_in_union(loc: Loc) -> bool:
+def _is_union_at(loc: Loc) -> bool:
     field = field_at(path_of(loc))
     return field is not None and _is_union(field.annotation)
 

@@ -72,12 +72,13 @@ class Document:
     """A parsed text: its value, where each key and value of it is written, and what is wrong with it.
 
     A location is the path of keys and indices from the root, `("data", "train", 0, "path")`. After a syntax error
-    `value` is None.
+    `value` is None; a value that cannot be read, such as one with a tag, is None, and its location is in `unread`.
     """
 
     value: Any = None
     keys: dict[Loc, Place] = field(default_factory=dict)
     values: dict[Loc, Place] = field(default_factory=dict)
+    unread: set[Loc] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -151,8 +152,8 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             return [self._value(item, (*loc, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode) and node.tag.startswith(_TAG):
-            return self._scalar(node)
-        return self._tag_problem(node)
+            return self._scalar(node, loc)
+        return self._unread_tag(node, loc)
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -169,25 +170,29 @@ class _Builder:
                 result[key] = self._value(value_node, (*loc, key))
         return result
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, loc: Loc) -> Any:
         text, name = str(node.value), node.tag.removeprefix(_TAG)
         if name == "str" and not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            return self._report(_place(node), "half of a surrogate pair is not a character")
+            return self._unread(node, loc, "half of a surrogate pair is not a character")
         if name == "str":
             return text
         if name not in _SCALARS:
-            return self._tag_problem(node)
+            return self._unread_tag(node, loc)
         pattern, convert = _SCALARS[name]
         try:
             if pattern.match(text):
                 return convert(text)
         except ValueError:  # Python converts no integer of more than 4300 digits
             pass
-        return self._report(_place(node), f"`{text[:40]}` cannot be read as {name}")
+        return self._unread(node, loc, f"`{text[:40]}` cannot be read as {name}")
 
-    def _tag_problem(self, node: yaml.Node) -> None:
+    def _unread_tag(self, node: yaml.Node, loc: Loc) -> None:
         tag = node.tag.replace(_TAG, "!!")
-        self._report(_place(node), f"tag `{tag}` is not allowed: values are plain text, numbers, lists and mappings")
+        self._unread(node, loc, f"tag `{tag}` is not allowed: values are plain text, numbers, lists and mappings")
+
+    def _unread(self, node: yaml.Node, loc: Loc, message: str) -> None:
+        self.document.unread.add(loc)
+        self._report(_place(node), message)
 
     def _report(self, place: Place, message: str) -> None:
         self.document.problems.append(Problem(place, message))
