@@ -16,7 +16,7 @@ from dude_cli.adapter.patch import (
     trainable_parameters,
     unpatch_model,
 )
-from dude_cli.adapter.state import load_adapter, read_adapter_config, save_adapter
+from dude_cli.adapter.state import load_adapter, read_adapter_config, restore_adapter, save_adapter
 from dude_cli.config import AdapterConfig, SvdConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "merge_adapter",
     "patch_model",
     "read_adapter_config",
+    "restore_adapter",
     "save_adapter",
     "trainable_parameters",
     "unpatch_model",

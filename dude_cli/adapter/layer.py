@@ -58,10 +58,8 @@ class AdapterLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, factors: Factors) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.method = config.method
+        self.config = config
         self.scaling = config.scaling
-        self.dropout = config.dropout
-        self.has_exact_norm_gradient = config.norm_gradient == "exact"
         self.enabled = True
         self.holds_norms = False
         self._held_norms: Tensor | None = None
@@ -81,7 +79,7 @@ class AdapterLayer(nn.Module):
         if not self.enabled:
             return z
         P, Q = self.difference_factors()
-        h = F.linear(F.dropout(x, self.dropout, self.training), Q.to(x.dtype))
+        h = F.linear(F.dropout(x, self.config.dropout, self.training), Q.to(x.dtype))
         difference = F.linear(h, (self.scaling * P).to(h.dtype))
         if self.magnitude is None:
             return z + difference.to(z.dtype)
@@ -107,7 +105,7 @@ class AdapterLayer(nn.Module):
         `constant_adapters` it is computed once.
         """
         assert self.magnitude is not None
-        if self.has_exact_norm_gradient and torch.is_grad_enabled():
+        if self.config.norm_gradient == "exact" and torch.is_grad_enabled():
             squared = self.squared_norms(P, Q)
         else:
             with torch.no_grad():
@@ -178,7 +176,7 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         out_features, in_features = weight_shape(self.base_layer)
-        return f"method={self.method}, out={out_features}, in={in_features}, rank={self.rank}, scaling={self.scaling}"
+        return f"method={self.config.method}, out={out_features}, in={in_features}, rank={self.rank}, scaling={self.scaling}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move with the model, but keep float32: `model.to(torch.bfloat16)` would round the learned magnitudes."""

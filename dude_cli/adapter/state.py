@@ -2,6 +2,7 @@
 
 adapter.safetensors     <layer>.lora_A, .lora_B, .magnitude, .initial_A, .initial_B, float32
 adapter_config.json     format version, the AdapterConfig, the base model, the checksum of the file above
+    README.md, tokenizer    the model card and the tokenizer, when they are given
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dude_cli import files
 from dude_cli.adapter.layer import Factors
 from dude_cli.adapter.patch import adapter_layers, patch_with_factors
 from dude_cli.adapter.weight import is_linear, stored_weight, weight_rows, weight_shape
-from dude_cli.config import AdapterConfig
+from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError
 
 FORMAT_VERSION = 1
@@ -40,25 +41,37 @@ class SavedAdapter:
     config: AdapterConfig
     base_model: str
     base_revision: str | None
+    base_dtype: DType
     base_fingerprint: str
     sha256: str
 
 
 def save_adapter(
-    model: PreTrainedModel, folder: Path, config: AdapterConfig, *, base_revision: str | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    base_revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    model_card: str | None = None,
 ) -> None:
     """Write the adapter of `model` to `folder`, replacing one that is there only when the new one is complete."""
     layers = adapter_layers(model)
     if not layers:
         raise AdapterError("the model has no adapter to save", fix="call patch_model first")
     with files.new_folder(folder) as partial:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if model_card is not None:
+            (partial / "README.md").write_text(model_card, encoding="utf-8")
         save_file(adapter_tensors(model), partial / TENSORS_FILE)
+        config = next(iter(layers.values())).config
         saved = {
             "format_version": FORMAT_VERSION,
             "adapter": config.model_dump(mode="json"),
             "base_model": {
                 "name_or_path": model.config.name_or_path,
                 "revision": base_revision,
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "fingerprint": base_fingerprint({name: layer.base_layer for name, layer in layers.items()}),
             },
             "sha256": files.sha256(partial / TENSORS_FILE),
@@ -87,6 +100,22 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterConfig:
     return saved.config
 
 
+def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the tensors of an adapter folder into `model`, which has an adapter of the same layers and shapes."""
+    tensors = {
+        f"{name}.{field}": tensor
+        for name, factors in _read_factors(folder, read_adapter_config(folder)).items()
+        for field, tensor in factors._asdict().items()
+        if tensor is not None
+    }
+    for name, layer in adapter_layers(model).items():
+        for field in Factors._fields:
+            own = getattr(layer, field)
+            if own is not None:
+                with torch.no_grad():
+                    own.copy_(tensors[f"{name}.{field}"])
+
+
 def read_adapter_config(folder: Path) -> SavedAdapter:
     """What the adapter folder says of itself. Raises AdapterError if it is not one of ours."""
     path = folder / CONFIG_FILE
@@ -105,6 +134,7 @@ def read_adapter_config(folder: Path) -> SavedAdapter:
             config=AdapterConfig.model_validate(saved["adapter"]),
             base_model=base["name_or_path"],
             base_revision=base["revision"],
+            base_dtype=base["dtype"],
             base_fingerprint=base["fingerprint"],
             sha256=saved["sha256"],
         )

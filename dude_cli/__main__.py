@@ -1,0 +1,3 @@
+from dude_cli.cli import main
+
+main()

@@ -1,0 +1,130 @@
+"""Checkpoints: whole or not there, verified before use, the newest valid one wins.
+
+    checkpoints/step-000500/
+      adapter/                 a full adapter folder, which `dude eval` takes
+      optimizer.safetensors    AdamW's moments and step counts by parameter name
+      state.json               TrainState
+      manifest.json            the sha256 of each file, written last
+
+The row order, the learning rate and the random numbers of a step are functions of (seed, step), so no generator
+state has to be kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_cli import files
+from dude_cli.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+CHECKPOINTS = "checkpoints"
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, apart from its tensors."""
+
+    step: int = 0  # optimizer steps done
+    target_tokens: int = 0  # learned from so far
+    per_device_batch_size: int = 0  # as `auto` was resolved
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
+
+
+def save_checkpoint(
+    run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState, keep: int
+) -> Path:
+    """Write checkpoints/step-N, verify it, and only then delete all but the newest `keep`."""
+    from safetensors.torch import save_file
+
+    from dude_cli.adapter import save_adapter
+
+    folder = run_dir / CHECKPOINTS / f"step-{state.step:06d}"
+    with files.new_folder(folder) as partial:
+        save_adapter(model, partial / "adapter")
+        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        files.write_text(partial / "state.json", json.dumps(asdict(state), indent=2) + "\n")
+        files.write_text(partial / MANIFEST, json.dumps(_checksums(partial), indent=2) + "\n")
+    if not is_valid(folder):
+        raise AdapterError(
+            "the checkpoint does not read back as it was written", where=str(folder), fix="check the disk"
+        )
+    for old in checkpoints(run_dir)[keep:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    folders = (run_dir / CHECKPOINTS).glob("step-*")
+    return sorted((folder for folder in folders if re.fullmatch(r"step-\d{6,}", folder.name)), reverse=True)
+
+
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; a broken one is set aside as `*.broken`."""
+    for folder in checkpoints(run_dir):
+        if is_valid(folder):
+            return folder
+        aside = folder.with_name(f"{folder.name}.broken")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        warn(f"{folder.name} is damaged and was set aside as {aside.name}; falling back to an older one")
+    return None
+
+
+def is_valid(folder: Path) -> bool:
+    """Whether every file of the manifest is there with its checksum, and no other."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest == _checksums(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put a valid checkpoint's adapter and optimizer state into `model`, patched alike, and `optimizer`."""
+    from safetensors.torch import load_file
+
+    from dude_cli.adapter import restore_adapter
+
+    restore_adapter(model, folder / "adapter")
+    _restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    return TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {file.relative_to(folder).as_posix(): files.sha256(file) for file in found}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": value.detach().contiguous().cpu()
+        for parameter, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    entries: dict[str, dict[str, Any]] = {}
+    for joined, tensor in tensors.items():
+        name, _, key = joined.partition("|")
+        # AdamW keeps its step count on the CPU unless it is fused.
+        device = parameters[name].device if key != "step" or optimizer.defaults.get("fused") else tensor.device
+        entries.setdefault(name, {})[key] = tensor.to(device)
+    for name, values in entries.items():
+        optimizer.state[parameters[name]] = values

@@ -1,0 +1,205 @@
+"""The command line: parse, call one function of `commands`, map errors to exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dude_cli import __version__
+from dude_cli.errors import DudeError, ResourceError, StoppedError, UsageError
+
+app = typer.Typer(
+    name="dude",
+    help="Fine-tune causal language models with DuDe, DoRA, PiSSA and LoRA adapters, from one YAML file to a score.",
+    epilog="Exit codes: 0 ok, 1 bug, 2 usage or config, 3 adapter or checkpoint, 4 diverged, 5 memory or disk, "
+    "6 a required number was not met, 75 stopped by a signal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or a shipped name: see `dude ls`.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as train.learning_rate=1e-4.")
+]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Three steps on a tiny random model and generated rows, offline; in RUN-smoke.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def init(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check everything, decompose each target layer, and save the initial adapter."""
+    with _reported(debug):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.init(config, overrides or [], smoke=smoke, output=Output(json, quiet))
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that has a run.")] = False,
+    smoke: Smoke = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train; an interrupted run continues. Prepares first what `dude init` has not."""
+    with _reported(debug):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.train(config, overrides or [], smoke=smoke, overwrite=overwrite, output=Output(json, quiet))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="What to score; the newest finished run if not given."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="lm-eval task or group, such as mmlu or gsm8k; may be repeated.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt; mmlu and gsm8k: 5 if not given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each task.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per forward.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the base model too, and show the difference.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Local copies DIR/mmlu and DIR/gsm8k; nothing is downloaded.")
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option("--include-path", help="Folder with lm-eval task files of your own.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for the results; a run's own eval/.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score a run, an adapter or a model with lm-eval."""
+    with _reported(debug):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.evaluate(
+            target,
+            task or [],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            compare_base=base,
+            data_dir=data_dir,
+            include_paths=include_path or [],
+            output_dir=output,
+            dtype=dtype,
+            output=Output(json, quiet),
+        )
+
+
+@app.command("ls")
+def list_shipped(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+    """List the shipped configs and recipes."""
+    with _reported(debug):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.list_shipped(Output(json, quiet))
+
+
+@app.command("cp")
+def copy_shipped(
+    name: Annotated[str, typer.Argument(help="A name that `dude ls` shows.")],
+    dest: Annotated[Path, typer.Argument(help="A folder or a new file.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a shipped config or recipe, to edit it."""
+    with _reported(debug):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.copy_shipped(name, dest, Output(json, quiet))
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+def main() -> None:
+    app()
+
+
+@contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Print what went wrong on standard error and exit with its code; a traceback only for `--debug`."""
+    from dude_cli.runtime import interrupting_signals
+
+    try:
+        with interrupting_signals():
+            yield
+    except Exception as error:
+        known = _as_dude_error(error)
+        if debug or known is None:
+            traceback.print_exc()
+        _tell(
+            known
+            or f"this is a bug in dude {__version__}: {type(error).__name__}: {error}\nplease report the lines above"
+        )
+        raise typer.Exit(1 if known is None else known.exit_code) from None
+    except KeyboardInterrupt:
+        _tell("stopped; what was not saved is lost, and the same command starts or continues the run")
+        raise typer.Exit(StoppedError.exit_code) from None
+
+
+def _tell(message: object) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
+def _as_dude_error(error: Exception) -> DudeError | None:
+    """The error as the user can understand it: memory and disk have many spellings."""
+    import errno
+
+    if isinstance(error, DudeError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = str(error.filename) if error.filename else None
+        return ResourceError(
+            f"the disk is full: {error.strerror}", where=where, fix="free some space; the run continues"
+        )
+    if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError):
+        return UsageError(
+            f"cannot use this path: {error.strerror}", where=str(error.filename), fix="choose another path"
+        )
+    is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    if isinstance(error, MemoryError) or is_torch_memory:
+        return ResourceError(
+            "out of memory",
+            fix="lower train.per_device_batch_size or data.max_length, or use model.dtype: bfloat16",
+        )
+    return None

@@ -1,0 +1,141 @@
+"""What each verb does, in order. `cli.py` parses the command line and calls one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dude_cli.config import Config, EvalTask
+from dude_cli.config_file import load_config
+from dude_cli.console import Output
+from dude_cli.errors import UsageError
+
+
+def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Output) -> None:
+    """Check everything, decompose, save the initial adapter, and show what a training would do."""
+    from dude_cli.init_report import init_report
+    from dude_cli.prepare import check_run_folder, prepare
+    from dude_cli.runtime import make_accelerator
+
+    config = _load(config_path, overrides, smoke=smoke)
+    if check_run_folder(config, overwrite=False):
+        raise UsageError(
+            f"{config.output_dir} holds a finished run",
+            where="output_dir",
+            fix="choose another, or `dude train --overwrite`",
+        )
+    prepared = prepare(config, make_accelerator(), output.say)
+    output.result(init_report(prepared), prepared.report())
+
+
+def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool, output: Output) -> None:
+    """Prepare what is not prepared, train, and write the adapter."""
+    from dude_cli.init_report import init_report
+    from dude_cli.metrics import run_summary
+    from dude_cli.prepare import check_run_folder, prepare
+    from dude_cli.runtime import make_accelerator, stop_signals
+    from dude_cli.train import train as run_training
+
+    config = _load(config_path, overrides, smoke=smoke)
+    accelerator = make_accelerator()
+    if check_run_folder(config, overwrite=overwrite and accelerator.is_main_process):
+        output.say(f"{config.output_dir} holds this run, finished; --overwrite starts anew")
+        summary = run_summary(config.run_dir)
+    else:
+        prepared = prepare(config, accelerator, output.say)
+        if not prepared.reused and accelerator.is_main_process:
+            output.progress.print(init_report(prepared))
+        with stop_signals() as stop:
+            summary = run_training(prepared, accelerator, output.progress, stop)
+    if accelerator.is_main_process:
+        output.result(f"adapter: {config.run_dir / 'adapter'}\nscore it: dude eval {config.output_dir}", summary)
+
+
+def evaluate(
+    target_name: str | None,
+    task_names: Sequence[str],
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int | None,
+    compare_base: bool,
+    data_dir: Path | None,
+    include_paths: Sequence[Path],
+    output_dir: Path | None,
+    dtype: str | None,
+    output: Output,
+) -> None:
+    """Score a run, an adapter or a model with lm-eval, show the table, write the results."""
+    from dude_cli.evaluate import EvalRequest, results_table, write_results
+    from dude_cli.evaluate import evaluate as score
+    from dude_cli.eval_target import find_target
+    from dude_cli.target import eval_config, load_target, results_dir
+
+    target = find_target(target_name)
+    output.say(f"evaluating {target}")
+    settings = eval_config(target)
+    tasks = [EvalTask(name=name, num_fewshot=num_fewshot, limit=limit) for name in task_names] or [
+        task.model_copy(update=_given(num_fewshot=num_fewshot, limit=limit)) for task in settings.tasks
+    ]
+    if not tasks:
+        raise UsageError(
+            "no task to evaluate on",
+            where=str(target),
+            fix="name one, such as --task mmlu, or set eval.tasks in the config",
+        )
+    request = EvalRequest(
+        tasks=tuple(tasks),
+        batch_size=batch_size or settings.batch_size,
+        data_dir=data_dir,
+        include_paths=tuple(include_paths),
+        compare_base=compare_base,
+    )
+    loaded = load_target(target, dtype)
+    with output.counter("requests") as on_progress:
+        results = score(
+            loaded.model,
+            loaded.tokenizer,
+            request,
+            adapter_sha256=loaded.adapter_sha256,
+            log=output.say,
+            on_progress=on_progress,
+        )
+    folder = output_dir or results_dir(target)
+    if folder is not None:
+        for path in write_results(results, folder):
+            output.say(f"wrote {path}")
+    output.result(results_table(results), {key: value for key, value in results.items() if key != "samples"})
+
+
+def list_shipped(output: Output) -> None:
+    """The shipped configs and recipes, with what each is for."""
+    from rich.table import Table
+
+    from dude_cli import shipped
+
+    found = shipped.list_shipped()
+    table = Table.grid(padding=(0, 2))
+    for name, description in found:
+        table.add_row(name, description)
+    output.result(table, [{"name": name, "description": description} for name, description in found])
+
+
+def copy_shipped(name: str, dest: Path, output: Output) -> None:
+    """Copy a shipped config or recipe, to edit it."""
+    from dude_cli import shipped
+
+    copied = shipped.copy_shipped(name, dest)
+    output.result(f"copied to {copied}", {"path": str(copied)})
+
+
+def _load(path: Path, overrides: Sequence[str], *, smoke: bool) -> Config:
+    config = load_config(path, overrides)
+    if smoke:
+        from dude_cli.smoke import write_smoke_inputs
+
+        config = write_smoke_inputs(config, Path(f"{config.output_dir}-smoke"))
+    return config
+
+
+def _given(**values: int | None) -> dict[str, int]:
+    return {name: value for name, value in values.items() if value is not None}

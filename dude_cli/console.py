@@ -1,0 +1,47 @@
+"""Where words go: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+@dataclass(frozen=True)
+class Output:
+    """How one command talks. With `as_json`, standard output is one JSON document and nothing else."""
+
+    as_json: bool = False
+    is_quiet: bool = False
+    out: Console = field(default_factory=lambda: Console(soft_wrap=False))
+    err: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @property
+    def progress(self) -> Console:
+        """For progress: standard error, or nowhere when quiet."""
+        return Console(stderr=True, quiet=True) if self.is_quiet else self.err
+
+    def say(self, text: str) -> None:
+        self.progress.print(text, highlight=False, markup=False)
+
+    def result(self, shown: RenderableType, document: object) -> None:
+        """The command's result: `shown` for a person, `document` for a machine."""
+        if self.as_json:
+            print(json.dumps(document, indent=2, default=str))
+        else:
+            self.out.print(shown)
+
+    @contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Within, a progress bar on a terminal; the yielded function takes (done, total)."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns: list[Any] = [TextColumn(label), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn()]
+        console = self.progress
+        with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,102 @@
+"""What `dude init` shows: the layers, the data, an example with its masked part dimmed, the planned steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dude_cli.data import DataReport
+from dude_cli.prepare import LayerReport, Plan, Prepared
+
+
+def init_report(prepared: Prepared) -> RenderableType:
+    """The whole report, for a rich console."""
+    share = prepared.trainable_parameters / prepared.all_parameters
+    return Group(
+        _layer_table(prepared.layers),
+        f"trainable: {prepared.trainable_parameters:,} of {prepared.all_parameters:,} parameters ({share:.2%}), "
+        f"{prepared.config.adapter.method}, scaling {prepared.config.adapter.scaling:g}; "
+        "at step 0 the patched model is the base model, bit for bit",
+        "",
+        _data_table(prepared),
+        "",
+        Text("one training row, what is not learned is dim:"),
+        _example(prepared.data.train_report),
+        "",
+        _plan_line(prepared.plan, prepared),
+    )
+
+
+def _layer_table(layers: list[LayerReport]) -> Table:
+    """One line for all layers of one kind and shape: a 7B model has 224 layers of 7 kinds."""
+    table = Table(title="adapted layers", title_justify="left")
+    for name in ("layer", "number", "out x in", "rank", "energy captured", "parameters"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for (kind, out_features, in_features), members in _by_kind(layers):
+        table.add_row(
+            kind,
+            str(len(members)),
+            f"{out_features} x {in_features}",
+            str(members[0].rank),
+            _energy(members),
+            f"{sum(layer.trainable_parameters for layer in members):,}",
+        )
+    return table
+
+
+def _by_kind(layers: list[LayerReport]) -> Iterator[tuple[tuple[str, int, int], list[LayerReport]]]:
+    def kind(layer: LayerReport) -> tuple[str, int, int]:
+        return layer.name.rpartition(".")[2], layer.out_features, layer.in_features
+
+    order = {key: position for position, key in reversed(list(enumerate(map(kind, layers))))}
+    for key, members in groupby(sorted(layers, key=lambda layer: order[kind(layer)]), key=kind):
+        yield key, list(members)
+
+
+def _energy(members: list[LayerReport]) -> str:
+    shares = [layer.energy_captured for layer in members if layer.energy_captured is not None]
+    if not shares:
+        return "random start"
+    low, high = min(shares), max(shares)
+    return f"{low:.1%}" if len(shares) == 1 else f"{low:.1%} to {high:.1%}"
+
+
+def _data_table(prepared: Prepared) -> Table:
+    table = Table(title="data", title_justify="left")
+    columns = ("", "rows", "tokens", "learned", "longest", "truncated", "nothing to learn, left out", "packed into")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "" else "right")
+    reports = {"train": prepared.data.train_report, "validation": prepared.data.validation_report}
+    for name, report in reports.items():
+        if report is not None:
+            table.add_row(
+                name,
+                f"{report.rows:,}",
+                f"{report.tokens:,}",
+                f"{report.target_tokens / report.tokens:.1%}",
+                f"{report.longest_row} of {report.max_length}",
+                f"{report.truncated_rows:,}",
+                f"{report.rows_without_target:,}",
+                "-" if report.packed_sequences is None else f"{report.packed_sequences:,}",
+            )
+    return table
+
+
+def _example(report: DataReport) -> Text:
+    text = Text("  ")
+    for piece, is_learned in report.example:
+        text.append(piece, style="bold" if is_learned else "dim")
+    return text
+
+
+def _plan_line(plan: Plan, prepared: Prepared) -> str:
+    return (
+        f"plan: {plan.total_steps:,} steps ({plan.warmup_steps:,} of warm-up, {plan.steps_per_epoch:,} an epoch), "
+        f"each of {plan.global_batch_size} rows = {plan.world_size} ranks x "
+        f"{plan.gradient_accumulation_steps} micro-batches of up to {plan.per_device_batch_size}; "
+        f"result in {prepared.config.output_dir}"
+    )

@@ -1,0 +1,121 @@
+"""What a training run tells: metrics.jsonl, TensorBoard, and one live line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dude_cli import files
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METRICS_FILE = "metrics.jsonl"
+# Without a terminal there is no live line; a plain one this often instead.
+PLAIN_LINE_EVERY_S = 10.0
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, in order; a last line that was cut off by a crash is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def run_summary(run_dir: Path) -> dict[str, Any]:
+    """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds."""
+    records = read_metrics(run_dir)
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
+    return {
+        "run_dir": str(run_dir),
+        "steps": steps[-1]["step"] if steps else 0,
+        "loss": steps[-1]["loss"] if steps else None,
+        "first_eval_loss": evaluations[0] if evaluations else None,
+        "last_eval_loss": evaluations[-1] if evaluations else None,
+        "lowest_eval_loss": min(evaluations) if evaluations else None,
+        "elapsed_s": steps[-1]["elapsed_s"] if steps else None,
+    }
+
+
+class MetricsLog:
+    """Appends one JSON object per line to metrics.jsonl, and the numbers to TensorBoard when asked."""
+
+    def __init__(self, run_dir: Path, report_to: list[str], *, from_step: int) -> None:
+        """Keep the lines of the first `from_step` steps, which a resumed run does not repeat."""
+        kept = [record for record in read_metrics(run_dir) if from_step > 0 and record["step"] <= from_step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        files.write_text(run_dir / METRICS_FILE, text)
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._writer: Any = None
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)  # type: ignore[no-untyped-call]
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class TrainDisplay:
+    """One live line with step, loss, learning rate, tokens per second and time left; on standard error."""
+
+    def __init__(self, console: Console, total_steps: int, start_step: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._live = console.is_terminal
+        self._last_line_s = time.monotonic()
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, numbers="")
+
+    def __enter__(self) -> TrainDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, loss: float, learning_rate: float, tokens_per_s: float) -> None:
+        numbers = f"loss {loss:.4f}  lr {learning_rate:.2e}  {tokens_per_s:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        now = time.monotonic()
+        is_due = now - self._last_line_s >= PLAIN_LINE_EVERY_S or step == self._total_steps
+        if not self._live and is_due:
+            self._last_line_s = now
+            self._console.print(f"step {step}/{self._total_steps}  {numbers}")
+
+    def message(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)

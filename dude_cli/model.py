@@ -1,0 +1,150 @@
+"""Load the frozen base model and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dude_cli import quickstart
+from dude_cli.config import DTYPES, DType, ModelConfig
+from dude_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded:quickstart"
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The base model on the CPU in `config.dtype`, in evaluation mode. Raises UsageError with what to do."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = _path(config)
+    with _explained(config):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=config.revision or "main",
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    # The name as the user knows it, not where this machine keeps the files.
+    model.config._name_or_path = config.name_or_path
+    return model.eval()
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the base model. Raises UsageError with what to do."""
+    from transformers import AutoTokenizer
+
+    path = _path(config)
+    with _explained(config):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    return tokenizer
+
+
+def hub_commit(config: ModelConfig) -> str | None:
+    """The commit that `config.revision` stands for, of a model loaded from the hub; None for a local one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if _path(config) != config.name_or_path or Path(config.name_or_path).is_dir():
+        return None
+    found = try_to_load_from_cache(config.name_or_path, "config.json", revision=config.revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def saved_dtype(name_or_path: str) -> DType:
+    """The dtype that a model's files name, so that a plain model is scored as it was published; float32 if none."""
+    from transformers import AutoConfig
+
+    config = ModelConfig(name_or_path=name_or_path)
+    with _explained(config):
+        saved = str(AutoConfig.from_pretrained(_path(config)).dtype).removeprefix("torch.")
+    return next((dtype for dtype in DTYPES if dtype == saved), "float32")
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError if the tokenizer knows more tokens than the model has embeddings for."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
+        raise UsageError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeddings for {embeddings}",
+            where=f"model.name_or_path: {model.config.name_or_path}",
+            fix="use the tokenizer that the model was trained with",
+        )
+
+
+def _path(config: ModelConfig) -> str:
+    """Where transformers finds the model: a folder, or a hub name."""
+    name = config.name_or_path
+    if name == EMBEDDED:
+        return str(quickstart.MODEL_DIR)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+            raise UsageError(
+                f"{name} is not a model: it has no config.json",
+                where=f"model.name_or_path: {name} (holds {found})",
+                fix="name the folder that save_pretrained wrote, or a hub name",
+            )
+        return str(folder)
+    if folder.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UsageError(
+            f"the model folder {name} {what}",
+            where=f"model.name_or_path: {name}",
+            fix="name a folder with config.json and the weights, or a hub name such as meta-llama/Llama-2-7b-hf",
+        )
+    return name
+
+
+@contextmanager
+def _explained(config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers and the hub raise into an error that says what to do."""
+    name = config.name_or_path
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        what, fix = _reason(error, name)
+        raise UsageError(what, where=f"model.name_or_path: {name}", fix=fix) from error
+
+
+def _reason(error: BaseException, name: str) -> tuple[str, str]:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = list(_chain(error))
+    text = str(error).strip()
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"{name} is gated: its owner asks for an agreement",
+            f"agree at https://huggingface.co/{name}, then run `hf auth login`",
+        )
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{name} has no such revision", "check model.revision"
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes) or "couldn't connect" in text:
+        return (
+            f"{name} is not a local folder and the hub cannot be reached",
+            f"check the name; or run `hf download {name}` where there is a network and copy the folder here",
+        )
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"the hub has no model {name}, or it is private", "check the name, or run `hf auth login`"
+    if "trust_remote_code" in text:
+        return f"{name} needs Python code of its own to load", "read that code, then set model.trust_remote_code: true"
+    return f"{name} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}", "see --debug"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

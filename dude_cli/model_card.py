@@ -1,0 +1,60 @@
+"""The README.md of an adapter folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dude_cli.config import Config
+
+_CARD = """---
+base_model: {base_model}
+library_name: dude-cli
+pipeline_tag: text-generation
+tags: [{method}]
+---
+# {method} adapter for {base_model}
+
+| | |
+| --- | --- |
+| method | {method}, rank {rank}, scaling {scaling:g} |
+| target modules | {targets} |
+| training data | {data} |
+| steps | {steps} of {global_batch_size} rows, peak learning rate {learning_rate:g}, {schedule} |
+| last training loss | {loss} |
+| evaluation loss before, after | {first_eval_loss}, {last_eval_loss} |
+| seed | {seed} |
+
+```python
+from transformers import AutoModelForCausalLM
+from dude_cli.adapter import load_adapter
+
+model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")
+load_adapter(model, "path/to/this/folder")
+```
+
+The adapter never changes the base weights; `dude eval path/to/this/folder --task NAME` scores it.
+"""
+
+
+def model_card(config: Config, summary: dict[str, Any]) -> str:
+    """The model card, in Markdown: what was trained, on what, how, and how far the loss fell."""
+    targets = config.adapter.target_modules
+    return _CARD.format(
+        base_model=config.model.name_or_path,
+        dtype=config.model.dtype,
+        method=config.adapter.method,
+        rank=config.adapter.rank,
+        scaling=config.adapter.scaling,
+        targets=targets if isinstance(targets, str) else ", ".join(targets),
+        data=", ".join(f"{source.path} ({source.split})" for source in config.data.train),
+        global_batch_size=config.train.global_batch_size,
+        learning_rate=config.train.learning_rate,
+        schedule=config.train.lr_scheduler_type,
+        seed=config.seed,
+        steps=summary["steps"],
+        **{key: _number(summary[key]) for key in ("loss", "first_eval_loss", "last_eval_loss")},
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,273 @@
+"""What must be right before step 1, and is kept: data, base model, decomposition, the check at step 0, the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dude_cli import files
+from dude_cli.checkpoint import CHECKPOINTS, checkpoints
+from dude_cli.config import Config
+from dude_cli.config_file import dump_config, load_config
+from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
+from dude_cli.errors import AdapterError, UsageError
+from dude_cli.metrics import METRICS_FILE
+from dude_cli.model import check_vocabulary, hub_commit, load_model, load_tokenizer
+from dude_cli.packing import check_packing
+from dude_cli.runtime import environment
+from dude_cli.schedule import total_steps, warmup_steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INITIAL, RESULT, BEST = "initial", "adapter", "best"
+# Rows times longest row that `per_device_batch_size: auto` starts with.
+AUTO_BATCH_TOKENS = 16_384
+# Settings that may change between two parts of one run: they do not touch what is learned.
+FREE_SETTINGS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "per_device_batch_size"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One adapted layer; `energy_captured` is the share of ||W0||_F^2 in the initial factors, None if random."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    energy_captured: float | None
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the run will do. Batch sizes in rows, over all ranks where they are called global."""
+
+    total_steps: int
+    warmup_steps: int
+    steps_per_epoch: int
+    global_batch_size: int
+    per_device_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A patched model and its data, ready for step 1; `reused` says that the decomposition was done before."""
+
+    config: Config
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    model_revision: str | None
+    data: PreparedData
+    layers: list[LayerReport]
+    plan: Plan
+    trainable_parameters: int
+    all_parameters: int
+    reused: bool
+
+    def report(self) -> dict[str, object]:
+        """The same for machines: what `dude init --json` prints."""
+        reports: dict[str, DataReport | None] = {
+            "train": self.data.train_report,
+            "validation": self.data.validation_report,
+        }
+        return {
+            "run_dir": self.config.output_dir,
+            "method": self.config.adapter.method,
+            "layers": [asdict(layer) for layer in self.layers],
+            "trainable_parameters": self.trainable_parameters,
+            "all_parameters": self.all_parameters,
+            "data": {name: asdict(report) for name, report in reports.items() if report is not None},
+            "plan": asdict(self.plan),
+            "reused": self.reused,
+        }
+
+
+def prepare(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Prepared:
+    """Check everything, load, decompose or reuse `initial/`, and verify that the patched model is the base.
+
+    The main rank decomposes and writes; the others read what it wrote, so all have the same bytes.
+    Raises DudeError of the kind that fits, before anything is written where that can be known.
+    """
+    tokenizer = load_tokenizer(config.model)
+    say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
+    data = prepare_data(config.data, tokenizer, config.seed)
+    say(f"loading {config.model.name_or_path} in {config.model.dtype}")
+    model = load_model(config.model)
+    check_vocabulary(model, tokenizer)
+    model.to(accelerator.device)
+    if config.data.packing:
+        check_packing(model, flatten=packs_flat(config))
+    model_revision = hub_commit(config.model)
+    plan = make_plan(config, data, accelerator.num_processes)
+    reused = _initial_adapter(config, model, accelerator, say)
+    if accelerator.is_main_process:
+        check_step_zero(model, data, config.output_dir)
+        record = environment(str(accelerator.device), accelerator.num_processes, model_revision)
+        files.write_text(config.run_dir / "config.yaml", dump_config(config))
+        files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
+    layers = layer_reports(model)
+    return Prepared(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        model_revision=model_revision,
+        data=data,
+        layers=layers,
+        plan=plan,
+        trainable_parameters=sum(layer.trainable_parameters for layer in layers),
+        all_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        reused=reused,
+    )
+
+
+def check_run_folder(config: Config, *, overwrite: bool) -> bool:
+    """Return whether the run is finished already. Raises UsageError if the folder holds steps of another config.
+
+    `overwrite` deletes what an earlier training left; the initial adapter stays, and is reused if it fits.
+    """
+    folder = config.run_dir
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file", where="output_dir", fix="name a folder")
+    if overwrite:
+        for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+    is_finished = (folder / RESULT).is_dir()
+    if is_finished or checkpoints(folder):
+        changed = _changed_settings(load_config(folder / "config.yaml"), config)
+        if changed:
+            raise UsageError(
+                f"{folder} holds a run of another config; different are: {', '.join(changed)}",
+                where=f"output_dir: {folder}",
+                fix="choose another output_dir, or start anew with --overwrite",
+            )
+    return is_finished
+
+
+def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
+    """The number of steps, and how a global batch is split over ranks and micro-batches."""
+    train = config.train
+    per_epoch = steps_per_epoch(len(data.train), train.global_batch_size)
+    steps = total_steps(train, per_epoch)
+    rows_per_rank = -(-train.global_batch_size // world_size)
+    if train.per_device_batch_size == "auto":
+        fitting = AUTO_BATCH_TOKENS // int(data.train.lengths.max())
+        per_device = max(1, min(rows_per_rank, fitting))
+    else:
+        per_device = min(train.per_device_batch_size, rows_per_rank)
+    return Plan(
+        total_steps=steps,
+        warmup_steps=warmup_steps(train, steps),
+        steps_per_epoch=per_epoch,
+        global_batch_size=train.global_batch_size,
+        per_device_batch_size=per_device,
+        gradient_accumulation_steps=-(-rows_per_rank // per_device),
+        world_size=world_size,
+    )
+
+
+def check_step_zero(model: PreTrainedModel, data: PreparedData, where: str) -> None:
+    """Raise AdapterError unless the patched model's logits on a training row are the base's, bit for bit."""
+    import torch
+
+    from dude_cli.adapter import disable_adapters
+
+    ids = torch.tensor([data.train[0].input_ids], device=next(model.parameters()).device)
+    with torch.no_grad():
+        patched = model(input_ids=ids, use_cache=False).logits
+        with disable_adapters(model):
+            base = model(input_ids=ids, use_cache=False).logits
+    if not torch.equal(patched, base):
+        difference = float((patched.float() - base.float()).abs().max())
+        raise AdapterError(
+            f"the patched model is not the base model at step 0: logits differ by up to {difference:.3g}",
+            where=where,
+            fix="if the base gives infinite or NaN values in this dtype, try model.dtype: float32; else report this",
+        )
+
+
+def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
+    from dude_cli.adapter import adapter_layers
+
+    return [
+        LayerReport(
+            name=name,
+            out_features=layer.lora_B.shape[0],
+            in_features=layer.lora_A.shape[1],
+            rank=layer.rank,
+            energy_captured=layer.energy_captured(),
+            trainable_parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
+        )
+        for name, layer in adapter_layers(model).items()
+    ]
+
+
+def packs_flat(config: Config) -> bool:
+    """Flash attention finds the borders of packed rows only in a batch of one sequence."""
+    return config.data.packing and "flash" in config.model.attn_implementation
+
+
+def _initial_adapter(
+    config: Config, model: PreTrainedModel, accelerator: Accelerator, say: Callable[[str], None]
+) -> bool:
+    """Patch `model` with the adapter of `initial/`, made first if it is not there or not of this config."""
+    from dude_cli.adapter import load_adapter, patch_model, save_adapter
+
+    folder, key = config.run_dir / INITIAL, _decomposition_key(config)
+    if accelerator.is_main_process:
+        if _read_key(folder) == key:
+            try:
+                load_adapter(model, folder / RESULT)
+                say(f"reusing the decomposition of {folder}")
+                return True
+            except AdapterError as error:
+                say(f"{folder} does not fit and is made anew: {error.what}")
+        patch_model(model, config.adapter, seed=config.seed, on_layer=_tell_layers(config, say))
+        with files.new_folder(folder) as partial:
+            save_adapter(model, partial / RESULT)
+            files.write_text(partial / "key", key)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        load_adapter(model, folder / RESULT)
+    return False
+
+
+def _decomposition_key(config: Config) -> str:
+    """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
+    parts = [config.model.model_dump(mode="json"), config.adapter.model_dump(mode="json"), config.seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read_key(folder: Path) -> str | None:
+    try:
+        return (folder / "key").read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _tell_layers(config: Config, say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    what = "decomposing" if config.adapter.has_svd_init else "patching"
+
+    def tell(name: str, number: int, count: int) -> None:
+        if number == 1 or number % 32 == 0:
+            say(f"{what} layer {number}/{count}: {name}")
+
+    return tell
+
+
+def _changed_settings(before: Config, now: Config) -> list[str]:
+    """The dotted keys that differ and matter to what is learned."""
+    changed = []
+    for section in ("model", "adapter", "data", "train"):
+        old, new = (getattr(config, section).model_dump(mode="json") for config in (before, now))
+        changed += [f"{section}.{key}" for key in new if old[key] != new[key] and key not in FREE_SETTINGS]
+    return changed + (["seed"] if before.seed != now.seed else [])

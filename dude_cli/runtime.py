@@ -1,0 +1,147 @@
+"""What one process knows of its surroundings: seeds, signals, versions, devices."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RECORDED_PACKAGES = ("dude-cli", "torch", "transformers", "datasets", "accelerate", "lm-eval", "safetensors")
+
+
+def seed_everything(*parts: object) -> None:
+    """Seed Python, NumPy and torch on every device as a pure function of `parts`, such as (seed, step, rank)."""
+    import random
+
+    import numpy as np
+    import torch
+
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    random.seed(digest)
+    np.random.seed(int.from_bytes(digest[:4], "big"))
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def interrupting_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 interrupt as SIGINT does: what is half-written is cleaned up on the way out."""
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class StopSignal:
+    """Remembers that a signal asked the process to stop; truthy from then on."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.name is not None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignal]:
+    """Within, the first SIGINT, SIGTERM or SIGUSR1 is only remembered; a second SIGINT interrupts at once."""
+    stop = StopSignal()
+
+    def remember(number: int, _frame: Any) -> None:
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.name = signal.Signals(number).name
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, remember) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_accelerator() -> Accelerator:
+    """accelerate's view of the ranks and devices, with the libraries' own chatter off.
+
+    Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer casts.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    quiet_libraries()
+    # Ranks may run different numbers of micro-batches, so buffers must not be exchanged in each forward.
+    return Accelerator(mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+
+
+def best_device() -> str:
+    """The device of a process that works alone: the GPU if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and notes of transformers and datasets: they are not ours to explain."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def environment(device: str, world_size: int, model_revision: str | None) -> dict[str, Any]:
+    """What a number depends on beside the config: versions, git commit, devices, threads, world size."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+        "git_commit": _git_commit(),
+        "device": device,
+        "gpus": gpus,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "model_revision": model_revision,
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with `+changes` if the tree differs from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
