@@ -124,6 +124,15 @@ def unknown_key(loc: Loc) -> str:
     return f"unknown key `{key}` {place}; {_advice(key, section)}"
 
 
+def meant_by(loc: Loc) -> list[Path]:
+    """Return the keys that the unknown key at `loc` was probably meant to be, where that is not in doubt."""
+    *section, key = path_of(loc)
+    if key in FOREIGN:
+        return [tuple(FOREIGN[key][1].split("."))]
+    siblings = list(getattr(section_at(tuple(section)), "model_fields", {}))
+    return [(*section, name) for name in closest(key, siblings, _TYPO)]
+
+
 def closest(word: str, candidates: list[str], cutoff: float) -> list[str]:
     """Return the candidates that are most like `word`: one, or several that are equally like it."""
     found = [(_likeness(word, candidate), candidate) for candidate in nearest(word, candidates)]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from dude_cli.config import Config
-from dude_cli.config_hints import closest, or_list, unknown_key
+from dude_cli.config_hints import closest, meant_by, or_list, unknown_key
 from dude_cli.config_schema import (
     Path,
     choices,
@@ -32,7 +32,8 @@ def validate(document: Document) -> Config | None:
     """Return the config of a parsed file, or None after adding what is wrong with it to the document's problems.
 
     Rules about several values cannot run while one value is wrong. So each faulty value is reported and then left out,
-    and the rest is validated again; a rule about a value that was left out is not reported.
+    and the rest is validated again. A rule about a value that was left out, or that an unknown key was meant to be, is
+    not reported.
     """
     if document.value is None:
         return None
@@ -45,6 +46,8 @@ def validate(document: Document) -> Config | None:
             config = Config.model_validate(values)
         except ValidationError as error:
             errors = list(_errors(error))
+            unknown = [loc for loc, details in errors if details["type"] == "extra_forbidden"]
+            faulty.update(path for loc in unknown for path in meant_by(loc))
             for loc, details in errors:
                 document.problems += _problems(document, loc, details, faulty)
             for loc, details in errors:
@@ -78,12 +81,12 @@ def _problems(document: Document, loc: Loc, details: ErrorDetails, faulty: set[P
                 yield Problem(max(given, default=_value_place(document, loc)), message)
     elif kind == "extra_forbidden":
         yield Problem(document.keys.get(loc) or _value_place(document, loc), unknown_key(loc))
-    elif kind == "missing":
+    elif kind == "missing" and path_of(loc) not in faulty:
         yield Problem(_value_place(document, loc[:-1]), _missing(loc))
     elif kind == "value_error":
         message = details["msg"].removeprefix("Value error, ")
         yield Problem(_value_place(document, loc), f"`{_dotted(loc)}`: {message}")
-    else:
+    elif kind != "missing":
         yield Problem(_value_place(document, loc), _wrong_value(loc, value))
 
 

@@ -211,6 +211,15 @@ def test_required_keys_come_with_an_example(load: Load) -> None:
     ]
 
 
+def test_a_misspelt_key_is_not_reported_as_missing_too(load: Load) -> None:
+    found = problems(load, "modle: {name_or_path: m}\ndata:\n  dataset: d\n  prompt: a\n  completoin: b\n")
+    assert [line.split("; ")[0] for line in found] == [
+        "x.yaml:1:1: unknown key `modle` at the top level",
+        "x.yaml:3:3: unknown key `dataset` in `data`",
+        "x.yaml:5:3: unknown key `completoin` in `data`",
+    ]
+
+
 # --- all of them at once ----------------------------------------------------------------------------------------
 
 
