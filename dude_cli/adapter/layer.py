@@ -73,6 +73,7 @@ class AdapterLayer(nn.Module):
             self.base_squared_norms = squared_row_norms(base_layer)
             start = self.base_squared_norms.sqrt() if factors.magnitude is None else factors.magnitude
             self.magnitude = nn.Parameter(start.clone())
+        self.train(base_layer.training)  # a model in evaluation mode stays in it, dropout too
 
     def forward(self, x: Tensor) -> Tensor:
         z: Tensor = self.base_layer(x)
