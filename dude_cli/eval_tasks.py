@@ -56,9 +56,12 @@ def load_tasks(
         loaded = []
         for task in requested:
             log(f"loading {task.name}")
-            found = _load(index, task, official.get(task.name), data_dir)
+            file = index.task_index[task.name].yaml_path
+            is_users = file is not None and not file.is_relative_to(folder)
+            benchmark = None if is_users else official.get(task.name)
+            found = _load(index, task, benchmark, data_dir)
             for name, leaf in found.tasks.items():
-                _prepare(name, leaf, task, task.name in official, log)
+                _prepare(name, leaf, task, benchmark is not None, log)
                 _name_official_source(leaf, Path(folder))
             loaded.append(found)
     _check_overlap(loaded)

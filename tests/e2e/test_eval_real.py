@@ -277,13 +277,23 @@ try:
     sys.stdout.write(results_json(evaluate(model, tokenizer, with_data)))
 except UsageError as error:
     sys.exit(str(error))
+
+# A data dir means no network, for a task whose data are not in it too.
+folder = Path(sys.argv[3])
+folder.mkdir()
+(folder / "elsewhere.yaml").write_text("{task: elsewhere, dataset_path: openai/gsm8k, dataset_name: main}")
+elsewhere = EvalRequest((EvalTask(name="elsewhere"),), data_dir=data, include_paths=(folder,))
+try:
+    evaluate(model, tokenizer, elsewhere)
+except UsageError as error:
+    print("ELSEWHERE", error, file=sys.stderr)
 """
 
 
 def run_offline(test_data: Path, cache: Path, how: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     return subprocess.run(
-        [sys.executable, "-c", OFFLINE_SCRIPT, str(test_data), how],
+        [sys.executable, "-c", OFFLINE_SCRIPT, str(test_data), how, str(cache / "tasks")],
         env={**kept, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
@@ -302,6 +312,7 @@ def test_no_connection_is_tried_and_stdout_is_one_document(
     assert done.returncode == 0, done.stderr
     assert "CONNECTED" not in done.stderr
     assert "LOOKED UP" not in done.stderr
+    assert "ELSEWHERE the data of the task `elsewhere` are not on this machine" in done.stderr
     document = json.loads(done.stdout)
     assert set(document["results"]) == {"gsm8k", "mmlu_anatomy"}
     assert "building contexts" not in done.stderr.lower()

@@ -161,10 +161,9 @@ def write_user_task(folder: Path, data_dir: Path, name: str = "mine") -> None:
 
 def test_a_users_task_replaces_an_official_one_of_its_name(data_dir: Path, tmp_path: Path) -> None:
     write_user_task(tmp_path / "mine", data_dir, name="gsm8k")
-    (found,) = load(
-        EvalTask(name="gsm8k", num_fewshot=0), data_dir=data_dir, include_paths=(tmp_path / "mine",)
-    )
-    assert prompts(found.tasks["gsm8k"])[0] == "Q: test: 0 + 1? A:"
+    (found,) = load(EvalTask(name="gsm8k"), data_dir=data_dir, include_paths=(tmp_path / "mine",))
+    assert found.tasks["gsm8k"].get_config("num_fewshot") == 2
+    assert prompts(found.tasks["gsm8k"])[0].endswith("Q: test: 0 + 1? A:")
 
 
 def test_the_same_task_twice_is_refused(data_dir: Path) -> None:
