@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_batch, tiny_model, train_a_little
+
+from dude_cli.adapter import (
+    AdapterConfig,
+    AdapterLayer,
+    adapter_layers,
+    find_targets,
+    merge_adapter,
+    patch_model,
+    trainable_parameters,
+    unpatch_model,
+)
+from dude_cli.errors import AdapterError, UsageError
+
+
+def targets(kind: str, **settings) -> list[str]:
+    return list(find_targets(tiny_model(kind), AdapterConfig(rank=2, **settings)))
+
+
+def test_all_linear_takes_every_linear_layer_but_the_head():
+    names = targets("llama")
+    assert len(names) == 2 * 7
+    assert not any("lm_head" in name for name in names)
+    assert len(targets("gpt2")) == 2 * 4
+
+
+def test_an_untied_head_is_a_target_when_it_is_not_excluded():
+    assert "lm_head" in targets("llama", exclude_modules=[])
+
+
+def test_a_tied_head_is_left_alone_and_refused_by_name():
+    assert "lm_head" not in targets("gemma", exclude_modules=[])
+    with pytest.raises(UsageError, match="shares its weight with the input embedding"):
+        targets("gemma", target_modules=["lm_head"], exclude_modules=[])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("q_proj", 2), ("mlp.up_proj", 2), ("model.layers.1.mlp.up_proj", 1), (r".*layers\.0\..*proj", 7), ("q|k_proj", 0)],
+)
+def test_names_suffixes_and_regular_expressions(pattern, count):
+    if count:
+        assert len(targets("llama", target_modules=pattern)) == count
+    else:
+        with pytest.raises(UsageError, match="matches no linear layer"):
+            targets("llama", target_modules=pattern)
+
+
+def test_every_pattern_must_match_and_the_error_names_the_nearest():
+    with pytest.raises(UsageError, match=r"`qproj` matches no linear layer") as error:
+        targets("llama", target_modules=["k_proj", "qproj"])
+    assert "q_proj" in (error.value.fix or "")
+
+
+def test_a_bad_regular_expression_is_explained():
+    with pytest.raises(UsageError, match="neither a module's name nor a regular expression"):
+        targets("llama", target_modules="(q_proj")
+
+
+def test_a_layer_that_is_target_and_excluded_is_an_error():
+    with pytest.raises(UsageError, match="excluded too"):
+        targets("llama", target_modules=["q_proj"], exclude_modules=["q_proj"])
+
+
+def test_a_rank_above_the_smaller_side_names_the_layer_and_the_largest_rank():
+    with pytest.raises(UsageError, match=r"rank 17 .* model\.layers\.0\.self_attn\.k_proj") as error:
+        patch_model(tiny_model("llama"), AdapterConfig(rank=17))
+    assert "at most 16" in (error.value.fix or "")
+
+
+def test_only_the_adapters_are_trainable_and_in_float32():
+    model = patch_model(tiny_model("qwen2", torch.bfloat16), AdapterConfig(method="dude", rank=4))
+    trainable = trainable_parameters(model)
+    assert len(trainable) == 3 * len(adapter_layers(model))
+    assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", "magnitude"}
+    assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
+
+
+def test_patching_twice_is_refused_and_unpatching_gives_the_model_back():
+    model = tiny_model("llama")
+    before = dict(model.named_modules())
+    patch_model(model, AdapterConfig(rank=2))
+    with pytest.raises(AdapterError, match="has adapters already"):
+        patch_model(model, AdapterConfig(rank=2))
+    unpatch_model(model)
+    assert dict(model.named_modules()) == before
+
+
+def test_starts_depend_on_the_seed_and_the_name_alone():
+    def A(seed: int, **settings) -> torch.Tensor:
+        model = patch_model(tiny_model("llama"), AdapterConfig(method="lora", rank=2, **settings), seed=seed)
+        return adapter_layers(model)["model.layers.1.mlp.up_proj"].lora_A
+
+    assert torch.equal(A(1), A(1, target_modules=["up_proj"]))
+    assert not torch.equal(A(1), A(2))
+
+
+@pytest.mark.parametrize("method", ["dude", "dora", "pissa", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merging_gives_the_patched_models_logits(kind, method):
+    model, ids = patch_model(tiny_model(kind), AdapterConfig(method=method, rank=4)), tiny_batch()
+    train_a_little(model)
+    patched = model(input_ids=ids).logits
+    merge_adapter(model)
+    merged = model(input_ids=ids).logits
+    assert not any(isinstance(module, AdapterLayer) for module in model.modules())
+    assert float((merged - patched).abs().max() / patched.abs().max()) <= 1e-5
