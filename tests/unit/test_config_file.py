@@ -285,6 +285,12 @@ def test_overrides_win_and_follow_the_same_rules(load: Load) -> None:
     assert (config.data.completion, config.output_dir) == ("{a}", "no")
 
 
+def test_a_wrong_value_inside_an_override_is_not_blamed_on_the_file(load: Load) -> None:
+    override = "adapter.svd={algorithm: exat}"
+    found = problems(load, MINIMAL + "adapter: {svd: {algorithm: exact}}", override)
+    assert found[0].startswith(f'override "{override}": `adapter.svd.algorithm` is "exat"')
+
+
 def test_overrides_can_give_all_that_is_required(load: Load) -> None:
     assert load("seed: 1", "model.name_or_path=m", "data.train.0.path=d").data.train[0].path == "d"
 
