@@ -69,6 +69,12 @@ def test_bos_in_the_text_itself_is_not_doubled(bos_tokenizer):
     assert row.ids.count(bos_tokenizer.bos_token_id) == 1
 
 
+def test_eos_text_at_the_end_of_a_completion_is_the_rows_own_eos(tokenizer):
+    row = encode(tokenizer, "The cat", " sat")
+    for end in ("</s>", "</s></s>"):
+        assert encode(tokenizer, "The cat", " sat" + end) == row
+
+
 def test_a_token_that_straddles_the_border_is_learned_whole(plain_tokenizer):
     """ "The cat" + " sat" cut inside a token: the answer's part of it must not be masked away."""
     whole = plain_tokenizer(" sat")["input_ids"]
