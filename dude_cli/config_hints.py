@@ -115,8 +115,8 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
 def unknown_key(loc: Loc) -> str:
     """Return the message for the unknown key at `loc`: where it stands, and what was probably meant.
 
-    In this order: a misspelt key of the same section; another tool's name; a key of another section, spelt right or
-    nearly so; the keys that the section has.
+    In this order: another tool's name; a key of another section; a misspelt key of the same section, then of another
+    one; the keys that the section has.
     """
     path = path_of(loc)
     key, section = path[-1], path[:-1]
@@ -146,9 +146,6 @@ def or_list(names: list[str]) -> str:
 
 def _advice(key: str, section: Path) -> str:
     siblings = list(getattr(section_at(section), "model_fields", {}))
-    typo = closest(key, siblings, _TYPO)
-    if typo and key not in FOREIGN:
-        return f"did you mean {or_list(typo)}?"
     if key in FOREIGN:
         owner, ours, note = FOREIGN[key]
         return f"it is {owner} name; here: `{ours}`{note}" if ours else f"it is {owner} name; {note}"

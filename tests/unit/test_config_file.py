@@ -354,6 +354,13 @@ def test_the_dump_is_fully_resolved(load: Load, tmp_path: Path) -> None:
     assert load(text) == config
 
 
+@pytest.mark.parametrize("text", ["a\x85", "\u2028", " a\n\n b ", "\x07", "\ufeff", "1:30", "0o7", "=", "naïve 😀"])
+def test_the_dump_keeps_unusual_text(load: Load, text: str) -> None:
+    config = load(MINIMAL)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"completion": text})})
+    assert load(dump_config(config)) == config
+
+
 def test_reading_a_config_imports_nothing_heavy() -> None:
     code = (
         "import sys; from pathlib import Path; from dude_cli.config_file import load_config; "
