@@ -176,10 +176,6 @@ def test_prompts_that_are_cut_are_counted(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path
 ) -> None:
     biology = EvalTask(name="mmlu_high_school_biology", num_fewshot=1, limit=12)
-    messages: list[str] = []
-    results = evaluate(
-        model, tokenizer, EvalRequest((biology, GSM8K), data_dir=test_data), log=messages.append
-    )
 
     def rows(file: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (test_data / file).read_text(encoding="utf-8").splitlines()]
@@ -198,15 +194,23 @@ def test_prompts_that_are_cut_are_counted(
     lengths = [
         length(start + question(row) + " A") for row in rows("mmlu/test/high_school_biology.jsonl")[: biology.limit]
     ]
-    cut = sum(n > 512 + 1 for n in lengths)
-    assert 0 < cut < 12
-    assert results["prompts_cut"][biology.name] == cut
+    context = sorted(lengths)[6] - 1  # one prompt just fits
+    cut = sum(n > context + 1 for n in lengths)
+    assert 0 < cut < 6
 
     shot = rows("gsm8k/train.jsonl")[0]
     start = f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n"
     texts = [f"{start}Question: {row['question']}\nAnswer:" for row in rows("gsm8k/test.jsonl")[: GSM8K.limit]]
-    assert results["prompts_cut"]["gsm8k"] == sum(length(text) > 512 - 256 for text in texts) > 0
-    assert f"{biology.name}: {cut} prompts lost their start to fit the context of 512 tokens" in messages
+    room = context - min(256, context // 2)
+
+    model.config.max_position_embeddings = context
+    messages: list[str] = []
+    request = EvalRequest((biology, GSM8K), data_dir=test_data)
+    results = evaluate(model, tokenizer, request, log=messages.append)
+
+    assert results["prompts_cut"][biology.name] == cut
+    assert results["prompts_cut"]["gsm8k"] == sum(length(text) > room for text in texts) > 0
+    assert f"{biology.name}: {cut} prompts lost their start to fit the context of {context} tokens" in messages
 
 
 @pytest.mark.parametrize(("context", "used"), [(512, 256), (300, 150)])
@@ -221,11 +225,14 @@ def test_answers_are_shortened_only_where_the_context_cannot_hold_them(
     assert max(lengths) <= used + 2  # a text may be cut into a token or two more than it was generated in
 
 
-def test_the_result_says_how_examples_are_chosen(
+def test_the_batch_size_is_used_and_the_result_says_what_was_done(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path
 ) -> None:
+    batches: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     request = EvalRequest((GSM8K, ANATOMY), data_dir=test_data, batch_size=3)
     results = evaluate(model, tokenizer, request, adapter_sha256="abc")
+    assert max(batches) == 3
     assert results["fewshot_sampler"]["gsm8k"].startswith("first_n (set by dude")
     assert results["fewshot_sampler"]["mmlu_anatomy"] == "first_n"
     assert results["adapter_sha256"] == "abc"
