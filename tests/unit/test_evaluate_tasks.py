@@ -213,3 +213,12 @@ def test_offline_puts_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["HF_DATASETS_OFFLINE"] == "0"
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
     assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_task_and_a_group_that_has_it_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    write_user_task(tmp_path / "mine", data_dir)
+    (tmp_path / "mine" / "group.yaml").write_text("{group: pair, task: [mine]}")
+    with pytest.raises(UsageError, match="`mine` is part of both `pair` and `mine`"):
+        load(
+            EvalTask(name="pair"), EvalTask(name="mine"), data_dir=data_dir, include_paths=(tmp_path / "mine",)
+        )
