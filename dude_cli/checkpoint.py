@@ -47,14 +47,12 @@ def save_checkpoint(
     run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState, keep: int
 ) -> Path:
     """Write checkpoints/step-N, verify it, and only then delete all but the newest `keep`."""
-    from safetensors.torch import save_file
-
     from dude_cli.adapter import save_adapter
 
     folder = run_dir / CHECKPOINTS / f"step-{state.step:06d}"
     with files.new_folder(folder) as partial:
         save_adapter(model, partial / "adapter")
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+        files.save_tensors(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         files.write_text(partial / "state.json", json.dumps(asdict(state), indent=2) + "\n")
         files.write_text(partial / MANIFEST, json.dumps(_checksums(partial), indent=2) + "\n")
     if not is_valid(folder):
@@ -110,7 +108,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}|{key}": value.detach().contiguous().cpu()
         for parameter, entries in optimizer.state.items()

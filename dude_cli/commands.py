@@ -38,12 +38,13 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
 
     config = _load(config_path, overrides, smoke=smoke)
     accelerator = make_accelerator()
+    output = output.on_rank(accelerator.is_main_process)
     if check_run_folder(config, overwrite=overwrite and accelerator.is_main_process):
         output.say(f"{config.output_dir} holds this run, finished; --overwrite starts anew")
         summary = run_summary(config.run_dir)
     else:
         prepared = prepare(config, accelerator, output.say)
-        if not prepared.reused and accelerator.is_main_process:
+        if not prepared.reused:
             output.progress.print(init_report(prepared))
         with stop_signals() as stop:
             summary = run_training(prepared, accelerator, output.progress, stop)

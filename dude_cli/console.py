@@ -25,6 +25,10 @@ class Output:
         """For progress: standard error, or nowhere when quiet."""
         return Console(stderr=True, quiet=True) if self.is_quiet else self.err
 
+    def on_rank(self, is_main_process: bool) -> Output:
+        """The same, or a silent one: of several ranks only the main one talks."""
+        return self if is_main_process else Output(is_quiet=True)
+
     def say(self, text: str) -> None:
         self.progress.print(text, highlight=False, markup=False)
 

@@ -83,18 +83,22 @@ def make_accelerator() -> Accelerator:
 
     Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer casts.
     """
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     quiet_libraries()
     # Ranks may run different numbers of micro-batches, so buffers must not be exchanged in each forward.
-    return Accelerator(mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
+    return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
 
 
 def best_device() -> str:
     """The device of a process that works alone: the GPU if there is one."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def quiet_libraries() -> None:

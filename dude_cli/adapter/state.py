@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,7 +63,7 @@ def save_adapter(
             tokenizer.save_pretrained(partial)
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
-        save_file(adapter_tensors(model), partial / TENSORS_FILE)
+        files.save_tensors(adapter_tensors(model), partial / TENSORS_FILE)
         config = next(iter(layers.values())).config
         saved = {
             "format_version": FORMAT_VERSION,

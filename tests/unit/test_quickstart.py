@@ -1,4 +1,4 @@
-"""The embedded quickstart: its data cannot be guessed or looked up; its model, tokenizer and tasks are whole."""
+"""The embedded quickstart: its data cannot be guessed or looked up; model, tokenizer and tasks are whole."""
 
 import itertools
 import json

@@ -1,0 +1,185 @@
+"""The command line as a user meets it: help, exit codes, errors of four parts, clean output."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import dude, environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_lists_the_verbs_without_importing_torch():
+    """Imports are what costs time: torch alone takes seconds."""
+    code = (
+        "import sys\nsys.argv = ['dude', '--help']\nfrom dude_cli.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'lm_eval', 'numpy', 'pydantic', 'yaml'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert "HEAVY []" in done.stdout
+    for verb in ("init", "train", "eval", "ls", "cp"):
+        assert f" {verb} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["init", "train", "eval", "ls", "cp"])
+def test_every_verb_has_help_and_the_common_options(verb):
+    done = dude(verb, "--help")
+    assert done.returncode == 0
+    for option in ("--json", "--quiet", "--debug"):
+        assert option in done.stdout
+
+
+def test_a_config_error_needs_no_torch():
+    code = (
+        "import sys\nsys.argv = ['dude', 'train', 'nowhere.yaml']\nfrom dude_cli.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    print('EXIT', stop.code)\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
+    assert "EXIT 2" in done.stdout
+    assert "HEAVY []" in done.stdout
+
+
+def test_all_config_problems_come_at_once_with_their_lines(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "model: {name_or_path: x}\nadapter:\n  lora_r: 8\n  method: doda\ndata: {train: [{path: y}]}\n"
+        "train:\n  learnin_rate: 1e-4\n  warmup_ratio: 3\n"
+    )
+    done = dude("train", "c.yaml", "train.max_steps=x", cwd=tmp_path)
+    assert done.returncode == 2
+    for part in ("c.yaml:3:3", "adapter.rank", "c.yaml:4:", "dude", "c.yaml:7:3", "learning_rate", "c.yaml:8:", "max_steps"):
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def config(tmp_path: Path, model: str, data: str, **lines: str) -> Path:
+    extra = "".join(f"{key}: {value}\n" for key, value in lines.items())
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"model: {{name_or_path: '{model}', dtype: float32}}\ndata: {{train: [{{path: '{data}'}}]}}\n"
+        f"train: {{max_steps: 1, global_batch_size: 2}}\noutput_dir: run\n{extra}"
+    )
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "one and", "completion": " two"}\n' * 4)
+    return path
+
+
+def refused(tmp_path: Path, done: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    """An error with the documented code, all parts, no traceback, and nothing left behind."""
+    assert done.returncode == code, done.stderr
+    for part in (*parts, "where:", "fix:"):
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_model(tmp_path, rows):
+    (tmp_path / "empty").mkdir()
+    done = dude("train", config(tmp_path, str(tmp_path / "empty"), str(rows)), cwd=tmp_path)
+    refused(tmp_path, done, 2, "no config.json")
+
+
+def test_a_hub_model_while_offline(tmp_path, rows):
+    done = dude("train", config(tmp_path, "meta-llama/Llama-2-7b-hf", str(rows)), cwd=tmp_path)
+    refused(tmp_path, done, 2, "meta-llama/Llama-2-7b-hf", "hf download")
+
+
+def test_a_missing_data_file(tmp_path):
+    done = dude("train", config(tmp_path, "embedded:quickstart", "nowhere.jsonl"), cwd=tmp_path)
+    refused(tmp_path, done, 2, "nowhere.jsonl")
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    done = dude("train", config(tmp_path, "embedded:quickstart", "rows.jsonl"), cwd=tmp_path)
+    refused(tmp_path, done, 2, "prompt", "question", "answer")
+
+
+def test_empty_data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    done = dude("train", config(tmp_path, "embedded:quickstart", "rows.jsonl"), cwd=tmp_path)
+    refused(tmp_path, done, 2, "rows.jsonl")
+
+
+def test_a_rank_too_large(tmp_path, rows):
+    path = config(tmp_path, "embedded:quickstart", str(rows), adapter="{rank: 100000}")
+    refused(tmp_path, dude("train", path, cwd=tmp_path), 2, "rank 100000", "at most")
+
+
+def test_a_target_that_is_no_layer(tmp_path, rows):
+    path = config(tmp_path, "embedded:quickstart", str(rows), adapter="{target_modules: [qproj]}")
+    refused(tmp_path, dude("init", path, cwd=tmp_path), 2, "qproj", "q_proj")
+
+
+def test_an_unknown_task_suggests_the_nearest():
+    done = dude("eval", "embedded:quickstart", "--task", "gsm8")
+    assert done.returncode == 2
+    assert "gsm8k" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_eval_without_a_run_says_what_to_do(tmp_path):
+    done = dude("eval", "--task", "gsm8k", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "dude train" in done.stderr
+
+
+def test_an_adapter_for_another_base_model_is_refused(tmp_path, rows):
+    done = dude("train", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    saved = tmp_path / "run/adapter/adapter_config.json"
+    content = json.loads(saved.read_text())
+    content["base_model"]["fingerprint"] = "0" * 64
+    saved.write_text(json.dumps(content))
+    done = dude("eval", tmp_path / "run", "--task", "quickstart_choices", "--limit", "2", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "whose weights are not those of" in done.stderr
+
+
+def test_debug_shows_the_traceback():
+    done = dude("train", "nowhere.yaml", "--debug")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_a_usage_error_has_exit_code_2():
+    assert dude("trian").returncode == 2
+    assert dude("train").returncode == 2
+
+
+def test_ls_and_cp(tmp_path):
+    listed = json.loads(dude("ls", "--json").stdout)
+    names = [entry["name"] for entry in listed]
+    assert {"configs/quickstart.yaml", "configs/gsm8k.yaml", "configs/mmlu.yaml", "configs/commonsense.yaml"} <= set(names)
+    assert all(entry["description"] for entry in listed)
+    assert dude("cp", "configs/gsm8k.yaml", tmp_path).returncode == 0
+    assert (tmp_path / "gsm8k.yaml").read_text() == (ROOT / "configs/gsm8k.yaml").read_text()
+    again = dude("cp", "configs/gsm8k.yaml", tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "mmlu", "commonsense"])
+def test_shipped_configs_run_in_smoke_form_offline(name, tmp_path):
+    done = dude("train", f"configs/{name}.yaml", "--smoke", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3
+
+
+def test_quiet_prints_the_result_alone(tmp_path, rows):
+    done = dude("init", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", "--quiet", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plan"]["total_steps"] == 1
+    assert done.stderr == ""
