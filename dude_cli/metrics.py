@@ -63,7 +63,7 @@ class MetricsLog:
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)
 
     def log(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")

@@ -215,13 +215,16 @@ class _Run:
                         target_tokens=target_tokens,
                         collate=self.collate,
                         device=self.accelerator.device,
-                        backward=lambda loss: self.scaler.scale(loss).backward(),
+                        backward=self._backward,
                         world_size=self.accelerator.num_processes,
                     )
             except torch.OutOfMemoryError as error:
                 self._shrink_batch(error)
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def _shrink_batch(self, error: Exception) -> None:
         size = self.state.per_device_batch_size
@@ -268,7 +271,7 @@ class _Run:
         return self._sum_over_ranks(total) / int(rows.target_tokens.sum())
 
     def _sum_over_ranks(self, value: torch.Tensor) -> float:
-        return float(self.accelerator.reduce(value, reduction="sum"))  # type: ignore[arg-type]
+        return float(self.accelerator.reduce(value, reduction="sum"))
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dude_cli.batches import NOT_LEARNED, EncodedRow
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 Collate = Callable[[Sequence[EncodedRow]], "dict[str, Tensor]"]
@@ -22,7 +23,7 @@ def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     from torch.nn import functional as F
 
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    logits: Tensor = model(**inputs, use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOT_LEARNED, reduction="sum")
 
@@ -34,7 +35,7 @@ def accumulate_gradients(
     per_device_batch_size: int,
     target_tokens: int,
     collate: Collate,
-    device: object,
+    device: torch.device,
     backward: Callable[[Tensor], None],
     world_size: int = 1,
 ) -> Tensor:
@@ -47,7 +48,7 @@ def accumulate_gradients(
     """
     import torch
 
-    total = torch.zeros((), device=device)  # type: ignore[call-overload]
+    total = torch.zeros((), device=device)
     micro_batches = list(_micro_batches(rows, per_device_batch_size))
     for number, micro_batch in enumerate(micro_batches, start=1):
         batch = {key: value.to(device) for key, value in collate(micro_batch).items()}
