@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dude_cli.config import Config, EvalTask
-from dude_cli.config_file import load_config
+from dude_cli.config import Config, EvalTask, load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 
@@ -67,10 +66,9 @@ def evaluate(
     output: Output,
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, show the table, write the results."""
-    from dude_cli.evaluate import EvalRequest, results_table, write_results
-    from dude_cli.evaluate import evaluate as score
-    from dude_cli.eval_target import find_target
-    from dude_cli.target import eval_config, load_target, results_dir
+    from dude_cli.evaluation import EvalRequest, results_table, write_results
+    from dude_cli.evaluation import evaluate as score
+    from dude_cli.target import eval_config, find_target, load_target, results_dir
 
     target = find_target(target_name)
     output.say(f"evaluating {target}")

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 from dude_cli import files
 from dude_cli.checkpoint import CHECKPOINTS, checkpoints
-from dude_cli.config import Config
-from dude_cli.config_file import dump_config, load_config
+from dude_cli.config import Config, dump_config, load_config
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
+from dude_cli.data.packing import check_packing
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.metrics import METRICS_FILE
 from dude_cli.model import check_vocabulary, hub_commit, load_model, load_tokenizer
-from dude_cli.packing import check_packing
 from dude_cli.runtime import environment
 from dude_cli.schedule import total_steps, warmup_steps
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.config import Config, DataConfig, ModelConfig
-from dude_cli.config_file import resolved
+from dude_cli.config import Config, DataConfig, ModelConfig, resolved
 from dude_cli.template import parse_template
 
 if TYPE_CHECKING:

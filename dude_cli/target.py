@@ -1,19 +1,71 @@
-"""Load what `find_target` found: the base model, its adapter if there is one, the tokenizer, the run's settings."""
+"""What `dude eval` and its neighbours are pointed at, a run, an adapter or a plain model: find it, load it."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from dude_cli.config import DTYPES, DType, EvalConfig, ModelConfig
-from dude_cli.config_file import load_config
-from dude_cli.errors import UsageError
-from dude_cli.eval_target import Target
+from dude_cli.config import DTYPES, DType, EvalConfig, ModelConfig, load_config
+from dude_cli.errors import UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = Path("adapter_config.json")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run folder, an adapter folder, or a model: a folder, a hub name or `embedded:quickstart`.
+
+    `path` is the folder of a run, an adapter or a local model, else None; `name` is what the user wrote.
+    """
+
+    kind: Literal["run", "adapter", "model"]
+    name: str
+    path: Path | None = None
+
+    @property
+    def adapter_dir(self) -> Path | None:
+        """The folder of the trained adapter; None for a plain model."""
+        if self.kind == "run" and self.path is not None:
+            return self.path / "adapter"
+        return self.path if self.kind == "adapter" else None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
+    """Say what `target` is; with None, the newest finished run under `runs_dir`.
+
+    A run is finished once `adapter/adapter_config.json` exists in it; the newest is the one whose file is youngest.
+    Raises UsageError for a folder that is none of the three, an unfinished run, an adapter in PEFT's format, a path
+    that does not exist, and for None without a finished run.
+    """
+    if target is None:
+        return _newest_run(runs_dir)
+    if target.startswith("embedded:"):
+        return Target("model", target)
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        return _folder_target(target, folder)
+    if folder.exists():
+        raise UsageError(
+            f"`{target}` is a file; a run, an adapter or a model is a folder",
+            where=target,
+            fix="give the folder that it is in",
+        )
+    # `runs/gsm8k` reads like a hub name; a first part that is a folder here means that a path was meant.
+    is_path = folder.is_absolute() or target[0] in ".~" or (folder.parts[1:] and Path(folder.parts[0]).is_dir())
+    if is_path or not _HUB_NAME.fullmatch(target):
+        raise _no_such_path(target, folder, runs_dir)
+    return Target("model", target)
 
 
 @dataclass(frozen=True)
@@ -56,6 +108,70 @@ def eval_config(target: Target) -> EvalConfig:
 def results_dir(target: Target) -> Path | None:
     """Where the results of a run go by themselves; None for an adapter or a model."""
     return target.path / "eval" if target.kind == "run" and target.path is not None else None
+
+
+def _newest_run(runs_dir: Path) -> Target:
+    finished = {
+        config: config.stat().st_mtime_ns
+        for config in runs_dir.rglob(f"adapter/{ADAPTER_CONFIG}")
+        if (config.parent.parent / "config.yaml").is_file()
+    }
+    if not finished:
+        raise UsageError(
+            "there is no finished run to evaluate",
+            where=str(runs_dir),
+            fix="train one with `dude train CONFIG`, or name a run, an adapter or a model: `dude eval TARGET`",
+        )
+    # The path decides between equal times, so that the choice is the same on every machine.
+    newest = max(finished, key=lambda config: (finished[config], config.as_posix()))
+    run = newest.parent.parent
+    return Target("run", str(run), run)
+
+
+def _folder_target(name: str, folder: Path) -> Target:
+    if (folder / "config.yaml").is_file():
+        if (folder / "adapter" / ADAPTER_CONFIG).is_file():
+            return Target("run", name, folder)
+        raise UsageError(
+            f"the run `{name}` is not finished: it has no trained adapter yet",
+            where=str(folder / "adapter" / ADAPTER_CONFIG),
+            fix=f"finish it with `dude train {folder / 'config.yaml'}`",
+        )
+    if (folder / ADAPTER_CONFIG).is_file():
+        _refuse_foreign_adapter(name, folder / ADAPTER_CONFIG)
+        return Target("adapter", name, folder)
+    if (folder / "config.json").is_file():
+        return Target("model", name, folder)
+    raise UsageError(
+        f"`{name}` is neither a run, nor an adapter, nor a model",
+        where=str(folder),
+        fix="a run has config.yaml, an adapter has adapter_config.json, a model has config.json",
+    )
+
+
+def _refuse_foreign_adapter(name: str, file: Path) -> None:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the adapter `{name}` cannot be read: {error}", where=str(file), fix="copy the adapter again"
+        ) from error
+    if isinstance(config, dict) and "peft_type" in config:
+        raise UsageError(
+            f"`{name}` is an adapter in PEFT's format (peft_type {config['peft_type']}), which this is not for",
+            where=str(file),
+            fix="give an adapter that `dude train` wrote: the folder `adapter` of a run",
+        )
+
+
+def _no_such_path(target: str, folder: Path, runs_dir: Path) -> UsageError:
+    around = {str(path): path for parent in {folder.parent, runs_dir} if parent.is_dir() for path in parent.iterdir()}
+    close = nearest(str(folder), [name for name, path in around.items() if path.is_dir()])
+    return UsageError(
+        f"there is no folder `{target}`",
+        where=str(folder.absolute().parent),
+        fix=f"nearest: {', '.join(close)}" if close else "give a run, an adapter, a model folder or a hub name",
+    )
 
 
 def _model_config(target: Target) -> ModelConfig | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from dude_cli.batches import EncodedRow, EncodedRows
+    from dude_cli.data.batches import EncodedRow, EncodedRows
 
 
 def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: StopSignal) -> dict[str, Any]:

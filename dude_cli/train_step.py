@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from dude_cli.batches import NOT_LEARNED, EncodedRow
+from dude_cli.data.batches import NOT_LEARNED, EncodedRow
 
 if TYPE_CHECKING:
     import torch

@@ -42,4 +42,3 @@ seed: 3
 """.format(data=test_data / "gsm8k", **lines)
     )
     return path
-

@@ -40,7 +40,9 @@ def linear_layer(
 ) -> nn.Module:
     """A random linear layer, with a spread of row norms as trained layers have."""
     generator = torch.Generator().manual_seed(out_features * 1000 + in_features)
-    weight = torch.randn(out_features, in_features, generator=generator) * torch.logspace(-1, 0.5, out_features)[:, None]
+    weight = (
+        torch.randn(out_features, in_features, generator=generator) * torch.logspace(-1, 0.5, out_features)[:, None]
+    )
     layer: nn.Module
     if conv1d:
         layer = Conv1D(out_features, in_features)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from dude_cli.config_schema import example, is_section, sections, wanted
+from dude_cli.config.keys import example, is_section, sections, wanted
 
 INTRODUCTION = """# The config file
 

@@ -177,7 +177,8 @@ class AdapterLayer(nn.Module):
 
     def extra_repr(self) -> str:
         out_features, in_features = weight_shape(self.base_layer)
-        return f"method={self.config.method}, out={out_features}, in={in_features}, rank={self.rank}, scaling={self.scaling}"
+        sizes = f"out={out_features}, in={in_features}, rank={self.rank}"
+        return f"method={self.config.method}, {sizes}, scaling={self.scaling}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move with the model, but keep float32: `model.to(torch.bfloat16)` would round the learned magnitudes."""

@@ -53,7 +53,16 @@ def test_all_config_problems_come_at_once_with_their_lines(tmp_path):
     )
     done = dude("train", "c.yaml", "train.max_steps=x", cwd=tmp_path)
     assert done.returncode == 2
-    for part in ("c.yaml:3:3", "adapter.rank", "c.yaml:4:", "dude", "c.yaml:7:3", "learning_rate", "c.yaml:8:", "max_steps"):
+    for part in (
+        "c.yaml:3:3",
+        "adapter.rank",
+        "c.yaml:4:",
+        "dude",
+        "c.yaml:7:3",
+        "learning_rate",
+        "c.yaml:8:",
+        "max_steps",
+    ):
         assert part in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -162,7 +171,9 @@ def test_a_usage_error_has_exit_code_2():
 def test_ls_and_cp(tmp_path):
     listed = json.loads(dude("ls", "--json").stdout)
     names = [entry["name"] for entry in listed]
-    assert {"configs/quickstart.yaml", "configs/gsm8k.yaml", "configs/mmlu.yaml", "configs/commonsense.yaml"} <= set(names)
+    assert {"configs/quickstart.yaml", "configs/gsm8k.yaml", "configs/mmlu.yaml", "configs/commonsense.yaml"} <= set(
+        names
+    )
     assert all(entry["description"] for entry in listed)
     assert dude("cp", "configs/gsm8k.yaml", tmp_path).returncode == 0
     assert (tmp_path / "gsm8k.yaml").read_text() == (ROOT / "configs/gsm8k.yaml").read_text()
@@ -179,7 +190,9 @@ def test_shipped_configs_run_in_smoke_form_offline(name, tmp_path):
 
 
 def test_quiet_prints_the_result_alone(tmp_path, rows):
-    done = dude("init", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", "--quiet", "--json", cwd=tmp_path)
+    done = dude(
+        "init", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", "--quiet", "--json", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plan"]["total_steps"] == 1
     assert done.stderr == ""

@@ -26,9 +26,14 @@ def test_dude_ls_runs_from_an_installed_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    code = "import sys; sys.argv = ['dude', 'ls']; from dude_cli.cli import main; main()"
+    code = (
+        "import sys; sys.argv = ['dude', 'ls']; from dude_cli import cli; "
+        f"assert cli.__file__.startswith({str(site)!r}), cli.__file__; cli.main()"
+    )
     env = environment(PYTHONPATH=str(site))
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     for file in (ROOT / "configs").glob("*.yaml"):
         assert f"configs/{file.name}" in done.stdout

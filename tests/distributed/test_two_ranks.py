@@ -12,8 +12,6 @@ from gsm8k_config import gsm8k_config
 from dude_cli.metrics import read_metrics
 
 
-
-
 def two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dude_cli"]
     return subprocess.run(
@@ -31,7 +29,12 @@ def runs(test_data, tmp_path_factory):
     folders = {}
     for name, launch in (("one", dude), ("two", two_ranks)):
         folder = tmp_path_factory.mktemp(name)
-        changes = {"train_split": "train[:37]", "global_batch_size": "7", "per_device_batch_size": "2", "max_steps": "6"}
+        changes = {
+            "train_split": "train[:37]",
+            "global_batch_size": "7",
+            "per_device_batch_size": "2",
+            "max_steps": "6",
+        }
         config = gsm8k_config(test_data, folder, **changes)
         done = launch("train", config)
         assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from dude_cli.adapter import AdapterConfig, patch_model
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
-from dude_cli.evaluate import EvalRequest, evaluate, results_table
+from dude_cli.evaluation import EvalRequest, evaluate, results_table
 
 GSM8K = EvalTask(name="gsm8k", num_fewshot=1, limit=3)
 ANATOMY = EvalTask(name="mmlu_anatomy", num_fewshot=1, limit=4)
@@ -241,9 +241,7 @@ def test_the_batch_size_is_used_and_the_result_says_what_was_done(
     assert list(results["requested"]) == ["gsm8k", "mmlu_anatomy"]
 
 
-def test_two_evaluations_agree(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path
-) -> None:
+def test_two_evaluations_agree(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path) -> None:
     request = EvalRequest((GSM8K, ANATOMY), data_dir=test_data)
     first, second = (evaluate(model, tokenizer, request) for _ in range(2))
     changing = {"date", "total_evaluation_time_seconds"}
@@ -273,7 +271,7 @@ socket.getaddrinfo = refuse_lookup
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
-from dude_cli.evaluate import EvalRequest, evaluate, results_json
+from dude_cli.evaluation import EvalRequest, evaluate, results_json
 
 data = Path(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(data / "models/stories260K", local_files_only=True)

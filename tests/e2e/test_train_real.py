@@ -30,7 +30,15 @@ def test_the_held_out_loss_falls(run):
 
 def test_init_shows_layers_data_an_example_and_the_plan(run):
     shown = run["init"].stdout
-    for part in ("energy captured", "q_proj", "trainable:", "bit for bit", "truncated", "not learned is dim", "20 steps"):
+    for part in (
+        "energy captured",
+        "q_proj",
+        "trainable:",
+        "bit for bit",
+        "truncated",
+        "not learned is dim",
+        "20 steps",
+    ):
         assert part in shown, part
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import VOCABULARY, tiny_model
 
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
-from dude_cli.batches import NOT_LEARNED, EncodedRow, collate
+from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
 from dude_cli.train_step import accumulate_gradients
 
 ROWS = 13  # no split below divides it: the last micro-batch is short

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dude_cli.batches import EncodedRows, collate
+from dude_cli.data.batches import EncodedRows, collate
+from dude_cli.data.packing import check_packing
 from dude_cli.errors import DataError
-from dude_cli.packing import check_packing
 
 VOCABULARY = 61
 LLAMA = {

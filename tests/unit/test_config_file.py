@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dude_cli.config import Config
-from dude_cli.config_file import dump_config, load_config
-from dude_cli.config_hints import FOREIGN
-from dude_cli.config_schema import key_paths
+from dude_cli.config.hints import FOREIGN
+from dude_cli.config.keys import key_paths
+from dude_cli.config.read import dump_config, load_config
 from dude_cli.errors import ConfigError
 
 Load = Callable[..., Config]
@@ -363,7 +363,7 @@ def test_the_dump_keeps_unusual_text(load: Load, text: str) -> None:
 
 def test_reading_a_config_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from pathlib import Path; from dude_cli.config_file import load_config; "
+        "import sys; from pathlib import Path; from dude_cli.config.read import load_config; "
         "load_config(Path('configs/gsm8k.yaml')); "
         "print(sorted({'torch', 'transformers', 'datasets', 'accelerate', 'lm_eval', 'numpy'} & set(sys.modules)))"
     )

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from dude_cli import shipped
 from dude_cli.config import Config
-from dude_cli.config_file import dump_config, load_config
-from dude_cli.config_hints import FOREIGN
-from dude_cli.config_schema import key_paths
+from dude_cli.config.hints import FOREIGN
+from dude_cli.config.keys import key_paths
+from dude_cli.config.read import dump_config, load_config
 from dude_cli.errors import ConfigError
 
 FAST = settings(max_examples=60, deadline=None)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dude_cli.batches import NOT_LEARNED
 from dude_cli.config import DataConfig, DataSource
 from dude_cli.data import PreparedData, prepare_data
+from dude_cli.data.batches import NOT_LEARNED
 from dude_cli.errors import DataError
 
 

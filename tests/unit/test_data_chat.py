@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dude_cli.chat import ChatEncoder
-from dude_cli.encode import TextEncoder, truncate
+from dude_cli.data.chat import ChatEncoder
+from dude_cli.data.encode import TextEncoder, truncate
 from dude_cli.errors import DataError
 
 HEAD = "<|im_start|>{{ m.role }}\n"

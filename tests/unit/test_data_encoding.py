@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dude_cli.config import DataConfig, DataSource
-from dude_cli.encode import Encoded, TextEncoder, format_columns, row_texts, truncate
+from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts, truncate
 from dude_cli.errors import DataError
 
 PIECES = ["The cat", " sat", "\n", " ", "12", "é", "😀", "</s>", "<s>", "Answer:", "</s></s>"]

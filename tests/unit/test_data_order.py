@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dude_cli.data import split_rows, step_rows, steps_per_epoch
+from dude_cli.data.order import split_rows, step_rows, steps_per_epoch
 from dude_cli.errors import DataError
 
 sizes = st.integers(1, 60)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dude_cli import packing
-from dude_cli.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
-from dude_cli.packing import pack
+from dude_cli.data import packing
+from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
+from dude_cli.data.packing import pack
 
 row_tokens = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12)
 

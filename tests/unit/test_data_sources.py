@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dude_cli.config import DataSource
+from dude_cli.data.rows import Columns, read_source, read_sources
 from dude_cli.errors import DataError
-from dude_cli.rows import Columns, read_source, read_sources
 
 ROWS = [{"question": f"What is {i}?", "answer": str(i), "extra": i} for i in range(20)]
 COLUMNS = Columns(("question", "answer"))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dude_cli.eval_results import differences, paired_difference, weighted_standard_error
-from dude_cli.evaluate import results_json, results_table, write_results
+from dude_cli.evaluation import results_json, results_table, write_results
+from dude_cli.evaluation.results import differences, paired_difference, weighted_standard_error
 
 
 def score(values: list[float], **names: Any) -> dict[str, Any]:
@@ -55,9 +55,7 @@ def make_results(subjects: dict[str, list[float]]) -> dict[str, Any]:
 @pytest.fixture
 def base_and_tuned() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     rng = np.random.default_rng(0)
-    base = {
-        name: rng.integers(0, 2, size).astype(float).tolist() for name, size in (("algebra", 40), ("law", 9))
-    }
+    base = {name: rng.integers(0, 2, size).astype(float).tolist() for name, size in (("algebra", 40), ("law", 9))}
     tuned = {name: [max(value, float(rng.random() < 0.3)) for value in values] for name, values in base.items()}
     return base, tuned
 
@@ -166,9 +164,7 @@ def test_the_table_has_the_group_and_its_category_and_fits_80_columns(
         f"{100 * change['acc,none']:+.2f}",
     ]
     assert error_row == [
-        word
-        for value in (before, after, change)
-        for word in ("±", f"{100 * value['acc_stderr,none']:.2f}")
+        word for value in (before, after, change) for word in ("±", f"{100 * value['acc_stderr,none']:.2f}")
     ]
     assert "  the category" in text
     assert "algebra" not in text

@@ -11,7 +11,7 @@ import pytest
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
-from dude_cli.eval_tasks import LoadedTask, load_tasks, offline
+from dude_cli.evaluation.tasks import LoadedTask, load_tasks, offline
 
 MMLU_README = """---
 configs:
@@ -219,6 +219,4 @@ def test_a_task_and_a_group_that_has_it_are_refused(data_dir: Path, tmp_path: Pa
     write_user_task(tmp_path / "mine", data_dir)
     (tmp_path / "mine" / "group.yaml").write_text("{group: pair, task: [mine]}")
     with pytest.raises(UsageError, match="`mine` is part of both `pair` and `mine`"):
-        load(
-            EvalTask(name="pair"), EvalTask(name="mine"), data_dir=data_dir, include_paths=(tmp_path / "mine",)
-        )
+        load(EvalTask(name="pair"), EvalTask(name="mine"), data_dir=data_dir, include_paths=(tmp_path / "mine",))

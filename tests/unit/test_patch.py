@@ -40,7 +40,13 @@ def test_a_tied_head_is_left_alone_and_refused_by_name():
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("q_proj", 2), ("mlp.up_proj", 2), ("model.layers.1.mlp.up_proj", 1), (r".*layers\.0\..*proj", 7), ("q|k_proj", 0)],
+    [
+        ("q_proj", 2),
+        ("mlp.up_proj", 2),
+        ("model.layers.1.mlp.up_proj", 1),
+        (r".*layers\.0\..*proj", 7),
+        ("q|k_proj", 0),
+    ],
 )
 def test_names_suffixes_and_regular_expressions(pattern, count):
     if count:
@@ -91,12 +97,12 @@ def test_patching_twice_is_refused_and_unpatching_gives_the_model_back():
 
 
 def test_starts_depend_on_the_seed_and_the_name_alone():
-    def A(seed: int, **settings) -> torch.Tensor:
+    def start(seed: int, **settings) -> torch.Tensor:
         model = patch_model(tiny_model("llama"), AdapterConfig(method="lora", rank=2, **settings), seed=seed)
         return adapter_layers(model)["model.layers.1.mlp.up_proj"].lora_A
 
-    assert torch.equal(A(1), A(1, target_modules=["up_proj"]))
-    assert not torch.equal(A(1), A(2))
+    assert torch.equal(start(1), start(1, target_modules=["up_proj"]))
+    assert not torch.equal(start(1), start(2))
 
 
 @pytest.mark.parametrize("method", ["dude", "dora", "pissa", "lora"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dude_cli import shipped
-from dude_cli.config_file import load_config
+from dude_cli.config.read import load_config
 from dude_cli.errors import UsageError
 
 CONFIGS = [name for name, _ in shipped.list_shipped() if name.startswith("configs/")]

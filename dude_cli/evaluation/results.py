@@ -214,9 +214,7 @@ def _values(results: Mapping[str, Any], task: str, metric: str, filter_name: str
     return values if math.isclose(math.fsum(values.values()) / len(values), score, abs_tol=1e-9) else None
 
 
-def _difference(
-    metric: str, filter_name: str, after: Any, before: Any, error: float | None
-) -> dict[str, float | str]:
+def _difference(metric: str, filter_name: str, after: Any, before: Any, error: float | None) -> dict[str, float | str]:
     after, before = _as_float(after), _as_float(before)
     return {
         f"{metric},{filter_name}": NOT_AVAILABLE if after is None or before is None else after - before,
@@ -225,11 +223,7 @@ def _difference(
 
 
 def _leaves(children: Mapping[str, Sequence[str]], group: str) -> list[str]:
-    return [
-        leaf
-        for child in children[group]
-        for leaf in (_leaves(children, child) if child in children else [child])
-    ]
+    return [leaf for child in children[group] for leaf in (_leaves(children, child) if child in children else [child])]
 
 
 def _table_rows(results: Mapping[str, Any]) -> Iterator[tuple[int, str]]:

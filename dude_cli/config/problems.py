@@ -11,9 +11,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dude_cli.config import Config
-from dude_cli.config_hints import closest, meant_by, or_list, unknown_key
-from dude_cli.config_schema import (
+from dude_cli.config.hints import closest, meant_by, or_list, unknown_key
+from dude_cli.config.keys import (
     Path,
     choices,
     entry_key,
@@ -25,7 +24,8 @@ from dude_cli.config_schema import (
     wanted_entry,
     without_union_tags,
 )
-from dude_cli.strict_yaml import Document, Loc, Place, Problem, parse
+from dude_cli.config.schema import Config
+from dude_cli.config.strict_yaml import Document, Loc, Place, Problem, parse
 
 
 def validate(document: Document) -> Config | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import DataSource
+from dude_cli.data.row_files import FILE_SUFFIXES, Row, first_line, read_file
 from dude_cli.errors import DataError, nearest
-from dude_cli.row_files import FILE_SUFFIXES, Row, first_line, read_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
-from dude_cli.config_schema import Path, key_paths, path_of, section_at
+from dude_cli.config.keys import Path, key_paths, path_of, section_at
+from dude_cli.config.strict_yaml import Loc
 from dude_cli.errors import nearest
-from dude_cli.strict_yaml import Loc
 
 _TYPO = 0.75  # how alike two keys are when one letter of the shortest key (seed, rank) is wrong
 

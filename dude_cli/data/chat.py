@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dude_cli.encode import Encoded, TextEncoder, common_prefix
+from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
 from dude_cli.errors import DataError
 
 Message = dict[str, Any]

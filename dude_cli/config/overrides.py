@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dude_cli.strict_yaml import Document, Loc, Place, Problem, parse
+from dude_cli.config.strict_yaml import Document, Loc, Place, Problem, parse
 
 # An override of one of these takes the place of the file's value of the other.
 _ALTERNATIVES: dict[Loc, Loc] = {

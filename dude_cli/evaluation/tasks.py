@@ -120,9 +120,7 @@ def offline() -> Iterator[None]:
             setattr(module, name, before)
 
 
-def _check_requests(
-    requested: tuple[EvalTask, ...], data_dir: Path | None, include_paths: tuple[Path, ...]
-) -> None:
+def _check_requests(requested: tuple[EvalTask, ...], data_dir: Path | None, include_paths: tuple[Path, ...]) -> None:
     names = [task.name for task in requested]
     if not names:
         raise UsageError("there is no task to score", where="--task", fix="name one, such as --task gsm8k")

@@ -13,24 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import ResourceError, UsageError
-from dude_cli.eval_model import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
-from dude_cli.eval_results import BY_TASK, differences, results_json, results_table, task_results, write_results
-from dude_cli.eval_target import Target, find_target
-from dude_cli.eval_tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
+from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
+from dude_cli.evaluation.results import BY_TASK, differences
+from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = [
-    "EvalRequest",
-    "Target",
-    "evaluate",
-    "find_target",
-    "results_json",
-    "results_table",
-    "task_results",
-    "write_results",
-]
 
 # lm-eval's own settings, so that a score here is a score there.
 BOOTSTRAP_ITERS = 100_000
@@ -89,9 +77,7 @@ def evaluate(
         if request.data_dir is not None or is_offline():
             stack.enter_context(offline())
         _seed()
-        loaded = load_tasks(
-            request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log
-        )
+        loaded = load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
         lm = harness_model(model, tokenizer, request.batch_size, on_progress)
         lengths = _fit_generation_lengths(lm, loaded, log)
         with constant_adapters(model):
@@ -102,9 +88,7 @@ def evaluate(
             tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
             tuned["difference"] = differences(base, tuned, _weighting(loaded))
         return tuned | {
-            "requested": {
-                found.request.name: {"names": found.names, "limit": found.request.limit} for found in loaded
-            },
+            "requested": {found.request.name: {"names": found.names, "limit": found.request.limit} for found in loaded},
             "fewshot_sampler": {name: sampler_note(task) for found in loaded for name, task in found.tasks.items()},
             "max_gen_toks": lengths,
             "adapter_sha256": adapter_sha256,
@@ -165,9 +149,7 @@ def _prompt_facts(samples: dict[str, list[dict[str, Any]]], cut_prompts: set[str
     return facts
 
 
-def _fit_generation_lengths(
-    lm: Any, loaded: list[LoadedTask], log: Callable[[str], None]
-) -> dict[str, dict[str, int]]:
+def _fit_generation_lengths(lm: Any, loaded: list[LoadedTask], log: Callable[[str], None]) -> dict[str, dict[str, int]]:
     lengths = {}
     for found in loaded:
         for name, task in found.tasks.items():
@@ -192,8 +174,7 @@ def _weighting(loaded: list[LoadedTask]) -> dict[str, dict[str, bool]]:
 def _group_num_fewshot(found: LoadedTask) -> dict[str, int]:
     # lm-eval gives a group of groups, such as mmlu, no number.
     numbers = {
-        name: {task.get_config("num_fewshot") for task in group.get_all_tasks()}
-        for name, group in found.groups.items()
+        name: {task.get_config("num_fewshot") for task in group.get_all_tasks()} for name, group in found.groups.items()
     }
     return {name: next(iter(values)) for name, values in numbers.items() if len(values) == 1}
 

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from dude_cli import shipped
-from dude_cli.config import Config
-from dude_cli.config_overrides import apply_overrides
-from dude_cli.config_problems import validate
+from dude_cli.config.overrides import apply_overrides
+from dude_cli.config.problems import validate
+from dude_cli.config.schema import Config
+from dude_cli.config.strict_yaml import SCALAR_PATTERNS, Document, Place, Problem, parse, place_of
 from dude_cli.errors import ConfigError, nearest
-from dude_cli.strict_yaml import SCALAR_PATTERNS, Document, Place, Problem, parse, place_of
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dude_cli.batches import EncodedRow, collate
+from dude_cli.data.batches import EncodedRow, collate
 from dude_cli.errors import DataError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_cli.config import DataConfig
+from dude_cli.data.row_files import Row
+from dude_cli.data.rows import Columns
 from dude_cli.errors import DataError
-from dude_cli.row_files import Row
-from dude_cli.rows import Columns
 from dude_cli.template import parse_template, render
 
 # Stanford Alpaca's prompts (Taori et al. 2023), word for word, so that published settings are met.

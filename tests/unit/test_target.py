@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dude_cli.errors import UsageError
-from dude_cli.evaluate import find_target
+from dude_cli.target import find_target
 
 
 def make_run(folder: Path, *, finished_at: int | None) -> Path:
