@@ -30,12 +30,14 @@ class Output:
         return self if is_main_process else Output(is_quiet=True)
 
     def say(self, text: str) -> None:
-        self.progress.print(text, highlight=False, markup=False)
+        self.progress.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def result(self, shown: RenderableType, document: object) -> None:
         """The command's result: `shown` for a person, `document` for a machine."""
         if self.as_json:
             print(json.dumps(document, indent=2, default=str))
+        elif isinstance(shown, str):
+            print(shown)
         else:
             self.out.print(shown)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from rich.console import Group, RenderableType
@@ -67,22 +67,23 @@ def _energy(members: list[LayerReport]) -> str:
 
 def _data_table(prepared: Prepared) -> Table:
     table = Table(title="data", title_justify="left")
-    columns = ("", "rows", "tokens", "learned", "longest", "truncated", "nothing to learn, left out", "packed into")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "" else "right")
     reports = {"train": prepared.data.train_report, "validation": prepared.data.validation_report}
-    for name, report in reports.items():
-        if report is not None:
-            table.add_row(
-                name,
-                f"{report.rows:,}",
-                f"{report.tokens:,}",
-                f"{report.target_tokens / report.tokens:.1%}",
-                f"{report.longest_row} of {report.max_length}",
-                f"{report.truncated_rows:,}",
-                f"{report.rows_without_target:,}",
-                "-" if report.packed_sequences is None else f"{report.packed_sequences:,}",
-            )
+    present = {name: report for name, report in reports.items() if report is not None}
+    table.add_column("")
+    for name in present:
+        table.add_column(name, justify="right")
+    lines: dict[str, Callable[[DataReport], str]] = {
+        "rows": lambda report: f"{report.rows:,}",
+        "tokens": lambda report: f"{report.tokens:,}",
+        "share of tokens learned": lambda report: f"{report.target_tokens / report.tokens:.1%}",
+        "longest row, in tokens": lambda report: f"{report.longest_row:,}",
+        f"truncated to {prepared.config.data.max_length} tokens": lambda report: f"{report.truncated_rows:,}",
+        "nothing to learn, left out": lambda report: f"{report.rows_without_target:,}",
+    }
+    if prepared.config.data.packing:
+        lines["packed into sequences"] = lambda report: f"{report.packed_sequences or 0:,}"
+    for label, cell in lines.items():
+        table.add_row(label, *(cell(report) for report in present.values()))
     return table
 
 

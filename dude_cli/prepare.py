@@ -128,18 +128,18 @@ def prepare(config: Config, accelerator: Accelerator, say: Callable[[str], None]
     )
 
 
-def check_run_folder(config: Config, *, overwrite: bool) -> bool:
-    """Return whether the run is finished already. Raises UsageError if the folder holds steps of another config.
+def clear_run(config: Config) -> None:
+    """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
+    for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
+        shutil.rmtree(config.run_dir / name, ignore_errors=True)
+    (config.run_dir / METRICS_FILE).unlink(missing_ok=True)
 
-    `overwrite` deletes what an earlier training left; the initial adapter stays, and is reused if it fits.
-    """
+
+def is_finished_run(config: Config) -> bool:
+    """Whether the run folder holds this run, finished. Raises UsageError if it holds steps of another config."""
     folder = config.run_dir
     if folder.is_file():
         raise UsageError(f"{folder} is a file", where="output_dir", fix="name a folder")
-    if overwrite:
-        for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / METRICS_FILE).unlink(missing_ok=True)
     is_finished = (folder / RESULT).is_dir()
     if is_finished or checkpoints(folder):
         changed = _changed_settings(load_config(folder / "config.yaml"), config)
@@ -218,26 +218,45 @@ def packs_flat(config: Config) -> bool:
 def _initial_adapter(
     config: Config, model: PreTrainedModel, accelerator: Accelerator, say: Callable[[str], None]
 ) -> bool:
-    """Patch `model` with the adapter of `initial/`, made first if it is not there or not of this config."""
-    from dude_cli.adapter import load_adapter, patch_model, save_adapter
+    """Patch `model` with the adapter of `initial/`, made first if it is not there or not of this config.
 
-    folder, key = config.run_dir / INITIAL, _decomposition_key(config)
+    Returns whether it was there. The main rank makes it, the others read it.
+    """
+    from dude_cli.adapter import load_adapter
+
+    reused = False
     if accelerator.is_main_process:
-        if _read_key(folder) == key:
-            try:
-                load_adapter(model, folder / RESULT)
-                say(f"reusing the decomposition of {folder}")
-                return True
-            except AdapterError as error:
-                say(f"{folder} does not fit and is made anew: {error.what}")
-        patch_model(model, config.adapter, seed=config.seed, on_layer=_tell_layers(config, say))
-        with files.new_folder(folder) as partial:
-            save_adapter(model, partial / RESULT)
-            files.write_text(partial / "key", key)
+        reused = _reuse(config, model, say)
+        if not reused:
+            _decompose(config, model, say)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
+        load_adapter(model, config.run_dir / INITIAL / RESULT)
+    return reused
+
+
+def _reuse(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -> bool:
+    from dude_cli.adapter import load_adapter
+
+    folder = config.run_dir / INITIAL
+    if _read_key(folder) != _decomposition_key(config):
+        return False
+    try:
         load_adapter(model, folder / RESULT)
-    return False
+    except AdapterError as error:
+        say(f"{folder} does not fit and is made anew: {error.what}")
+        return False
+    say(f"reusing the decomposition of {folder}")
+    return True
+
+
+def _decompose(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -> None:
+    from dude_cli.adapter import patch_model, save_adapter
+
+    patch_model(model, config.adapter, seed=config.seed, on_layer=_tell_layers(config, say))
+    with files.new_folder(config.run_dir / INITIAL) as partial:
+        save_adapter(model, partial / RESULT)
+        files.write_text(partial / "key", _decomposition_key(config))
 
 
 def _decomposition_key(config: Config) -> str:

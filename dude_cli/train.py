@@ -113,7 +113,7 @@ class _Run:
         if self.accelerator.is_main_process:
             self._metrics = MetricsLog(self.run_dir, list(self.config.train.report_to), from_step=self.state.step)
             stack.callback(self._metrics.close)
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - self.state.elapsed_s
         return stack.enter_context(self.display)
 
     def step(self) -> StepResult:
@@ -167,6 +167,7 @@ class _Run:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def save(self) -> None:
+        self.state.elapsed_s = self.elapsed_s()
         if self.accelerator.is_main_process:
             save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, self.config.train.save_total_limit)
         self.accelerator.wait_for_everyone()

@@ -48,7 +48,7 @@ class SavedAdapter:
 
 def save_adapter(
     model: PreTrainedModel,
-    folder: Path,
+    folder: Path | str,
     *,
     base_revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -58,7 +58,7 @@ def save_adapter(
     layers = adapter_layers(model)
     if not layers:
         raise AdapterError("the model has no adapter to save", fix="call patch_model first")
-    with files.new_folder(folder) as partial:
+    with files.new_folder(Path(folder)) as partial:
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if model_card is not None:
@@ -79,12 +79,13 @@ def save_adapter(
         files.write_text(partial / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> AdapterConfig:
+def load_adapter(model: PreTrainedModel, folder: Path | str) -> AdapterConfig:
     """Patch `model`, the base that the adapter was made on, with the adapter of `folder`; no SVD is redone.
 
     Raises AdapterError, before the model is touched, for a folder that is not an adapter, a wrong checksum, missing
     or misshapen tensors, and another base model.
     """
+    folder = Path(folder)
     saved = read_adapter_config(folder)
     factors = _read_factors(folder, saved)
     for name, given in factors.items():

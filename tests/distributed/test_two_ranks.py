@@ -61,3 +61,19 @@ def test_evaluation_losses_are_equal(runs):
 def test_one_rank_writes_and_nothing_is_printed_twice(runs):
     lines = (runs["two"] / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len(set(lines))
+
+
+def test_two_ranks_reuse_a_decomposition_and_start_anew(test_data, tmp_path):
+    """`init` first, then a training, then another one over it: no rank may wait for one that went another way."""
+    config = gsm8k_config(test_data, tmp_path, max_steps="2", train_split="train[:16]")
+    assert dude("init", config).returncode == 0
+    first = two_ranks("train", config)
+    assert first.returncode == 0, first.stderr
+    assert "reusing the decomposition" in first.stderr
+    result = (tmp_path / "run/adapter/adapter.safetensors").read_bytes()
+    again = two_ranks("train", config, "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run/adapter/adapter.safetensors").read_bytes() == result
+    finished = two_ranks("train", config)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("finished") == 1
