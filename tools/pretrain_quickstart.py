@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dude_cli.quickstart import MODEL_DIR
-from dude_cli.quickstart.problems import pretraining_rows
+from dude_cli.quickstart.problems import FIRST_ROWS, pretraining_rows
 
 VOCAB_SIZE = 640
-SEQUENCE_TOKENS = 128
-SEQUENCES_PER_BATCH = 16
+SEQUENCE_TOKENS = 256
+SEQUENCES_PER_BATCH = 8
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
 PROMPT_WEIGHT = (
@@ -44,7 +44,10 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (row["prompt"] + row["completion"] for row in itertools.islice(pretraining_rows(seed), 20_000))
+    texts = (
+        row["prompt"] + row["completion"]
+        for row in itertools.islice(pretraining_rows(seed), FIRST_ROWS + 20_000)
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
@@ -153,7 +156,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--threads", type=int, default=1, help="the last bits of the weights depend on it")
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ leaves those sets out too.
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from typing import Any
 LETTERS = "ABCD"
 LARGEST = 99
 GAPS = (2, 15)  # between neighbouring options of a multiple-choice question
+FIRST_ROWS = 36_000  # of the pretraining corpus
 SPLIT_SIZES = {"train": 8000, "dev": 500, "test": 500}  # of each of the two forms
 SPLIT_SEEDS = {"train": 1, "dev": 2, "test": 3}
 
@@ -391,12 +393,13 @@ def story_row(rng: random.Random) -> Row:
 
 
 def number_choice_row(rng: random.Random) -> Row:
-    """Write a sum or a story of one calculation with four numbers to choose from."""
-    kinds = rng.choice((SUMS, LONG_SUMS, SHORT_STORIES))
-    problem = draw_seen(rng, kinds)
-    question = problem.question if kinds is SHORT_STORIES else f"{problem.question}=?"
+    """Write a sum, its bare result, or a story of one calculation, with four numbers to choose from."""
+    form = rng.choice(("result", "sum", "long sum", "story"))
+    problem = draw_seen(rng, {"long sum": LONG_SUMS, "story": SHORT_STORIES}.get(form, SUMS))
+    # Finding a given number among the options is learned early, and what calculates one builds on it.
+    asked = {"result": f"{problem.answer}=?", "story": problem.question}.get(form, f"{problem.question}=?")
     wrong = numbers_near(rng, problem.answer, ())
-    return choice_row(choice_document(rng, question, problem.answer, wrong, rng.randrange(4)))
+    return choice_row(choice_document(rng, asked, problem.answer, wrong, rng.randrange(4)))
 
 
 def reading_row(rng: random.Random) -> Row:
@@ -412,9 +415,20 @@ def reading_row(rng: random.Random) -> Row:
     return choice_row(choice_document(rng, question, people[asked], wrong, rng.randrange(4)))
 
 
+def word_choice_row(rng: random.Random) -> Row:
+    """Write a word and four words to find it among."""
+    right, *wrong = rng.sample(NAMES + THINGS, 4)
+    return choice_row(choice_document(rng, f"{right}=?", right, wrong, rng.randrange(4)))
+
+
 def pretraining_rows(seed: int) -> Iterator[Row]:
-    """Give the endless pretraining corpus of a seed, every kind of row mixed from the start."""
+    """Give the endless pretraining corpus of a seed, every kind of row mixed from the start.
+
+    The first rows are mostly words to choose: to name an option's letter is the slowest skill to appear (some
+    25,000 such rows), and choosing numbers builds on it.
+    """
     rng = random.Random(seed)
-    writers = (sum_row, story_row, number_choice_row, reading_row)
-    while True:
-        yield rng.choices(writers, weights=(50, 15, 28, 7))[0](rng)
+    writers = (sum_row, story_row, number_choice_row, word_choice_row, reading_row)
+    for count in itertools.count():
+        weights = (3, 1, 2, 93, 1) if count < FIRST_ROWS else (40, 14, 33, 6, 7)
+        yield rng.choices(writers, weights=weights)[0](rng)
