@@ -6,7 +6,7 @@ TEST_DATA ?= $(DUDE_TEST_DATA)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check format config-docs bench clean
+.PHONY: help setup run test check bench format config-docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,7 +36,10 @@ format: setup ## Format the code
 	$(BIN)/ruff format .
 
 config-docs: setup ## Write docs/config.md from the schema
-	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/config_reference.py docs/config.md
+
+bench: setup ## Time an optimizer step beside PEFT's, interleaved
+	$(BIN)/python benchmarks/step.py
 
 clean: ## Delete what the other targets made, the runs excepted
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Write docs/config.md from the schema in dude_cli/config.py.
+"""Write docs/config.md from the schema in dude_cli/config/schema.py.
 
 python tools/config_reference.py            prints the page
 python tools/config_reference.py FILE       writes it
@@ -20,7 +20,7 @@ INTRODUCTION = """# The config file
 A config is one YAML file for one run. `model.name_or_path` and `data.train` are required; every other key has the
 default below. `dude ls` lists the configs that come with the package, and `dude cp configs/gsm8k.yaml my.yaml` copies
 one to edit. A shipped name works in place of a path too: `dude train configs/quickstart.yaml` runs anywhere. This page
-is generated from the schema (`tools/config_reference.py`).
+is generated from the schema (`make config-docs`).
 
 Any key can be changed on the command line: `dude train my.yaml train.learning_rate=1e-4 "data.train.0.split=dev[:9]"`.
 A number names an entry of a list, from 0. The value follows the same YAML rules as the file, and wins over it; setting
