@@ -86,6 +86,12 @@ def test_only_the_adapters_are_trainable_and_in_float32():
     assert all(parameter.dtype == torch.float32 for parameter in trainable.values())
 
 
+def test_the_scaling_is_alpha_over_rank_or_its_root():
+    assert AdapterConfig(rank=16).scaling == 1
+    assert AdapterConfig(rank=16, alpha=8).scaling == 0.5
+    assert AdapterConfig(rank=16, alpha=8, rank_stabilized=True).scaling == 2
+
+
 def test_patching_twice_is_refused_and_unpatching_gives_the_model_back():
     model = tiny_model("llama")
     before = dict(model.named_modules())
