@@ -119,10 +119,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
-    """Train on the weighted mean of the tokens' losses: the layers' matrices with Muon, the rest with AdamW.
-
-    With AdamW alone the arithmetic takes about twice the steps.
-    """
+    """Train on the weighted mean of the tokens' losses: the layers' matrices with Muon, the rest with AdamW."""
     matrices = [
         weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
     ]
