@@ -119,7 +119,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
-    """Train on the weighted mean of the tokens' losses: the layers' matrices with Muon, the rest with AdamW."""
+    """Train on the weighted mean of the tokens' losses: the layers' matrices by Muon, the rest by AdamW."""
     matrices = [
         weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
     ]
