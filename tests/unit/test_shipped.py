@@ -44,7 +44,7 @@ def test_gsm8k_is_the_published_setting() -> None:
     assert (train.learning_rate, train.global_batch_size, train.num_train_epochs) == (2e-5, 128, 1)
     assert (train.lr_scheduler_type, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0)
     assert config.data.train[0].split == "train[:100000]"
-    assert (config.data.max_length, config.data.shuffle) == (512, False)
+    assert (config.data.max_length, config.data.shuffle) == (512, True)  # PiSSA's train.py shuffles
     assert config.data.prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\n{query}\n\n### Response:"
