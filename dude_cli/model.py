@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,6 @@ from dude_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-EMBEDDED = "embedded:quickstart"
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -82,9 +81,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def _path(config: ModelConfig) -> str:
     """Where transformers finds the model: a folder, or a hub name."""
     name = config.name_or_path
-    if name == EMBEDDED:
+    if name == quickstart.NAME:
         return str(quickstart.MODEL_DIR)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dude_cli import quickstart
 from dude_cli.config import DTYPES, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
@@ -45,14 +46,14 @@ def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
     """Say what `target` is; with None, the newest finished run under `runs_dir`.
 
     A run is finished once `adapter/adapter_config.json` exists in it; the newest is the one whose file is youngest.
-    Raises UsageError for a folder that is none of the three, an unfinished run, an adapter in PEFT's format, a path
-    that does not exist, and for None without a finished run.
+    Raises UsageError for a folder that is none of the three, an unfinished run, a path that does not exist, and for
+    None without a finished run. Whether an adapter is one of ours is seen when it is read.
     """
     if target is None:
         return _newest_run(runs_dir)
-    if target.startswith("embedded:"):
+    if target == quickstart.NAME:
         return Target("model", target)
-    folder = Path(target).expanduser()
+    folder = Path(os.path.expanduser(target))
     if folder.is_dir():
         return _folder_target(target, folder)
     if folder.exists():
@@ -138,7 +139,6 @@ def _folder_target(name: str, folder: Path) -> Target:
             fix=f"finish it with `dude train {folder / 'config.yaml'}`",
         )
     if (folder / ADAPTER_CONFIG).is_file():
-        _refuse_foreign_adapter(name, folder / ADAPTER_CONFIG)
         return Target("adapter", name, folder)
     if (folder / "config.json").is_file():
         return Target("model", name, folder)
@@ -147,21 +147,6 @@ def _folder_target(name: str, folder: Path) -> Target:
         where=str(folder),
         fix="a run has config.yaml, an adapter has adapter_config.json, a model has config.json",
     )
-
-
-def _refuse_foreign_adapter(name: str, file: Path) -> None:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"the adapter `{name}` cannot be read: {error}", where=str(file), fix="copy the adapter again"
-        ) from error
-    if isinstance(config, dict) and "peft_type" in config:
-        raise UsageError(
-            f"`{name}` is an adapter in PEFT's format (peft_type {config['peft_type']}), which this is not for",
-            where=str(file),
-            fix="give an adapter that `dude train` wrote: the folder `adapter` of a run",
-        )
 
 
 def _no_such_path(target: str, folder: Path, runs_dir: Path) -> UsageError:

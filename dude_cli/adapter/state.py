@@ -123,7 +123,11 @@ def read_adapter_config(folder: Path) -> SavedAdapter:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved.get("peft_type"):
-            raise AdapterError("this is a PEFT adapter, not one of dude's", where=str(path))
+            raise AdapterError(
+                f"this is an adapter in PEFT's format (peft_type {saved['peft_type']}), not one of dude's",
+                where=str(path),
+                fix="give an adapter that `dude train` wrote: the folder `adapter` of a run",
+            )
         if saved["format_version"] != FORMAT_VERSION:
             raise AdapterError(
                 f"adapter format {saved['format_version']} is not the one this version reads, {FORMAT_VERSION}",

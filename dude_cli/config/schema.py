@@ -1,11 +1,12 @@
 """The schema of a config: what a YAML training recipe may say, with each field's meaning, type, range and default.
 
-`config_file.load_config` reads a file into `Config` and reports every problem with its line. The descriptions
+`load_config` in `read.py` reads a file into `Config` and reports every problem with its line. The descriptions
 here are the reference documentation; `docs/config.md` is generated from them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -241,6 +242,11 @@ class Config(Section):
     seed: int = Field(
         42, ge=0, lt=2**32, description="Of the row order, the factors' random start, the SVD's sketch, dropout."
     )
+
+    @field_validator("output_dir")
+    @classmethod
+    def _home_is_written_out(cls, folder: str) -> str:
+        return os.path.expanduser(folder)
 
     def contradictions(self) -> Iterator[Contradiction]:
         for key in ("eval_steps", "early_stopping_patience"):

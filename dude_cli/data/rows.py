@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli import quickstart
 from dude_cli.config import DataSource
 from dude_cli.data.row_files import FILE_SUFFIXES, Row, first_line, read_file
 from dude_cli.errors import DataError, nearest
@@ -15,7 +17,6 @@ from dude_cli.errors import DataError, nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EMBEDDED = "embedded:quickstart"
 EMBEDDED_SPLITS = ("train", "dev", "test")
 
 
@@ -37,8 +38,8 @@ def read_sources(sources: Sequence[DataSource], columns: Columns) -> list[Row]:
 
 def read_source(source: DataSource, columns: Columns) -> list[Row]:
     """Return the rows of one source; see `read_sources`."""
-    path = Path(source.path)
-    if source.path == EMBEDDED:
+    path = _local_path(source)
+    if source.path == quickstart.NAME:
         rows = _read_embedded(source)
     elif path.is_file():
         rows = _read_file(source, path)
@@ -50,13 +51,18 @@ def read_source(source: DataSource, columns: Columns) -> list[Row]:
     return _keep_columns(source, rows, columns)
 
 
+def _local_path(source: DataSource) -> Path:
+    """Where the source would be on this machine; `~` is the home folder."""
+    return Path(os.path.expanduser(source.path))
+
+
 def _looks_like_a_path(text: str) -> bool:
     """A Hub name is `name` or `owner/name`; anything else, or a data file's suffix, means a local path."""
     return text.startswith((".", "/", "~")) or text.endswith(FILE_SUFFIXES) or text.count("/") > 1
 
 
 def _missing_path(source: DataSource) -> DataError:
-    path = Path(source.path)
+    path = _local_path(source)
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, siblings)
     fix = (
@@ -108,10 +114,8 @@ def _read_file(source: DataSource, path: Path) -> list[Row]:
 
 
 def _read_embedded(source: DataSource) -> list[Row]:
-    from dude_cli.quickstart import rows
-
     def reader(split: str) -> Callable[[], Sequence[Row]]:
-        return lambda: rows(split)
+        return lambda: quickstart.rows(split)
 
     return _slice_rows(source, {split: reader(split) for split in EMBEDDED_SPLITS})
 
@@ -134,10 +138,10 @@ def _read_dataset(source: DataSource, columns: Columns) -> list[Row]:
 def _open_dataset(source: DataSource) -> Dataset:
     import datasets
 
-    folder = Path(source.path)
+    folder = _local_path(source)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _open_saved(source, datasets.load_from_disk(source.path))
-    return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
+        return _open_saved(source, datasets.load_from_disk(folder))
+    return datasets.load_dataset(str(folder), source.name, split=source.split, revision=source.revision)
 
 
 def _open_saved(source: DataSource, saved: Any) -> Dataset:

@@ -47,6 +47,16 @@ def test_defaults_and_output_dir(load: Load) -> None:
     assert config.adapter.scaling == 1.0
 
 
+def test_the_output_folder_may_be_in_the_home_folder(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load(MINIMAL + "output_dir: ~/run").output_dir == "/home/me/run"
+
+
+def test_other_tools_ways_to_start_several_ranks_name_one_that_exists(load: Load) -> None:
+    (found,) = problems(load, MINIMAL + "deepspeed: ds.json\n")
+    assert "torchrun --nproc-per-node N -m dude_cli train" in found
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "1E-4", ".0001", "0.0001", "+1e-4"])
 def test_a_rate_in_any_notation_is_a_number(load: Load, text: str) -> None:
     assert load(MINIMAL + f"train: {{learning_rate: {text}}}").train.learning_rate == 1e-4

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
+from dude_cli import quickstart
 from dude_cli.config import DataSource
 from dude_cli.data.rows import Columns, read_source, read_sources
 from dude_cli.errors import DataError
@@ -57,6 +56,16 @@ def error_of(path: object, columns: Columns = COLUMNS, **fields: object) -> Data
     return error
 
 
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "rows.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert read("~/rows.jsonl") == read("~/saved") == KEPT
+    assert "did you mean" in (error_of("~/row.jsonl").fix or "")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_file_format_gives_the_same_rows_and_slices(tmp_path, suffix):
     path = write(tmp_path / f"rows{suffix}")
@@ -94,9 +103,9 @@ def test_real_data_folder_opens_by_its_configuration(test_data):
 
 
 def test_the_packages_own_problems_slice_like_any_split(monkeypatch):
-    module = types.ModuleType("dude_cli.quickstart")
-    module.rows = lambda split: [{"prompt": f"{split} {i}", "completion": "x"} for i in range(10)]
-    monkeypatch.setitem(sys.modules, "dude_cli.quickstart", module)
+    monkeypatch.setattr(
+        quickstart, "rows", lambda split: [{"prompt": f"{split} {i}", "completion": "x"} for i in range(10)]
+    )
     columns = Columns(("prompt", "completion"))
     assert [row["prompt"] for row in read("embedded:quickstart", columns, split="dev[:20%]")] == ["dev 0", "dev 1"]
     assert "train, dev, test" in error_of("embedded:quickstart", columns, split="nope").fix

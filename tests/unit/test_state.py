@@ -112,7 +112,7 @@ def test_half_precision_factors_are_refused(folder):
 def test_a_folder_without_an_adapter_and_a_peft_one_are_refused(tmp_path):
     refused(tiny_model("llama"), tmp_path, "no adapter is here")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    refused(tiny_model("llama"), tmp_path, "PEFT adapter")
+    refused(tiny_model("llama"), tmp_path, "PEFT's format")
     (tmp_path / "adapter_config.json").write_text('{"format_version": 99}')
     refused(tiny_model("llama"), tmp_path, "format 99")
     (tmp_path / "adapter_config.json").write_text("{")

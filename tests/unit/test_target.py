@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dude_cli.errors import UsageError
-from dude_cli.target import find_target
+from dude_cli.errors import AdapterError, UsageError
+from dude_cli.target import find_target, load_target
 
 
 def make_run(folder: Path, *, finished_at: int | None) -> Path:
@@ -81,9 +81,18 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_in_pefts_format_is_refused(tmp_path: Path) -> None:
-    folder = make_adapter(tmp_path / "peft", peft_type="LORA")
-    with pytest.raises(UsageError, match="PEFT's format"):
-        find_target(str(folder))
+    target = find_target(str(make_adapter(tmp_path / "peft", peft_type="LORA")))
+    with pytest.raises(AdapterError, match=r"PEFT's format \(peft_type LORA\)") as error:
+        load_target(target, None)
+    assert error.value.fix
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = make_run(tmp_path / "run", finished_at=1_000)
+    assert find_target("~/run").path == run
+    with pytest.raises(UsageError, match="no folder"):
+        find_target("~nobody-of-this-name/run")
 
 
 def test_a_folder_of_nothing_and_a_file_are_refused(tmp_path: Path) -> None:
