@@ -1,8 +1,9 @@
 """The method, usable on any transformers model without the CLI.
 
-model = patch_model(model, AdapterConfig(method="dude", rank=16))
-...train the trainable parameters...
-save_adapter(model, folder, config); load_adapter(fresh_base_model, folder)
+patch_model(model, AdapterConfig(method="dude", rank=16))  # in place
+...                                                        # train what `trainable_parameters(model)` names
+save_adapter(model, folder)
+load_adapter(fresh_base_model, folder)
 """
 
 from dude_cli.adapter.layer import AdapterLayer

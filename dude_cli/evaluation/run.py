@@ -56,7 +56,7 @@ def evaluate(
     stands for and its limit), `prompt_hashes` (SHA-256 over a task's prompts), `prompts_cut` (how many did not fit
     the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
     `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and `difference` tuned minus base with
-    the paired standard error (see `eval_results.paired_difference`).
+    the paired standard error (see `results.paired_difference`).
 
     The model's modes, the tokenizer and the environment are left as they were; Python's, numpy's and torch's global
     random generators are seeded as lm-eval does. `log` receives one line for each stage, `on_progress` the requests
