@@ -24,6 +24,7 @@ def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Ou
             fix="choose another, or `dude train --overwrite`",
         )
     prepared = prepare(config, make_accelerator(), output.say)
+    output.say(*prepared.data.warnings())
     output.result(init_report(prepared), prepared.report())
 
 
@@ -46,6 +47,7 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
         summary = run_summary(config.run_dir)
     else:
         prepared = prepare(config, accelerator, output.say)
+        output.say(*prepared.data.warnings())
         if not prepared.reused:
             output.progress.print(init_report(prepared))
         with stop_signals() as stop:

@@ -17,20 +17,21 @@ class Output:
 
     as_json: bool = False
     is_quiet: bool = False
-    out: Console = field(default_factory=lambda: Console(soft_wrap=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True))
+    out: Console = field(default_factory=lambda: _console())
+    err: Console = field(default_factory=lambda: _console(stderr=True))
 
     @property
     def progress(self) -> Console:
         """For progress: standard error, or nowhere when quiet."""
-        return Console(stderr=True, quiet=True) if self.is_quiet else self.err
+        return _console(stderr=True, quiet=True) if self.is_quiet else self.err
 
     def on_rank(self, is_main_process: bool) -> Output:
         """The same, or a silent one: of several ranks only the main one talks."""
         return self if is_main_process else Output(is_quiet=True)
 
-    def say(self, text: str) -> None:
-        self.progress.print(text, highlight=False, markup=False, soft_wrap=True)
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self.progress.print(line, highlight=False, soft_wrap=True)
 
     def result(self, shown: RenderableType, document: object) -> None:
         """The command's result: `shown` for a person, `document` for a machine."""
@@ -51,3 +52,8 @@ class Output:
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task(label, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _console(**settings: bool) -> Console:
+    """A console that shows text as it stands: a path may hold `[red]` or `:smile:`, which rich would take for its own."""
+    return Console(markup=False, emoji=False, **settings)

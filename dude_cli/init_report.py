@@ -78,6 +78,7 @@ def _data_table(prepared: Prepared) -> Table:
         "share of tokens learned": lambda report: f"{report.target_tokens / report.tokens:.1%}",
         "longest row, in tokens": lambda report: f"{report.longest_row:,}",
         f"truncated to {prepared.config.data.max_length} tokens": lambda report: f"{report.truncated_rows:,}",
+        "of those, answers that lost their end": lambda report: f"{report.cut_answers:,}",
         "nothing to learn, left out": lambda report: f"{report.rows_without_target:,}",
     }
     if prepared.config.data.packing:

@@ -154,10 +154,20 @@ def truncate(row: Encoded, max_length: int) -> tuple[list[int], list[bool]]:
     The leading tokens stay, and at least one token in front of the answer, without which its first token could not
     be predicted. Only an answer that does not fit behind that is cut at its end, and then has no EOS.
     """
-    excess = len(row.ids) - max_length
-    if excess <= 0:
+    if len(row.ids) <= max_length:
         return row.ids, row.learned
-    kept_in_front = row.leading or min(row.context, 1)
-    cut = min(excess, row.context - kept_in_front)
-    keep = [*range(row.leading), *range(row.leading + cut, len(row.ids))][:max_length]
+    keep = [*range(row.leading), *range(row.leading + _cut_in_front(row, max_length), len(row.ids))][:max_length]
     return [row.ids[index] for index in keep], [row.learned[index] for index in keep]
+
+
+def is_answer_cut(row: Encoded, max_length: int) -> bool:
+    """Whether `truncate` takes learned tokens from the end of a row: its EOS, and perhaps more."""
+    excess = len(row.ids) - max_length
+    at_the_end = excess - _cut_in_front(row, max_length) if excess > 0 else 0
+    return any(row.learned[len(row.ids) - at_the_end :])
+
+
+def _cut_in_front(row: Encoded, max_length: int) -> int:
+    """How many tokens of its context a row that is too long loses."""
+    kept = row.leading or min(row.context, 1)
+    return min(len(row.ids) - max_length, row.context - kept)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dude_cli.config import DataConfig, DataSource
 from dude_cli.data.batches import EncodedRow, EncodedRows
 from dude_cli.data.chat import ChatEncoder
-from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts, truncate
+from dude_cli.data.encode import Encoded, TextEncoder, format_columns, is_answer_cut, row_texts, truncate
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
 from dude_cli.data.row_files import Row
@@ -27,6 +27,8 @@ class DataReport:
     """What became of a data set's rows.
 
     `rows` counts the rows to learn from; `rows_without_target` those left out because nothing of them is learned.
+    `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of what is
+    learned, with its EOS.
     `tokens` and `target_tokens` are over `rows`, after truncation; `longest_row` is in tokens, before it.
     `packed_sequences` is None without packing. `example` is the first row as pieces of text, each with whether it
     is learned.
@@ -36,11 +38,21 @@ class DataReport:
     tokens: int
     target_tokens: int
     truncated_rows: int
+    cut_answers: int
     rows_without_target: int
     longest_row: int
     max_length: int
     packed_sequences: int | None
     example: list[tuple[str, bool]]
+
+    def warnings(self) -> list[str]:
+        """What a user should know before training on these rows, a line each."""
+        if not self.cut_answers:
+            return []
+        return [
+            f"{self.cut_answers:,} of {self.rows:,} rows lose the end of their answer, and its EOS, to "
+            f"data.max_length ({self.max_length}); the longest row has {self.longest_row:,} tokens"
+        ]
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,11 @@ class PreparedData:
     train_report: DataReport
     validation_report: DataReport | None
     fingerprint: str
+
+    def warnings(self) -> list[str]:
+        """Those of the training rows, then those of the validation rows."""
+        reports = {"data.train": self.train_report, "data.validation": self.validation_report}
+        return [f"warning: {name}: {line}" for name, report in reports.items() if report for line in report.warnings()]
 
 
 def prepare_data(config: DataConfig, tokenizer: Any, seed: int) -> PreparedData:
@@ -90,7 +107,7 @@ class _RowEncoder:
         config = self.config
         kept: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
         sources: list[int] = []
-        truncated = without_target = longest = 0
+        truncated = cut_answers = without_target = longest = 0
         for index, row in zip(indices, self._encode(rows, indices, name), strict=True):
             longest = max(longest, len(row.ids))
             truncated += len(row.ids) > config.max_length
@@ -98,6 +115,7 @@ class _RowEncoder:
             if any(learned[1:]):
                 kept.append((np.asarray(ids, np.int32), np.asarray(learned, np.bool_)))
                 sources.append(int(index))
+                cut_answers += is_answer_cut(row, config.max_length)
             else:
                 without_target += 1
         if not kept:
@@ -108,6 +126,7 @@ class _RowEncoder:
             tokens=int(encoded.lengths.sum()),
             target_tokens=int(encoded.target_tokens.sum()),
             truncated_rows=truncated,
+            cut_answers=cut_answers,
             rows_without_target=without_target,
             longest_row=longest,
             max_length=config.max_length,

@@ -43,6 +43,19 @@ def test_report_counts_rows_tokens_and_truncation(prepare, bos_tokenizer):
     assert prepared.validation_report is None
 
 
+def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepare):
+    long_prompt = {"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}
+    long_answer = {"prompt": "hello", "completion": " The cat sat on the mat." * 20}
+    prepared = prepare([long_prompt, long_answer, *numbered(2)], max_length=40)
+    report = prepared.train_report
+    assert (report.rows, report.truncated_rows, report.cut_answers) == (4, 2, 1)
+    assert prepared.warnings() == [
+        "warning: data.train: 1 of 4 rows lose the end of their answer, and its EOS, to data.max_length (40); "
+        f"the longest row has {report.longest_row} tokens"
+    ]
+    assert prepare([long_prompt, *numbered(2)], max_length=40).warnings() == []
+
+
 def test_rows_without_target_are_counted_and_left_out(prepare):
     prepared = prepare([{"text": ""}, {"text": "hello"}, {"text": ""}], format="text", max_length=1 + 5)
     assert prepared.train_report.rows == 3  # after BOS even an empty text has its EOS to learn
@@ -123,6 +136,8 @@ def test_real_questions_with_a_real_tokenizer(test_data: Path):
         max_length=256,
     )
     prepared = prepare_data(config, tokenizer, 0)
+    eos = tokenizer.eos_token_id
+    assert prepared.train_report.cut_answers == sum(row.labels[-1] != eos for row in prepared.train) > 0
     lines = (test_data / "gsm8k/train.jsonl").read_text().splitlines()[:200]
     assert prepared.train_report.truncated_rows > 0
     for row, line in zip(prepared.train, lines, strict=True):
