@@ -16,7 +16,7 @@ With a random start the halves with B0 vanish and P = B, Q = A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -134,12 +134,17 @@ class AdapterLayer(nn.Module):
                 squared = squared.index_copy(0, rows, V.square().sum(dim=1).float())
         return squared
 
-    def adapted_rows(self, rows: slice) -> Tensor:
-        """Rows of W', (rows, in), float32 without gradient: what this layer computes, as one dense weight."""
-        with torch.no_grad():
-            P, Q = self.difference_factors()
-            V = weight_rows(self.base_layer, rows) + self.scaling * (P[rows] @ Q)
-            return V if self.magnitude is None else self.magnitude_ratio(P, Q)[rows, None] * V
+    @torch.no_grad()
+    def adapted_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """W' (out, in) as (row range, rows), float32 without gradient: what this layer computes, as a dense weight.
+
+        The norms are computed before the first chunk, so each chunk may be written over the base's.
+        """
+        P, Q = self.difference_factors()
+        g = None if self.magnitude is None else self.magnitude_ratio(P, Q)[:, None]
+        for rows, W0 in weight_chunks(self.base_layer):
+            V = W0 + self.scaling * (P[rows] @ Q)
+            yield rows, V if g is None else g[rows] * V
 
     def energy_captured(self) -> float | None:
         """sum of S_r^2 / ||W0||_F^2: the share of the weight that the initial factors hold; None for a random start.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dude_cli.adapter.decompose import initial_factors, seed_for
 from dude_cli.adapter.layer import AdapterLayer, Factors
-from dude_cli.adapter.weight import is_linear, stored_weight, weight_chunks, weight_rows, weight_shape
+from dude_cli.adapter.weight import is_linear, stored_weight, weight_rows, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError, UsageError, nearest
 
@@ -64,7 +64,7 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """
     with torch.no_grad():
         for layer in adapter_layers(model).values():
-            for rows, merged in [(rows, layer.adapted_rows(rows)) for rows, _ in weight_chunks(layer.base_layer)]:
+            for rows, merged in layer.adapted_chunks():
                 _write_rows(layer.base_layer, rows, merged)
     return unpatch_model(model)
 

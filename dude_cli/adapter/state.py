@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dude_cli import files
 from dude_cli.adapter.layer import Factors
 from dude_cli.adapter.patch import adapter_layers, patch_with_factors
-from dude_cli.adapter.weight import is_linear, stored_weight, weight_rows, weight_shape
+from dude_cli.adapter.weight import is_linear, weight_shape
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
-# Rows of each target layer that the fingerprint reads: enough to tell fine-tuned copies of one model apart.
-FINGERPRINT_ROWS = 16
+# Values of one parameter that the fingerprint reads: all of a small one; of a 7B model, in all, a quarter of a GB.
+FINGERPRINT_VALUES = 2**19
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,19 @@ def save_adapter(
                 "name_or_path": model.config.name_or_path,
                 "revision": base_revision,
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "fingerprint": base_fingerprint({name: layer.base_layer for name, layer in layers.items()}),
+                "fingerprint": base_fingerprint(model),
             },
             "sha256": files.sha256(partial / TENSORS_FILE),
         }
         files.write_text(partial / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
 
 
-def load_adapter(model: PreTrainedModel, folder: Path | str) -> AdapterConfig:
+def load_adapter(
+    model: PreTrainedModel, folder: Path | str, settings: AdapterConfig | None = None
+) -> AdapterConfig:
     """Patch `model`, the base that the adapter was made on, with the adapter of `folder`; no SVD is redone.
 
+    `settings` replaces the saved config, for one that differs in what the tensors do not depend on, such as dropout.
     Raises AdapterError, before the model is touched, for a folder that is not an adapter, a wrong checksum, missing
     or misshapen tensors, and another base model.
     """
@@ -90,31 +94,33 @@ def load_adapter(model: PreTrainedModel, folder: Path | str) -> AdapterConfig:
     factors = _read_factors(folder, saved)
     for name, given in factors.items():
         _check_layer(model, folder, name, given)
-    fingerprint = base_fingerprint({name: model.get_submodule(name) for name in factors})
-    if fingerprint != saved.base_fingerprint:
-        raise AdapterError(
-            f"the adapter was made on {saved.base_model}, whose weights are not those of {model.config.name_or_path}",
-            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}",
-            fix=f"load {saved.base_model} as the base model, at the same revision",
-        )
-    patch_with_factors(model, saved.config, factors)
-    return saved.config
+    _check_base(model, folder, saved)
+    config = settings or saved.config
+    patch_with_factors(model, config, factors)
+    return config
 
 
 def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the tensors of an adapter folder into `model`, which has an adapter of the same layers and shapes."""
-    tensors = {
-        f"{name}.{field}": tensor
-        for name, factors in _read_factors(folder, read_adapter_config(folder)).items()
-        for field, tensor in factors._asdict().items()
-        if tensor is not None
-    }
-    for name, layer in adapter_layers(model).items():
-        for field in Factors._fields:
-            own = getattr(layer, field)
-            if own is not None:
-                with torch.no_grad():
-                    own.copy_(tensors[f"{name}.{field}"])
+    """Copy the tensors of an adapter folder into `model`, which is patched with an adapter of the same config.
+
+    Raises AdapterError, before the model is touched, for a folder that is not an adapter, a wrong checksum, another
+    base model and an adapter of other layers.
+    """
+    saved = read_adapter_config(folder)
+    factors = _read_factors(folder, saved)
+    layers = adapter_layers(model)
+    if set(factors) != set(layers):
+        raise AdapterError(
+            f"the adapter is not of the model's layers: {', '.join(sorted(set(factors) ^ set(layers))[:4])} differ",
+            where=str(folder),
+            fix="use the config that it was trained with",
+        )
+    _check_base(model, folder, saved)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for field, tensor in factors[name]._asdict().items():
+                if tensor is not None:
+                    getattr(layer, field).copy_(tensor)
 
 
 def read_adapter_config(folder: Path) -> SavedAdapter:
@@ -163,19 +169,28 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def base_fingerprint(layers: dict[str, nn.Module]) -> str:
-    """SHA-256 over the names, the shapes and evenly spaced rows of the base layers, the values rounded to bfloat16.
+def base_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter of the base model: its name, its shape and rows of it, rounded to bfloat16.
 
-    The rounding makes one model loaded in float32 and in bfloat16 the same base.
+    A parameter of up to FINGERPRINT_VALUES values is read whole, a larger one every k-th row, from the first on: a
+    change of other rows alone goes unseen; a fine-tuned, pruned or extended copy does not. Adapters are left out, so a
+    patched model and its base agree. The rounding makes one model in float32 and in bfloat16 the same base.
     """
     digest = hashlib.sha256()
-    for name in sorted(layers):
-        out_features, in_features = weight_shape(layers[name])
-        digest.update(f"{name}:{out_features}x{in_features};".encode())
-        rows = torch.linspace(0, out_features - 1, min(FINGERPRINT_ROWS, out_features)).long()
-        values = weight_rows(layers[name], rows.to(stored_weight(layers[name]).device)).to(torch.bfloat16)
-        digest.update(values.contiguous().cpu().view(torch.int16).numpy().tobytes())
+    for name, parameter in _base_parameters(model):
+        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
+        rows = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.ndim else 1)
+        chosen = rows[:: -(-parameter.numel() // FINGERPRINT_VALUES)].to(torch.bfloat16)
+        digest.update(chosen.contiguous().cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters without the adapters', each tied one once, by their names in the base model, in its order."""
+    own = {f"{name}.{field}" for name in adapter_layers(model) for field in Factors._fields}
+    for name, parameter in model.named_parameters():
+        if name not in own:
+            yield name.replace(".base_layer.", "."), parameter
 
 
 def _read_factors(folder: Path, saved: SavedAdapter) -> dict[str, Factors]:
@@ -216,6 +231,16 @@ def _factors(path: Path, config: AdapterConfig, name: str, fields: dict[str, Ten
             fix="restore the file from a copy, or train again",
         )
     return Factors(**fields)
+
+
+def _check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> None:
+    fingerprint = base_fingerprint(model)
+    if fingerprint != saved.base_fingerprint:
+        raise AdapterError(
+            f"the adapter was made on {saved.base_model}, whose weights are not those of {model.config.name_or_path}",
+            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}",
+            fix=f"load {saved.base_model} as the base model, at the same revision",
+        )
 
 
 def _check_layer(model: PreTrainedModel, folder: Path, name: str, factors: Factors) -> None:

@@ -1,4 +1,4 @@
-"""The one place that reads a base layer's weight, for the SVD, the row norms, the fingerprint and the merge.
+"""The one place that reads a base layer's weight, for the SVD, the row norms and the merge.
 
 Everything here speaks the orientation of `torch.nn.Linear`: a weight is (out, in), whatever the layer stores.
 """

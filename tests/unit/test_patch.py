@@ -13,6 +13,7 @@ from dude_cli.adapter import (
     patch_model,
     trainable_parameters,
     unpatch_model,
+    weight,
 )
 from dude_cli.errors import AdapterError, UsageError
 
@@ -121,3 +122,24 @@ def test_merging_gives_the_patched_models_logits(kind, method):
     merged = model(input_ids=ids).logits
     assert not any(isinstance(module, AdapterLayer) for module in model.modules())
     assert float((merged - patched).abs().max() / patched.abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merging_in_chunks_computes_each_norm_once_and_from_the_base_alone(kind, monkeypatch):
+    def merged(chunk_values: int) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(weight, "CHUNK_VALUES", chunk_values)
+        model = patch_model(tiny_model(kind), AdapterConfig(method="dude", rank=4))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in adapter_layers(model).values():
+                layer.lora_B.add_(0.3 * torch.randn(layer.lora_B.shape, generator=generator))
+        calls.clear()
+        return merge_adapter(model).state_dict()
+
+    calls: list[AdapterLayer] = []
+    ratio = AdapterLayer.magnitude_ratio
+    monkeypatch.setattr(AdapterLayer, "magnitude_ratio", lambda layer, P, Q: calls.append(layer) or ratio(layer, P, Q))
+    whole, chunked = merged(2**24), merged(100)
+    assert len(calls) == len(set(calls)) > 0
+    for name in whole:
+        torch.testing.assert_close(chunked[name], whole[name], rtol=1e-5, atol=1e-6)

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DTYPES, KINDS, tiny_batch, tiny_model, train_a_little
 
 from dude_cli import files
-from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, save_adapter
+from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, save_adapter, state
+from dude_cli.adapter.state import base_fingerprint
 from dude_cli.errors import AdapterError
 
 CONFIG = AdapterConfig(method="dude", rank=4)
@@ -54,6 +55,35 @@ def refused(model, folder, message: str) -> None:
 
 def test_another_base_model_is_refused(folder):
     refused(tiny_model("llama", seed=1), folder, "whose weights are not those of")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"]
+)
+def test_a_base_with_one_other_row_anywhere_is_refused(folder, name):
+    changed = tiny_model("llama")
+    with torch.no_grad():
+        changed.get_parameter(name)[7] += 0.5
+    refused(changed, folder, "whose weights are not those of")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patched_model_has_its_bases_fingerprint(kind):
+    model = tiny_model(kind)
+    before = base_fingerprint(model)
+    assert base_fingerprint(patch_model(model, CONFIG)) == before
+    assert base_fingerprint(tiny_model(kind, torch.bfloat16)) == before
+
+
+def test_large_parameters_are_fingerprinted_by_rows_of_every_part(monkeypatch):
+    monkeypatch.setattr(state, "FINGERPRINT_VALUES", 32 * 8)  # of 96 x 32: every 12th row
+    model = tiny_model("llama")
+    before = base_fingerprint(model)
+    with torch.no_grad():
+        model.lm_head.weight[13] += 1
+        assert base_fingerprint(model) == before
+        model.lm_head.weight[84] += 1
+        assert base_fingerprint(model) != before
 
 
 def test_another_architecture_is_refused(folder):
