@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, DType, ModelConfig
-from dude_cli.errors import UsageError
+from dude_cli.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,8 +110,19 @@ def _explained(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "`kernels`")):
+            raise _attention_error(config.attn_implementation, str(error)) from error
         what, fix = _reason(error, name)
         raise UsageError(what, where=f"model.name_or_path: {name}", fix=fix) from error
+
+
+def _attention_error(attention: str, text: str) -> UsageError:
+    close = [name for name in nearest(attention, ["sdpa", "eager", "flash_attention_2"]) if name != attention]
+    return UsageError(
+        f"the attention kernel {attention} cannot be used: {text.strip().splitlines()[0].partition('. ')[0]}",
+        where=f"model.attn_implementation: {attention}",
+        fix=f"{f'did you mean {close[0]}? ' if close else ''}sdpa and eager need nothing but torch",
+    )
 
 
 def _reason(error: BaseException, name: str) -> tuple[str, str]:

@@ -115,6 +115,7 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
     name. A layer that shares its weight with the input embedding is left alone: adapting one would untie them.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    _check_patterns(config, list(linear))
     tied = {name for name, module in linear.items() if _is_tied(model, module)}
     excluded = {name for name in linear if any(_matches(pattern, name) for pattern in config.exclude_modules)}
     candidates = {name: module for name, module in linear.items() if name not in tied | excluded}
@@ -126,7 +127,7 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
                 fix="check adapter.exclude_modules; supported are torch.nn.Linear and transformers' Conv1D",
             )
         return candidates
-    patterns = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    patterns = _target_patterns(config)
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in candidates):
             raise _no_such_layer(pattern, list(linear), tied, excluded)
@@ -148,18 +149,28 @@ def start_factors(layer: nn.Module, config: AdapterConfig, seed: int) -> Factors
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(_regex(pattern), name) is not None
+    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) is not None
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(
-            f"`{pattern}` is neither a module's name nor a regular expression: {error}",
-            where="adapter.target_modules",
-            fix="write a name such as q_proj, or a valid regular expression such as .*mlp\\.(up|down)_proj",
-        ) from None
+def _target_patterns(config: AdapterConfig) -> list[str]:
+    return [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+
+
+def _check_patterns(config: AdapterConfig, linear: list[str]) -> None:
+    """Refuse what is no regular expression, and an exclusion that excludes nothing; the default one may."""
+    patterns = {"target_modules": _target_patterns(config), "exclude_modules": config.exclude_modules}
+    for key, pattern in [(key, pattern) for key, given in patterns.items() for pattern in given]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(
+                f"`{pattern}` is neither a module's name nor a regular expression: {error}",
+                where=f"adapter.{key}",
+                fix="write a name such as q_proj, or a valid regular expression such as .*mlp\\.(up|down)_proj",
+            ) from None
+    for pattern in config.exclude_modules:
+        if pattern != "lm_head" and not any(_matches(pattern, name) for name in linear):
+            raise _matches_nothing(pattern, linear, f"adapter.exclude_modules: {pattern}")
 
 
 def _is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
@@ -182,6 +193,10 @@ def _no_such_layer(pattern: str, linear: list[str], tied: set[str], excluded: se
             where=where,
             fix="take it out of adapter.exclude_modules or of adapter.target_modules",
         )
+    return _matches_nothing(pattern, linear, where)
+
+
+def _matches_nothing(pattern: str, linear: list[str], where: str) -> UsageError:
     short_names = sorted({name.rpartition(".")[2] for name in linear})
     close = nearest(pattern, short_names) or short_names[:12]
     return UsageError(

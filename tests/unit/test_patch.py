@@ -68,6 +68,16 @@ def test_a_bad_regular_expression_is_explained():
         targets("llama", target_modules="(q_proj")
 
 
+def test_a_bad_exclusion_is_an_error_of_its_own_key():
+    with pytest.raises(UsageError, match="neither a module's name") as error:
+        targets("llama", exclude_modules=["(q_proj"])
+    assert error.value.where == "adapter.exclude_modules"
+    with pytest.raises(UsageError, match="`qproj` matches no linear layer") as error:
+        targets("llama", exclude_modules=["lm_head", "qproj"])
+    assert error.value.where == "adapter.exclude_modules: qproj"
+    assert "q_proj" in (error.value.fix or "")
+
+
 def test_a_layer_that_is_target_and_excluded_is_an_error():
     with pytest.raises(UsageError, match="excluded too"):
         targets("llama", target_modules=["q_proj"], exclude_modules=["q_proj"])
