@@ -71,7 +71,7 @@ def evaluate(
     output: Output,
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, show the table, write the results."""
-    from dude_cli.evaluation import EvalRequest, results_table, write_results
+    from dude_cli.evaluation import EvalRequest, plain_results, results_table, write_results
     from dude_cli.evaluation import evaluate as score
     from dude_cli.target import eval_config, find_target, load_target, results_dir
 
@@ -108,7 +108,7 @@ def evaluate(
     if folder is not None:
         for path in write_results(results, folder):
             output.say(f"wrote {path}")
-    output.result(results_table(results), {key: value for key, value in results.items() if key != "samples"})
+    output.result(results_table(results), plain_results(results))
 
 
 def list_shipped(output: Output) -> None:
@@ -135,9 +135,14 @@ def copy_shipped(name: str, dest: Path, output: Output) -> None:
 def _load(path: Path, overrides: Sequence[str], *, smoke: bool) -> Config:
     config = load_config(path, overrides)
     if smoke:
-        from dude_cli.smoke import write_smoke_inputs
+        from dude_cli.runtime import make_accelerator
+        from dude_cli.smoke import smoke_config, write_smoke_inputs
 
-        config = write_smoke_inputs(config, Path(f"{config.output_dir}-smoke"))
+        accelerator = make_accelerator()
+        if accelerator.is_main_process:
+            write_smoke_inputs(config)
+        accelerator.wait_for_everyone()
+        config = smoke_config(config)
     return config
 
 

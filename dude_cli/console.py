@@ -55,5 +55,5 @@ class Output:
 
 
 def _console(**settings: bool) -> Console:
-    """A console that shows text as it stands: a path may hold `[red]` or `:smile:`, which rich would take for its own."""
+    """A console that shows text as it stands: rich would take `[red]` or `:smile:` in a path for its own."""
     return Console(markup=False, emoji=False, **settings)

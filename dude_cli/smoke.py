@@ -43,19 +43,55 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_smoke_inputs(config: Config, folder: Path) -> Config:
-    """Write a small random model, a tokenizer and generated rows under `folder`; return the config that uses them."""
+def smoke_config(config: Config) -> Config:
+    """The config on the inputs that `write_smoke_inputs` writes: small, short, in a run folder of its own."""
+    import torch
+
+    folder = _inputs_dir(config)
+    values = resolved(config)
+    model, adapter, data, train = values["model"], values["adapter"], values["data"], values["train"]
+    model |= {"name_or_path": str(folder / "model"), "revision": None, "trust_remote_code": False}
+    if not torch.cuda.is_available():
+        model["dtype"] = "float32"
+        if model["attn_implementation"].startswith("flash"):
+            model["attn_implementation"] = "sdpa"
+
+    rank = min(adapter["rank"], MAX_RANK)
+    alpha = None if adapter["alpha"] is None else adapter["alpha"] * rank / adapter["rank"]
+    adapter |= {"rank": rank, "alpha": alpha}
+
+    data |= {"train": [{"path": str(folder / "train.jsonl")}], "max_length": min(data["max_length"], MAX_LENGTH)}
+    if isinstance(data["validation"], list):
+        data["validation"] = [{"path": str(folder / "validation.jsonl")}]
+    elif data["validation"] is not None:
+        data["validation"] = 0.25  # of so few rows, a smaller share may be none
+
+    train.pop("num_train_epochs", None)
+    train |= {"max_steps": STEPS, "global_batch_size": BATCH_SIZE, "logging_steps": 1}
+    if train["per_device_batch_size"] != "auto":
+        train["per_device_batch_size"] = min(train["per_device_batch_size"], BATCH_SIZE)
+    for key in ("eval_steps", "save_steps"):
+        train[key] = train[key] and min(train[key], 2)
+
+    for task in values["eval"]["tasks"]:
+        task["limit"] = EVAL_LIMIT
+    values["output_dir"] = _output_dir(config)
+    return Config.model_validate(values)
+
+
+def write_smoke_inputs(config: Config) -> None:
+    """Write what `smoke_config(config)` names: a small random model, a tokenizer and generated rows."""
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
     if not tokenizer.chat_template:
         tokenizer.chat_template = _CHAT_TEMPLATE
+    folder = _inputs_dir(config)
     folder.mkdir(parents=True, exist_ok=True)
     smoke_model(config, tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     _write_rows(folder / "train.jsonl", generated_rows(config.data, TRAIN_ROWS, config.seed))
     _write_rows(folder / "validation.jsonl", generated_rows(config.data, VALIDATION_ROWS, config.seed + 1))
-    return _smoke_config(config, folder)
 
 
 def smoke_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -117,38 +153,13 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _smoke_config(config: Config, folder: Path) -> Config:
-    import torch
+def _output_dir(config: Config) -> str:
+    return config.output_dir.rstrip("/") + "-smoke"
 
-    values = resolved(config)
-    model, adapter, data, train = values["model"], values["adapter"], values["data"], values["train"]
-    model |= {"name_or_path": str(folder / "model"), "revision": None, "trust_remote_code": False}
-    if not torch.cuda.is_available():
-        model["dtype"] = "float32"
-        if model["attn_implementation"].startswith("flash"):
-            model["attn_implementation"] = "sdpa"
 
-    rank = min(adapter["rank"], MAX_RANK)
-    alpha = None if adapter["alpha"] is None else adapter["alpha"] * rank / adapter["rank"]
-    adapter |= {"rank": rank, "alpha": alpha}
-
-    data |= {"train": [{"path": str(folder / "train.jsonl")}], "max_length": min(data["max_length"], MAX_LENGTH)}
-    if isinstance(data["validation"], list):
-        data["validation"] = [{"path": str(folder / "validation.jsonl")}]
-    elif data["validation"] is not None:
-        data["validation"] = 0.25  # of so few rows, a smaller share may be none
-
-    train.pop("num_train_epochs", None)
-    train |= {"max_steps": STEPS, "global_batch_size": BATCH_SIZE, "logging_steps": 1}
-    if train["per_device_batch_size"] != "auto":
-        train["per_device_batch_size"] = min(train["per_device_batch_size"], BATCH_SIZE)
-    for key in ("eval_steps", "save_steps"):
-        train[key] = train[key] and min(train[key], 2)
-
-    for task in values["eval"]["tasks"]:
-        task["limit"] = EVAL_LIMIT
-    values["output_dir"] = config.output_dir.rstrip("/") + "-smoke"
-    return Config.model_validate(values)
+def _inputs_dir(config: Config) -> Path:
+    """Beside the run folder, which must be empty or a run's when a training starts."""
+    return Path(_output_dir(config) + "-inputs")
 
 
 def _model_type(model: ModelConfig) -> str:

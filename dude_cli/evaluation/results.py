@@ -144,27 +144,36 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def plain_results(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results in lm-eval's layout and JSON's own types, without the samples; NaN is the text "NaN"."""
+    plain: dict[str, Any] = _plain(_without_samples(results))
+    return plain
+
+
 def results_json(results: Mapping[str, Any]) -> str:
-    """The results as one strict JSON document in lm-eval's layout, without the samples; NaN is the text "NaN"."""
-    return json.dumps(_plain(_without_samples(results)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """`plain_results` as one strict JSON document."""
+    return json.dumps(plain_results(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write each requested task's part of `results` to `folder`/<task>.json and its samples to samples_<task>.jsonl.
 
-    Each file is whole or not there. Returns the paths of the results. `base` and `difference` are in the same file.
+    With a limit N they are <task>.limit-N.json and samples_<task>.limit-N.jsonl, so that a quick look does not replace
+    the full score. Each file is whole or not there. Returns the paths of the results. `base` and `difference` are in
+    the same file.
     """
     paths = []
-    for name in results["requested"]:
+    for name, request in results["requested"].items():
         part = task_results(results, name)
-        path = folder / f"{name}.json"
+        stem = name if request["limit"] is None else f"{name}.limit-{request['limit']}"
+        path = folder / f"{stem}.json"
         lines = [
             json.dumps(_plain({"task": task, **sample}), ensure_ascii=False, allow_nan=False)
             for task, samples in part.get("samples", {}).items()
             for sample in samples
         ]
         if lines:
-            write_text(folder / f"samples_{name}.jsonl", "\n".join(lines) + "\n")
+            write_text(folder / f"samples_{stem}.jsonl", "\n".join(lines) + "\n")
         write_text(path, results_json(part))
         paths.append(path)
     return paths

@@ -145,9 +145,19 @@ def test_eval_without_a_run_says_what_to_do(tmp_path):
     assert "dude train" in done.stderr
 
 
-def test_an_adapter_for_another_base_model_is_refused(tmp_path, rows):
+def test_a_run_is_scored_into_one_strict_document_and_refused_on_another_base(tmp_path, rows):
     done = dude("train", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    done = dude("eval", "run", "--task", "quickstart_choices", "--limit", "1", "--base", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert "samples" not in document
+    assert "samples" not in document["base"]
+    assert document["n-samples"]["quickstart_choices"]["effective"] == 1
+    names = {path.name for path in (tmp_path / "run/eval").iterdir()}  # a full score would have kept its own file
+    assert names == {"quickstart_choices.limit-1.json", "samples_quickstart_choices.limit-1.jsonl"}
+    assert "Custom kwargs" not in done.stderr
+
     saved = tmp_path / "run/adapter/adapter_config.json"
     content = json.loads(saved.read_text())
     content["base_model"]["fingerprint"] = "0" * 64

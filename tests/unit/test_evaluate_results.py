@@ -205,7 +205,7 @@ def test_each_requested_task_has_its_own_file_in_lm_evals_layout(
 
     paths = write_results(results, tmp_path / "eval")
 
-    assert [path.name for path in paths] == ["group.json", "gsm8k.json"]
+    assert [path.name for path in paths] == ["group.json", "gsm8k.limit-2.json"]
     group, gsm8k = (json.loads(path.read_text()) for path in paths)
     assert set(group["results"]) == {"algebra", "law", "category", "group"}
     assert group["results"] == {name: results["results"][name] for name in group["results"]}

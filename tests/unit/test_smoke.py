@@ -24,15 +24,21 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def config_of(**data: Any) -> Config:
+def smoke_inputs(config: Config) -> Config:
+    smoke.write_smoke_inputs(config)
+    return smoke.smoke_config(config)
+
+
+def config_of(output_dir: str = "runs/a", **data: Any) -> Config:
     values = {"model": {"name_or_path": "gpt2"}, "data": {"train": [{"path": "rows.jsonl"}], **data}}
-    return Config.model_validate({**values, "output_dir": "runs/a"})
+    return Config.model_validate({**values, "output_dir": output_dir})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_shipped_config_shrinks_to_local_files(name: str, tmp_path: Path) -> None:
+def test_a_shipped_config_shrinks_to_local_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     config = load_config(Path(name))
-    small = smoke.write_smoke_inputs(config, tmp_path)
+    small = smoke_inputs(config)
     model = AutoModelForCausalLM.from_pretrained(small.model.name_or_path)
     tokenizer = AutoTokenizer.from_pretrained(small.model.name_or_path)
     rows = [json.loads(line) for line in Path(small.data.train[0].path).read_text(encoding="utf-8").splitlines()]
@@ -50,7 +56,7 @@ def test_a_shipped_config_shrinks_to_local_files(name: str, tmp_path: Path) -> N
 
 
 def test_a_shrunken_config_can_be_saved_and_read_again(tmp_path: Path) -> None:
-    small = smoke.write_smoke_inputs(load_config(Path("configs/gsm8k.yaml")), tmp_path)
+    small = smoke.smoke_config(load_config(Path("configs/gsm8k.yaml")))
     (tmp_path / "small.yaml").write_text(dump_config(small), encoding="utf-8")
     assert load_config(tmp_path / "small.yaml") == small
 
@@ -73,15 +79,15 @@ def test_rows_have_the_columns_of_the_config(data: dict[str, Any], columns: set[
 
 
 def test_rows_and_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
-    config = config_of()
-    for seed, folder in enumerate(("one", "two")):
+    one, two = tmp_path / "one-smoke-inputs", tmp_path / "two-smoke-inputs"
+    for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        smoke.write_smoke_inputs(config, tmp_path / folder)
+        smoke.write_smoke_inputs(config_of(output_dir=str(tmp_path / name)))
         assert torch.equal(torch.get_rng_state(), before)
     for file in ("train.jsonl", "validation.jsonl", "model/model.safetensors"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert (tmp_path / "one/train.jsonl").read_bytes() != (tmp_path / "one/validation.jsonl").read_bytes()
+        assert (one / file).read_bytes() == (two / file).read_bytes()
+    assert (one / "train.jsonl").read_bytes() != (one / "validation.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,7 @@ def test_the_architecture_is_read_from_a_local_folder(tmp_path: Path) -> None:
 
 
 def test_chat_gets_a_template_and_a_share_stays_a_share(tmp_path: Path) -> None:
-    small = smoke.write_smoke_inputs(config_of(format="chat", validation=0.01), tmp_path)
+    small = smoke_inputs(config_of(str(tmp_path / "run"), format="chat", validation=0.01))
     tokenizer = AutoTokenizer.from_pretrained(small.model.name_or_path)
     row = smoke.generated_rows(small.data, 1, seed=1)[0]
     text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
