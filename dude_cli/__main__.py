@@ -1,3 +1,17 @@
-from dude_cli.cli import main
+"""Start the command line. Signals are answered before anything that takes time, typer included, is imported."""
 
-main()
+from dude_cli.stopping import ignore_signals, leave_on_signals
+
+
+def main() -> None:
+    leave_on_signals()
+    from dude_cli.cli import app
+
+    try:
+        app()
+    finally:
+        ignore_signals()
+
+
+if __name__ == "__main__":
+    main()

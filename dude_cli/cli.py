@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import typer
 
 from dude_cli import __version__
 from dude_cli.errors import DudeError, ResourceError, StoppedError, UsageError
+from dude_cli.stopping import Interrupted, interrupting_signals
 
 app = typer.Typer(
     name="dude",
@@ -46,7 +48,7 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Check everything, decompose each target layer, and save the initial adapter."""
-    with _reported(debug):
+    with _reported(debug, if_stopped="the same command starts again"):
         from dude_cli import commands
         from dude_cli.console import Output
 
@@ -64,7 +66,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train; an interrupted run continues. Prepares first what `dude init` has not."""
-    with _reported(debug):
+    with _reported(debug, if_stopped="what was not saved is lost, and the same command starts or continues the run"):
         from dude_cli import commands
         from dude_cli.console import Output
 
@@ -101,7 +103,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a run, an adapter or a model with lm-eval."""
-    with _reported(debug):
+    with _reported(debug, if_stopped="no result was written"):
         from dude_cli import commands
         from dude_cli.console import Output
 
@@ -151,15 +153,12 @@ def _root() -> None:
     pass
 
 
-def main() -> None:
-    app()
-
-
 @contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Print what went wrong on standard error and exit with its code; a traceback only for `--debug`."""
-    from dude_cli.runtime import interrupting_signals
+def _reported(debug: bool, *, if_stopped: str = "") -> Iterator[None]:
+    """Print what went wrong on standard error and exit with its code; a traceback only for `--debug`.
 
+    `if_stopped` says what a signal leaves undone.
+    """
     try:
         with interrupting_signals():
             yield
@@ -172,8 +171,8 @@ def _reported(debug: bool) -> Iterator[None]:
             or f"this is a bug in dude {__version__}: {type(error).__name__}: {error}\nplease report the lines above"
         )
         raise typer.Exit(1 if known is None else known.exit_code) from None
-    except KeyboardInterrupt:
-        _tell("stopped; what was not saved is lost, and the same command starts or continues the run")
+    except (Interrupted, KeyboardInterrupt):
+        _tell(f"stopped; {if_stopped}" if if_stopped else "stopped")
         raise typer.Exit(StoppedError.exit_code) from None
 
 
@@ -192,10 +191,9 @@ def _as_dude_error(error: Exception) -> DudeError | None:
         return ResourceError(
             f"the disk is full: {error.strerror}", where=where, fix="free some space; the run continues"
         )
-    if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError):
-        return UsageError(
-            f"cannot use this path: {error.strerror}", where=str(error.filename), fix="choose another path"
-        )
+    if isinstance(error, OSError) and error.filename is not None:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        return UsageError(f"cannot use this path: {error.strerror}", where=path, fix="choose another path")
     is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
     if isinstance(error, MemoryError) or is_torch_memory:
         return ResourceError(

@@ -8,7 +8,7 @@
     ├── DivergedError            4   a loss or a gradient that is not finite
     ├── ResourceError            5   out of memory, out of disk
     ├── NumberNotMetError        6   a required figure was not reached
-    └── StoppedError            75   stopped by a signal, after saving
+    └── StoppedError            75   stopped by a signal; a training saves a checkpoint first
 
 A message has four parts: what failed, the value, where, and what to do next.
 """

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_help_lists_the_verbs_without_importing_torch():
     """Imports are what costs time: torch alone takes seconds."""
     code = (
-        "import sys\nsys.argv = ['dude', '--help']\nfrom dude_cli.cli import main\n"
+        "import sys\nsys.argv = ['dude', '--help']\nfrom dude_cli.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'lm_eval', 'numpy', 'pydantic', 'yaml'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))"
@@ -37,7 +37,7 @@ def test_every_verb_has_help_and_the_common_options(verb):
 
 def test_a_config_error_needs_no_torch():
     code = (
-        "import sys\nsys.argv = ['dude', 'train', 'nowhere.yaml']\nfrom dude_cli.cli import main\n"
+        "import sys\nsys.argv = ['dude', 'train', 'nowhere.yaml']\nfrom dude_cli.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    print('EXIT', stop.code)\n"
         "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
     )

@@ -27,7 +27,7 @@ def test_dude_ls_runs_from_an_installed_wheel(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     code = (
-        "import sys; sys.argv = ['dude', 'ls']; from dude_cli import cli; "
+        "import sys; sys.argv = ['dude', 'ls']; from dude_cli import __main__ as cli; "
         f"assert cli.__file__.startswith({str(site)!r}), cli.__file__; cli.main()"
     )
     env = environment(PYTHONPATH=str(site))

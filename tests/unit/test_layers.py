@@ -34,6 +34,7 @@ LAYERS = [
     "template",
     "runtime",
     "files",
+    "stopping",
     "errors",
     "quickstart",
 ]

@@ -1,0 +1,68 @@
+"""How a signal ends a command: at once while nothing is open, else by unwinding; always one line and one exit code.
+
+The training loop has an answer of its own, `runtime.stop_signals`: it saves a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dude_cli.errors import StoppedError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def leave_on_signals() -> None:
+    """From now on a signal ends the process at once. For the imports before a command, and the way out after it."""
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+
+
+def ignore_signals() -> None:
+    """From now on the process ends with the exit code that it has, whatever comes."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Interrupted(BaseException):
+    """A signal came. Once a KeyboardInterrupt has left `exec`, Python would end by SIGINT, handled or not."""
+
+
+@contextmanager
+def interrupting_signals() -> Iterator[None]:
+    """Within, a signal raises Interrupted: what is half-written is cleaned up on the way out."""
+    has_come = False
+
+    def interrupt(_number: int, _frame: Any) -> None:
+        nonlocal has_come
+        has_come = True
+        raise Interrupted
+
+    def unraisable(error: Any) -> None:
+        # Python drops an exception that is raised while it frees an object, or inside an import's lock.
+        if error.exc_type is Interrupted:
+            _leave()
+        sys.__unraisablehook__(error)
+
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    try:
+        yield
+    except Exception as error:
+        if has_come:  # a library that was interrupted in an import or in C may say so with an error of its own
+            raise Interrupted from error
+        raise
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(*_: Any) -> None:
+    os.write(2, b"error: stopped\n")
+    os._exit(StoppedError.exit_code)
