@@ -54,6 +54,6 @@ class Output:
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _console(**settings: bool) -> Console:
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that shows text as it stands: rich would take `[red]` or `:smile:` in a path for its own."""
-    return Console(markup=False, emoji=False, **settings)
+    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
