@@ -6,8 +6,9 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place at the end; an exception leaves all as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -62,7 +64,28 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync(partial)
         _replace_folder(partial, path)
     finally:
+        recover_folder(path)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Put the old folder back where a process ended just after it had stepped aside for a new one."""
+    old = _aside(path)
+    if old.exists() and not path.exists():
+        with suppress(FileNotFoundError):  # another rank was faster
+            os.rename(old, path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless `folder` can be made and written to; nothing is left behind."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    finally:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def sync(path: Path) -> None:
@@ -76,10 +99,14 @@ def sync(path: Path) -> None:
 
 def _replace_folder(partial: Path, path: Path) -> None:
     # A folder cannot be renamed onto one that has files, so the old one steps aside first.
-    old = path.with_name(f".{path.name}.old")
+    old = _aside(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.rename(path, old)
     os.rename(partial, path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
