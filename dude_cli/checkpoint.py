@@ -3,7 +3,7 @@
     checkpoints/step-000500/
       adapter/                 a full adapter folder, which `dude eval` takes
       optimizer.safetensors    AdamW's moments and step counts by parameter name
-      state.json               TrainState
+      state.json               TrainState, with float16's loss scale
       manifest.json            the sha256 of each file, written last
 
 The row order, the learning rate and the random numbers of a step are functions of (seed, step), so no generator
@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,22 +37,30 @@ class TrainState:
     """Where a run stands, apart from its tensors."""
 
     step: int = 0  # optimizer steps done
-    target_tokens: int = 0  # learned from so far
     elapsed_s: float = 0.0  # spent on the steps so far, all parts of the run together
     per_device_batch_size: int = 0  # as `auto` was resolved
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0
+    world_size: int = 1
+    data_fingerprints: dict[str, str] = field(default_factory=dict)  # of data.train and data.validation
+    loss_scaler: dict[str, float] = field(default_factory=dict)  # of torch's GradScaler; empty but for float16
 
 
 def save_checkpoint(
-    run_dir: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: TrainState, keep: int
+    run_dir: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    *,
+    keep: int,
+    base_revision: str | None,
 ) -> Path:
     """Write checkpoints/step-N, verify it, and only then delete all but the newest `keep`."""
     from dude_cli.adapter import save_adapter
 
     folder = run_dir / CHECKPOINTS / f"step-{state.step:06d}"
     with files.new_folder(folder) as partial:
-        save_adapter(model, partial / "adapter")
+        save_adapter(model, partial / "adapter", base_revision=base_revision)
         files.save_tensors(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         files.write_text(partial / "state.json", json.dumps(asdict(state), indent=2) + "\n")
         files.write_text(partial / MANIFEST, json.dumps(_checksums(partial), indent=2) + "\n")
@@ -98,9 +106,21 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
 
     from dude_cli.adapter import restore_adapter
 
+    state = _read_state(folder / "state.json")
     restore_adapter(model, folder / "adapter")
     _restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
-    return TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    return state
+
+
+def _read_state(path: Path) -> TrainState:
+    try:
+        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+    except TypeError as error:
+        raise AdapterError(
+            f"this checkpoint is of another version of dude: {error}",
+            where=str(path),
+            fix="continue with the version that wrote it, or start anew with --overwrite",
+        ) from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -13,10 +13,12 @@ from dude_cli.errors import UsageError
 def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Output) -> None:
     """Check everything, decompose, save the initial adapter, and show what a training would do."""
     from dude_cli.init_report import init_report
-    from dude_cli.prepare import is_finished_run, prepare
+    from dude_cli.prepare import prepare
+    from dude_cli.run_dir import check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator
 
     config = _load(config_path, overrides, smoke=smoke)
+    check_run_dir(config)
     if is_finished_run(config):
         raise UsageError(
             f"{config.output_dir} holds a finished run",
@@ -32,21 +34,22 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
     """Prepare what is not prepared, train, and write the adapter."""
     from dude_cli.init_report import init_report
     from dude_cli.metrics import run_summary
-    from dude_cli.prepare import clear_run, is_finished_run, prepare
+    from dude_cli.prepare import prepare
+    from dude_cli.run_dir import check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator, stop_signals
     from dude_cli.train import train as run_training
 
     config = _load(config_path, overrides, smoke=smoke)
     accelerator = make_accelerator()
     output = output.on_rank(accelerator.is_main_process)
-    if overwrite and accelerator.is_main_process:
-        clear_run(config)
-    accelerator.wait_for_everyone()
-    if is_finished_run(config):
+    check_run_dir(config)
+    is_finished = not overwrite and is_finished_run(config)
+    accelerator.wait_for_everyone()  # before any rank writes, all have looked at the same folder
+    if is_finished:
         output.say(f"{config.output_dir} holds this run, finished; --overwrite starts anew")
-        summary = run_summary(config.run_dir)
+        summary = run_summary(config)
     else:
-        prepared = prepare(config, accelerator, output.say)
+        prepared = prepare(config, accelerator, output.say, overwrite=overwrite)
         output.say(*prepared.data.warnings())
         if not prepared.reused:
             output.progress.print(init_report(prepared))

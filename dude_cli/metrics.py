@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dude_cli import files
+from dude_cli.config import Config
+from dude_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,20 +38,37 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def run_summary(run_dir: Path) -> dict[str, Any]:
-    """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds."""
-    records = read_metrics(run_dir)
+def run_summary(config: Config) -> dict[str, Any]:
+    """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds.
+
+    `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's.
+    """
+    records = read_metrics(config.run_dir)
     steps = [record for record in records if "loss" in record]
-    evaluations = [record["eval_loss"] for record in records if "eval_loss" in record]
+    evaluations = [record for record in records if "eval_loss" in record]
+    last = steps[-1] if steps else {"step": 0}
+    lowest = min(evaluations, key=lambda record: record["eval_loss"], default=None)
+    kept = lowest if config.train.early_stopping_patience is not None and lowest is not None else last
     return {
-        "run_dir": str(run_dir),
-        "steps": steps[-1]["step"] if steps else 0,
-        "loss": steps[-1]["loss"] if steps else None,
-        "first_eval_loss": evaluations[0] if evaluations else None,
-        "last_eval_loss": evaluations[-1] if evaluations else None,
-        "lowest_eval_loss": min(evaluations) if evaluations else None,
-        "elapsed_s": steps[-1]["elapsed_s"] if steps else None,
+        "run_dir": str(config.run_dir),
+        "steps": last["step"],
+        "kept_step": kept["step"],
+        "loss": last.get("loss"),
+        "first_eval_loss": evaluations[0]["eval_loss"] if evaluations else None,
+        "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
+        "lowest_eval_loss": lowest["eval_loss"] if lowest else None,
+        "elapsed_s": last.get("elapsed_s"),
     }
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise UsageError if a tracker's package is not installed."""
+    if "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError(
+            "TensorBoard is not installed",
+            where="train.report_to: tensorboard",
+            fix="pip install 'dude-cli[tensorboard]', or leave it out: metrics.jsonl has the same numbers",
+        )
 
 
 class MetricsLog:
@@ -70,7 +91,7 @@ class MetricsLog:
         self._file.flush()
         if self._writer is not None:
             for key, value in record.items():
-                if key != "step":
+                if key != "step" and value is not None:
                     self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:

@@ -21,7 +21,8 @@ tags: [{method}]
 | training data | {data} |
 | steps | {steps} of {global_batch_size} rows, peak learning rate {learning_rate:g}, {schedule} |
 | last training loss | {loss} |
-| evaluation loss before, after | {first_eval_loss}, {last_eval_loss} |
+| evaluation loss before, after, lowest | {first_eval_loss}, {last_eval_loss}, {lowest_eval_loss} |
+| this adapter | of step {kept_step}{reason} |
 | seed | {seed} |
 
 ```python
@@ -52,7 +53,9 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         schedule=config.train.lr_scheduler_type,
         seed=config.seed,
         steps=summary["steps"],
-        **{key: _number(summary[key]) for key in ("loss", "first_eval_loss", "last_eval_loss")},
+        kept_step=summary["kept_step"],
+        reason="" if config.train.early_stopping_patience is None else ", the lowest evaluation loss",
+        **{key: _number(summary[key]) for key in ("loss", "first_eval_loss", "last_eval_loss", "lowest_eval_loss")},
     )
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dude_cli import files
-from dude_cli.checkpoint import CHECKPOINTS, checkpoints
-from dude_cli.config import Config, dump_config, load_config
+from dude_cli.config import Config, dump_config
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
-from dude_cli.errors import AdapterError, UsageError
-from dude_cli.metrics import METRICS_FILE
+from dude_cli.errors import AdapterError
+from dude_cli.metrics import check_trackers
 from dude_cli.model import check_vocabulary, hub_commit, load_model, load_tokenizer
+from dude_cli.run_dir import INITIAL, RESULT, check_writable, clear_run, initial_key
 from dude_cli.runtime import environment
 from dude_cli.schedule import total_steps, warmup_steps
 
@@ -25,11 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INITIAL, RESULT, BEST = "initial", "adapter", "best"
 # Rows times longest row that `per_device_batch_size: auto` starts with.
 AUTO_BATCH_TOKENS = 16_384
-# Settings that may change between two parts of one run: they do not touch what is learned.
-FREE_SETTINGS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "per_device_batch_size"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,13 @@ class Prepared:
     all_parameters: int
     reused: bool
 
+    def data_fingerprints(self) -> dict[str, str]:
+        """What tells other rows under the same names, for a run that continues."""
+        found = {"data.train": self.data.fingerprint}
+        if self.data.validation is not None:
+            found["data.validation"] = self.data.validation.fingerprint()
+        return found
+
     def report(self) -> dict[str, object]:
         """The same for machines: what `dude init --json` prints."""
         reports: dict[str, DataReport | None] = {
@@ -90,12 +92,20 @@ class Prepared:
         }
 
 
-def prepare(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Prepared:
+def prepare(
+    config: Config, accelerator: Accelerator, say: Callable[[str], None], *, overwrite: bool = False
+) -> Prepared:
     """Check everything, load, decompose or reuse `initial/`, and verify that the patched model is the base.
 
-    The main rank decomposes and writes; the others read what it wrote, so all have the same bytes.
+    The main rank decomposes and writes; the others read what it wrote, so all have the same bytes. With `overwrite`
+    an earlier training in the run folder is deleted, once nothing can be wrong any more.
     Raises DudeError of the kind that fits, before anything is written where that can be known.
     """
+    if accelerator.is_main_process:
+        check_writable(config.run_dir)
+    check_trackers(config.train.report_to)
+    if config.train.weight_decay > 0 and config.adapter.has_svd_init:
+        say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
     tokenizer = load_tokenizer(config.model)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     data = prepare_data(config.data, tokenizer, config.seed)
@@ -107,12 +117,15 @@ def prepare(config: Config, accelerator: Accelerator, say: Callable[[str], None]
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
     plan = make_plan(config, data, accelerator.num_processes)
-    reused = _initial_adapter(config, model, accelerator, say)
+    reused = _initial_adapter(config, model, model_revision, accelerator, say)
     if accelerator.is_main_process:
         check_step_zero(model, data, config.output_dir)
+        if overwrite:
+            clear_run(config)
         record = environment(str(accelerator.device), accelerator.num_processes, model_revision)
         files.write_text(config.run_dir / "config.yaml", dump_config(config))
         files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
+    accelerator.wait_for_everyone()  # no rank may find the checkpoints of a run that is being cleared
     layers = layer_reports(model)
     return Prepared(
         config=config,
@@ -126,30 +139,6 @@ def prepare(config: Config, accelerator: Accelerator, say: Callable[[str], None]
         all_parameters=sum(parameter.numel() for parameter in model.parameters()),
         reused=reused,
     )
-
-
-def clear_run(config: Config) -> None:
-    """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
-    for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
-        shutil.rmtree(config.run_dir / name, ignore_errors=True)
-    (config.run_dir / METRICS_FILE).unlink(missing_ok=True)
-
-
-def is_finished_run(config: Config) -> bool:
-    """Whether the run folder holds this run, finished. Raises UsageError if it holds steps of another config."""
-    folder = config.run_dir
-    if folder.is_file():
-        raise UsageError(f"{folder} is a file", where="output_dir", fix="name a folder")
-    is_finished = (folder / RESULT).is_dir()
-    if is_finished or checkpoints(folder):
-        changed = _changed_settings(load_config(folder / "config.yaml"), config)
-        if changed:
-            raise UsageError(
-                f"{folder} holds a run of another config; different are: {', '.join(changed)}",
-                where=f"output_dir: {folder}",
-                fix="choose another output_dir, or start anew with --overwrite",
-            )
-    return is_finished
 
 
 def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
@@ -216,7 +205,11 @@ def packs_flat(config: Config) -> bool:
 
 
 def _initial_adapter(
-    config: Config, model: PreTrainedModel, accelerator: Accelerator, say: Callable[[str], None]
+    config: Config,
+    model: PreTrainedModel,
+    model_revision: str | None,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
 ) -> bool:
     """Patch `model` with the adapter of `initial/`, made first if it is not there or not of this config.
 
@@ -228,10 +221,10 @@ def _initial_adapter(
     if accelerator.is_main_process:
         reused = _reuse(config, model, say)
         if not reused:
-            _decompose(config, model, say)
+            _decompose(config, model, model_revision, say)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        load_adapter(model, config.run_dir / INITIAL / RESULT)
+        load_adapter(model, config.run_dir / INITIAL / RESULT, config.adapter)
     return reused
 
 
@@ -239,10 +232,10 @@ def _reuse(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -
     from dude_cli.adapter import load_adapter
 
     folder = config.run_dir / INITIAL
-    if _read_key(folder) != _decomposition_key(config):
+    if initial_key(folder) != _decomposition_key(config):
         return False
     try:
-        load_adapter(model, folder / RESULT)
+        load_adapter(model, folder / RESULT, config.adapter)
     except AdapterError as error:
         say(f"{folder} does not fit and is made anew: {error.what}")
         return False
@@ -250,26 +243,22 @@ def _reuse(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -
     return True
 
 
-def _decompose(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -> None:
+def _decompose(config: Config, model: PreTrainedModel, model_revision: str | None, say: Callable[[str], None]) -> None:
     from dude_cli.adapter import patch_model, save_adapter
 
     patch_model(model, config.adapter, seed=config.seed, on_layer=_tell_layers(config, say))
     with files.new_folder(config.run_dir / INITIAL) as partial:
-        save_adapter(model, partial / RESULT)
+        save_adapter(model, partial / RESULT, base_revision=model_revision)
         files.write_text(partial / "key", _decomposition_key(config))
 
 
 def _decomposition_key(config: Config) -> str:
     """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
-    parts = [config.model.model_dump(mode="json"), config.adapter.model_dump(mode="json"), config.seed]
+    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype"})
+    kept = {"method", "rank", "target_modules", "exclude_modules", "svd"}
+    adapter = config.adapter.model_dump(mode="json", include=kept)
+    parts = [model, adapter, config.adapter.scaling, config.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _read_key(folder: Path) -> str | None:
-    try:
-        return (folder / "key").read_text(encoding="utf-8")
-    except OSError:
-        return None
 
 
 def _tell_layers(config: Config, say: Callable[[str], None]) -> Callable[[str, int, int], None]:
@@ -280,12 +269,3 @@ def _tell_layers(config: Config, say: Callable[[str], None]) -> Callable[[str, i
             say(f"{what} layer {number}/{count}: {name}")
 
     return tell
-
-
-def _changed_settings(before: Config, now: Config) -> list[str]:
-    """The dotted keys that differ and matter to what is learned."""
-    changed = []
-    for section in ("model", "adapter", "data", "train"):
-        old, new = (getattr(config, section).model_dump(mode="json") for config in (before, now))
-        changed += [f"{section}.{key}" for key in new if old[key] != new[key] and key not in FREE_SETTINGS]
-    return changed + (["seed"] if before.seed != now.seed else [])

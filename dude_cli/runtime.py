@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -87,7 +88,9 @@ def make_accelerator() -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     quiet_libraries()
-    # Ranks may run different numbers of micro-batches, so buffers must not be exchanged in each forward.
+    # Ranks may run different numbers of micro-batches, so buffers must not be exchanged in each forward. Newer torch
+    # has another name for that, which accelerate does not pass on yet.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
     return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])

@@ -6,21 +6,23 @@ import functools
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
-from dude_cli.config import TrainConfig
 from dude_cli.data import collate, step_rows
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
 from dude_cli.metrics import MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
-from dude_cli.prepare import BEST, RESULT, Prepared, packs_flat
+from dude_cli.prepare import Prepared, packs_flat
+from dude_cli.run_dir import BEST, RESULT, refuse_other_data
 from dude_cli.runtime import StopSignal, seed_everything
 from dude_cli.schedule import learning_rate_at
-from dude_cli.train_step import accumulate_gradients, summed_loss
+from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer, summed_loss
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from accelerate import Accelerator
     from rich.console import Console
@@ -43,50 +45,33 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
             run.evaluate()
         while state.step < plan.total_steps and not run.is_out_of_patience():
             started = time.perf_counter()
-            step = run.step()
+            step = run.step(stop)
             state.step += 1
+            is_last = state.step == plan.total_steps
+            is_evaluated = is_last or is_due(config.eval_steps, state.step)
             tokens_per_s = step.tokens / (time.perf_counter() - started)
             display.step(state.step, step.loss, step.learning_rate, tokens_per_s)
-            if state.step % config.logging_steps == 0 or state.step == plan.total_steps:
+            # An evaluation may be the last thing: its step has a line in the log too.
+            if is_evaluated or is_due(config.logging_steps, state.step):
                 run.log(step.record() | {"tokens_per_s": tokens_per_s, "elapsed_s": run.elapsed_s()})
-            if state.step == plan.total_steps or (config.eval_steps and state.step % config.eval_steps == 0):
+            if is_evaluated:
                 run.evaluate()
-            if stop or (config.save_steps and state.step % config.save_steps == 0):
+            if step.stops or is_due(config.save_steps, state.step):
                 run.save()
-            if stop and state.step < plan.total_steps:
-                raise StoppedError(
-                    f"stopped by {stop.name} after step {state.step} of {plan.total_steps}; a checkpoint is saved",
-                    where=str(prepared.config.run_dir),
-                    fix="the same command continues",
-                )
+            if step.stops and not is_last:
+                raise run.stopped(stop)
     return run.finish()
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step. `loss` is the mean over the global batch's target tokens, in nats; `tokens` all tokens."""
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    tokens: int
-    target_tokens: int
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss,
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "target_tokens": self.target_tokens,
-        }
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something that is done every so many steps, or never, is done after this one."""
+    return every is not None and step % every == 0
 
 
 class _Run:
     """The parts of one training that the loop moves: model, optimizer, state, log."""
 
     def __init__(self, prepared: Prepared, accelerator: Accelerator, console: Console) -> None:
-        import torch
-
         self.prepared, self.accelerator, self.console = prepared, accelerator, console
         self.config = prepared.config
         self.run_dir = prepared.config.run_dir
@@ -94,12 +79,9 @@ class _Run:
         if self.config.train.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.model, self.config.train)
+        self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
         self.wrapped: nn.Module = accelerator.prepare_model(self.model)
-        # float16 gradients underflow without a loss scale; bfloat16 has float32's range.
-        self.scaler = torch.amp.GradScaler(
-            accelerator.device.type, enabled=self.config.model.dtype == "float16", init_scale=2.0**12
-        )
         pad_id = prepared.tokenizer.pad_token_id
         self.collate = functools.partial(
             collate, pad_id=pad_id if pad_id is not None else 0, flatten=packs_flat(self.config)
@@ -116,7 +98,7 @@ class _Run:
         self._started = time.perf_counter() - self.state.elapsed_s
         return stack.enter_context(self.display)
 
-    def step(self) -> StepResult:
+    def step(self, stop: StopSignal) -> StepResult:
         """One optimizer step on the global batch that belongs to (seed, step)."""
         from torch.nn.utils import clip_grad_norm_
 
@@ -130,16 +112,22 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         own = [data[int(row)] for row in batch[self.accelerator.process_index :: self.accelerator.num_processes]]
-        loss = self._sum_over_ranks(self._gradients(own, target_tokens)) / target_tokens
+        own_loss = self._gradients(own, target_tokens)
+        # Each rank has its own signals, and all must stop at one step: the ranks share them with the loss.
+        total_loss, stopped_ranks = self._sum_over_ranks(own_loss, own_loss.new_tensor(float(bool(stop))))
+        loss = total_loss / target_tokens
         self.scaler.unscale_(self.optimizer)
         limit = self.config.train.max_grad_norm
         grad_norm = float(clip_grad_norm_(self._trainable(), math.inf if limit is None else limit))
-        self._check_finite(loss, grad_norm, [data[int(row)] for row in batch])
-        self.scaler.step(self.optimizer)
+        is_finite = self._check_finite(loss, grad_norm, batch)
+        if is_finite:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.state.target_tokens += target_tokens
-        return StepResult(loss, grad_norm, learning_rate, int(data.lengths[batch].sum()), target_tokens)
+        tokens = int(data.lengths[batch].sum())
+        return StepResult(
+            loss, grad_norm if is_finite else None, learning_rate, tokens, target_tokens, stopped_ranks > 0
+        )
 
     def evaluate(self) -> None:
         """Log the mean loss over the validation rows, and keep the adapter if early stopping wants the best."""
@@ -168,20 +156,37 @@ class _Run:
 
     def save(self) -> None:
         self.state.elapsed_s = self.elapsed_s()
+        self.state.loss_scaler = self.scaler.state_dict()
         if self.accelerator.is_main_process:
-            save_checkpoint(self.run_dir, self.model, self.optimizer, self.state, self.config.train.save_total_limit)
+            save_checkpoint(
+                self.run_dir,
+                self.model,
+                self.optimizer,
+                self.state,
+                keep=self.config.train.save_total_limit,
+                base_revision=self.prepared.model_revision,
+            )
         self.accelerator.wait_for_everyone()
+
+    def stopped(self, stop: StopSignal) -> StoppedError:
+        name, total = stop.name or "a signal to another rank", self.prepared.plan.total_steps
+        return StoppedError(
+            f"stopped by {name} after step {self.state.step} of {total}; a checkpoint is saved",
+            where=str(self.run_dir),
+            fix="the same command continues",
+        )
 
     def finish(self) -> dict[str, Any]:
         """Write `adapter/`: the last step's, or with early stopping the best evaluation's."""
         from dude_cli.adapter import restore_adapter
 
+        self.accelerator.wait_for_everyone()  # the main rank may still be writing the best one
         if self.config.train.early_stopping_patience is not None:
             restore_adapter(self.model, self.run_dir / BEST)
         if self.accelerator.is_main_process:
             self._save_adapter(RESULT)
         self.accelerator.wait_for_everyone()
-        return run_summary(self.run_dir)
+        return run_summary(self.config)
 
     def log(self, record: dict[str, Any]) -> None:
         if self._metrics is not None:
@@ -191,12 +196,36 @@ class _Run:
         return time.perf_counter() - self._started
 
     def _restore(self) -> TrainState:
-        folder = newest_checkpoint(self.run_dir, self.console.print)
+        plan, fingerprints = self.prepared.plan, self.prepared.data_fingerprints()
+        folder = self._newest_checkpoint()
         if folder is None:
-            return TrainState(per_device_batch_size=self.prepared.plan.per_device_batch_size)
+            return TrainState(
+                per_device_batch_size=plan.per_device_batch_size,
+                world_size=plan.world_size,
+                data_fingerprints=fingerprints,
+            )
         state = load_checkpoint(folder, self.model, self.optimizer)
+        refuse_other_data(state.data_fingerprints, fingerprints, folder)
         self.console.print(f"continuing after step {state.step}, from {folder}", highlight=False)
+        if state.world_size != plan.world_size:
+            self.console.print(
+                f"on {plan.world_size} ranks, before on {state.world_size}: the same steps, rounded otherwise"
+            )
+            state.world_size = plan.world_size
+        if self.config.train.per_device_batch_size != "auto":
+            state.per_device_batch_size = plan.per_device_batch_size
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.loss_scaler)
         return state
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The main rank looks, and sets damaged ones aside; the others take what it has found."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[Path | None] = [None]
+        if self.accelerator.is_main_process:
+            found = [newest_checkpoint(self.run_dir, self.console.print)]
+        return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
 
     def _gradients(self, rows: list[EncodedRow], target_tokens: int) -> torch.Tensor:
         """This rank's summed loss, with the gradients in place; `auto` halves its batch when memory runs out."""
@@ -240,13 +269,13 @@ class _Run:
         self.state.per_device_batch_size = size // 2
         self.display.message(f"out of memory: from now on {size // 2} rows per forward instead of {size}")
 
-    def _check_finite(self, loss: float, grad_norm: float, rows: list[EncodedRow]) -> None:
-        # With a loss scale, a gradient that overflowed is expected now and then: the scaler skips that step.
-        scale_is_spent = self.scaler.is_enabled() and self.scaler.get_scale() < 1.0
-        gradient_is_bad = not math.isfinite(grad_norm) and (not self.scaler.is_enabled() or scale_is_spent)
-        if math.isfinite(loss) and not gradient_is_bad:
-            return
-        row_ids = [row for sequence in rows for row in sequence.source_rows]
+    def _check_finite(self, loss: float, grad_norm: float, batch: npt.NDArray[np.int64]) -> bool:
+        """Whether the gradient can be used. Raises DivergedError if it cannot, and not for want of a lower scale."""
+        is_finite = math.isfinite(grad_norm)
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+        if math.isfinite(loss) and (is_finite or may_overflow):
+            return is_finite
+        row_ids = [row for index in batch for row in self.prepared.data.train[int(index)].source_rows]
         raise DivergedError(
             f"step {self.state.step + 1} has loss {loss} and gradient norm {grad_norm}; no weight was changed by it",
             where=f"{self.run_dir}, training rows {', '.join(map(str, row_ids[:64]))}"
@@ -269,10 +298,13 @@ class _Run:
                 batch = self.collate([rows[row] for row in own[start : start + size]])
                 on_device = {key: value.to(self.accelerator.device) for key, value in batch.items()}
                 total += summed_loss(self.model, on_device)
-        return self._sum_over_ranks(total) / int(rows.target_tokens.sum())
+        return self._sum_over_ranks(total)[0] / int(rows.target_tokens.sum())
 
-    def _sum_over_ranks(self, value: torch.Tensor) -> float:
-        return float(self.accelerator.reduce(value, reduction="sum"))
+    def _sum_over_ranks(self, *values: torch.Tensor) -> list[float]:
+        import torch
+
+        total: list[float] = self.accelerator.reduce(torch.stack(values), reduction="sum").tolist()
+        return total
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -280,7 +312,7 @@ class _Run:
     def _save_adapter(self, name: str) -> None:
         from dude_cli.adapter import save_adapter
 
-        card = model_card(self.config, run_summary(self.run_dir))
+        card = model_card(self.config, run_summary(self.config))
         save_adapter(
             self.model,
             self.run_dir / name,
@@ -288,22 +320,3 @@ class _Run:
             tokenizer=self.prepared.tokenizer,
             model_card=card,
         )
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over A, B and the magnitudes; the magnitudes have no weight decay."""
-    import torch
-
-    from dude_cli.adapter import trainable_parameters
-
-    named = trainable_parameters(model)
-    magnitudes = [parameter for name, parameter in named.items() if name.endswith(".magnitude")]
-    factors = [parameter for name, parameter in named.items() if not name.endswith(".magnitude")]
-    groups = [{"params": factors, "weight_decay": config.weight_decay}, {"params": magnitudes, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=next(iter(named.values())).device.type == "cuda",
-    )

@@ -1,11 +1,13 @@
-"""The gradient of one global batch, however it is split over micro-batches and ranks."""
+"""The parts of one optimizer step: the gradient of a global batch, however it is split, and what applies it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from dude_cli.config import TrainConfig
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow
 
 if TYPE_CHECKING:
@@ -13,6 +15,34 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Collate = Callable[[Sequence[EncodedRow]], "dict[str, Tensor]"]
+
+INITIAL_LOSS_SCALE = 2.0**12
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. `loss` is the mean over the global batch's target tokens, in nats; `tokens` all tokens.
+
+    `grad_norm` is None for a step that float16's loss scale made overflow, which changes nothing. `stops` says that
+    any rank has a signal to stop.
+    """
+
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+    tokens: int
+    target_tokens: int
+    stops: bool
+
+    def record(self) -> dict[str, Any]:
+        """The step's line in metrics.jsonl."""
+        record = {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            "target_tokens": self.target_tokens,
+        }
+        return record if self.grad_norm is not None else record | {"skipped": True}
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -66,3 +96,29 @@ def _micro_batches(rows: Sequence[EncodedRow], size: int) -> Iterator[Sequence[E
         yield [nothing]
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over A, B and the magnitudes; the magnitudes have no weight decay."""
+    import torch
+
+    from dude_cli.adapter import trainable_parameters
+
+    named = trainable_parameters(model)
+    magnitudes = [parameter for name, parameter in named.items() if name.endswith(".magnitude")]
+    factors = [parameter for name, parameter in named.items() if not name.endswith(".magnitude")]
+    groups = [{"params": factors, "weight_decay": config.weight_decay}, {"params": magnitudes, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=next(iter(named.values())).device.type == "cuda",
+    )
+
+
+def make_loss_scaler(device: torch.device, dtype: str) -> torch.amp.GradScaler:
+    """A scale for the loss with a float16 base, whose gradients underflow; bfloat16 has float32's range."""
+    import torch
+
+    return torch.amp.GradScaler(device.type, enabled=dtype == "float16", init_scale=INITIAL_LOSS_SCALE)

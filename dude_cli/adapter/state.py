@@ -80,9 +80,7 @@ def save_adapter(
         files.write_text(partial / CONFIG_FILE, json.dumps(saved, indent=2) + "\n")
 
 
-def load_adapter(
-    model: PreTrainedModel, folder: Path | str, settings: AdapterConfig | None = None
-) -> AdapterConfig:
+def load_adapter(model: PreTrainedModel, folder: Path | str, settings: AdapterConfig | None = None) -> AdapterConfig:
     """Patch `model`, the base that the adapter was made on, with the adapter of `folder`; no SVD is redone.
 
     `settings` replaces the saved config, for one that differs in what the tensors do not depend on, such as dropout.

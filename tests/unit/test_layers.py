@@ -18,6 +18,7 @@ LAYERS = [
     "evaluation",
     "train",
     "prepare",
+    "run_dir",
     "checkpoint",
     "train_step",
     "metrics",
