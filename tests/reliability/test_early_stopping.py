@@ -1,0 +1,40 @@
+"""The adapter of the lowest evaluation is kept, and the card says which it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quickstart_config import quickstart_config
+from training import train_here
+
+from dude_cli.adapter import load_adapter
+from dude_cli.config import load_config
+from dude_cli.data import collate, prepare_data
+from dude_cli.metrics import read_metrics
+from dude_cli.model import load_model, load_tokenizer
+from dude_cli.train_step import summed_loss
+
+
+def validation_loss(config, adapter) -> float:
+    rows = prepare_data(config.data, load_tokenizer(config.model), config.seed).validation
+    model = load_model(config.model)
+    load_adapter(model, adapter)
+    with torch.no_grad():
+        return float(summed_loss(model, collate(list(rows), pad_id=0))) / int(rows.target_tokens.sum())
+
+
+def test_early_stopping_keeps_the_lowest_evaluations_adapter(tmp_path):
+    """A rate far too high: the loss falls, then rises."""
+    extra = "  eval_steps: 1\n  early_stopping_patience: 2\n  warmup_ratio: 0.5\n  logging_steps: 100"
+    path = quickstart_config(tmp_path, extra=extra, max_steps="20")
+    summary = train_here(path, "train.learning_rate=0.1", "train.report_to=[tensorboard]")
+    assert 0 < summary["kept_step"] < summary["steps"] < 20
+    assert summary["lowest_eval_loss"] < summary["last_eval_loss"] - 0.01
+    kept = validation_loss(load_config(path), tmp_path / "run/adapter")
+    assert kept == pytest.approx(summary["lowest_eval_loss"], rel=1e-5)
+    last = read_metrics(tmp_path / "run")[-2:]
+    assert [record["step"] for record in last] == [summary["steps"]] * 2
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert f"of step {summary['kept_step']}, the lowest evaluation loss" in card
+    assert f"{summary['lowest_eval_loss']:.4f}" in card
+    assert list((tmp_path / "run/tensorboard").iterdir())

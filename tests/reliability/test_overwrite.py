@@ -1,0 +1,52 @@
+"""Starting anew deletes an earlier run only when the new one can start, and never what is no run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from quickstart_config import quickstart_config
+from training import train_here
+
+from dude_cli import commands
+from dude_cli.console import Output
+from dude_cli.errors import UsageError
+
+
+def train(config, *overrides, overwrite=True):
+    commands.train(config, overrides, smoke=False, overwrite=overwrite, output=Output(is_quiet=True))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    config = quickstart_config(tmp_path, max_steps="2", extra="  save_steps: 1")
+    train_here(config)
+    return config
+
+
+@pytest.mark.parametrize("change", ["data.train=[{path: nowhere.jsonl}]", "adapter.rank=100000"])
+def test_a_config_that_cannot_start_deletes_nothing(change, finished, tmp_path):
+    before = contents(tmp_path / "run")
+    with pytest.raises(UsageError):
+        train(finished, change)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_new_run_takes_the_place_of_the_old(finished, tmp_path, capsys):
+    train(finished, "adapter.rank=2", "train.save_steps=null")
+    assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["adapter"]["rank"] == 2
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_no_run_is_left_alone(overwrite, tmp_path):
+    (tmp_path / "run/adapter").mkdir(parents=True)
+    (tmp_path / "run/adapter/precious").write_text("x")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UsageError, match="not a run"):
+        train(quickstart_config(tmp_path), overwrite=overwrite)
+    assert contents(tmp_path / "run") == before

@@ -1,0 +1,35 @@
+"""Train in this process: faster than a command, and a test can look inside or stop it at a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dude_cli.config import load_config
+from dude_cli.prepare import prepare
+from dude_cli.runtime import StopSignal, make_accelerator
+from dude_cli.train import train
+
+
+class StopAfter(StopSignal):
+    """Stands for a signal that arrives in a step: the training asks once a step."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            self.name = "SIGTERM"
+        return self.name is not None
+
+
+def train_here(config_path: Path, *overrides: str, stop: StopSignal | None = None) -> dict[str, Any]:
+    """What `dude train CONFIG` does; `stop` stops it as a signal would."""
+    config = load_config(config_path, overrides)
+    accelerator = make_accelerator()
+    prepared = prepare(config, accelerator, lambda text: None)
+    return train(prepared, accelerator, Console(quiet=True), StopSignal() if stop is None else stop)
