@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import numpy as np
 import pytest
 import torch
 import yaml
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dude_cli.adapter import AdapterConfig, patch_model
@@ -65,9 +67,6 @@ def directly(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path, folder: Path, task: EvalTask
 ) -> dict[str, Any]:
     """What lm-eval itself gives for the same questions."""
-    import lm_eval.tasks
-    from lm_eval.models.huggingface import HFLM
-
     benchmark = task.name.partition("_")[0]
     official = "gsm8k/gsm8k.yaml" if benchmark == "gsm8k" else f"mmlu/default/{task.name}.yaml"
     config: dict[str, Any] = {
