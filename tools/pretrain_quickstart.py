@@ -23,9 +23,7 @@ SEQUENCE_TOKENS = 256
 SEQUENCES_PER_BATCH = 8
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
-PROMPT_WEIGHT = (
-    0.2  # most of a prompt is names and numbers that cannot be foretold; its words must still be learned
-)
+PROMPT_WEIGHT = 0.2  # most of a prompt is names and numbers that cannot be foretold; its words must still be learned
 LOG_STEPS = 100
 
 WeightedIds = tuple[list[int], list[float]]  # a row's token ids, and how much the loss of each counts
@@ -44,10 +42,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (
-        row["prompt"] + row["completion"]
-        for row in itertools.islice(pretraining_rows(seed), FIRST_ROWS + 20_000)
-    )
+    texts = (row["prompt"] + row["completion"] for row in itertools.islice(pretraining_rows(seed), FIRST_ROWS + 20_000))
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
@@ -120,17 +115,13 @@ def schedule(step: int, steps: int) -> float:
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
     """Train on the weighted mean of the tokens' losses: the layers' matrices by Muon, the rest by AdamW."""
-    matrices = [
-        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
-    ]
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
     others = [weight for name, weight in model.named_parameters() if weight.ndim != 2 or "embed" in name]
     optimizers = (
         torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     )
-    rates = [
-        torch.optim.lr_scheduler.LambdaLR(each, lambda step: schedule(step, steps)) for each in optimizers
-    ]
+    rates = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: schedule(step, steps)) for each in optimizers]
     start, tokens = time.monotonic(), 0
     for step, batch in enumerate(itertools.islice(batches(tokenizer, seed), steps), 1):
         weights, targets = batch.pop("weights")[:, 1:].flatten(), batch["input_ids"][:, 1:].flatten()
@@ -154,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--threads", type=int, default=1, help="the last bits of the weights depend on it")
+    parser.add_argument("--threads", type=int, default=2, help="the last bits of the weights depend on it")
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

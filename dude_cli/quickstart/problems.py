@@ -1,11 +1,12 @@
 """Generate the embedded quickstart's problems: what its model is pretrained on and what it is fine-tuned on.
 
 Everything here is a pure function of a seed. A `Kind` describes problems that share one chain of calculations
-and the sentences that tell it; a `Problem` is one of them with its numbers. It can be asked in two forms:
+and the sentences that tell it. It is asked in two forms:
 
-- a word problem in GSM8K's layout: ``Question: ...``, ``Answer:``, one calculation per line and ``#### N``;
-- a multiple-choice question in the layout of lm-eval's mmlu: the question, four lettered options,
-  ``Answer:`` and a letter.
+- a `Problem` in GSM8K's layout: ``Question: ...``, ``Answer:``, one calculation per line and ``#### N``;
+- a `Choice` in the layout of lm-eval's mmlu: the question, four lettered options, ``Answer:`` and a letter. The
+  options are calculations, and one of them solves the question. All questions of a family have the same four
+  calculations to choose from, on numbers drawn alike, so that neither options nor numbers tell the right one.
 
 The pretraining corpus mixes sums, stories, reading and choosing a letter. The fine-tuning family, `MARKET`,
 joins a multiplication with an addition or a subtraction, which no pretraining story does, in words that
@@ -21,14 +22,13 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 LETTERS = "ABCD"
 LARGEST = 99
-GAPS = (2, 15)  # between neighbouring options of a multiple-choice question
 FIRST_ROWS = 36_000  # of the pretraining corpus
 SPLIT_SIZES = {"train": 8000, "dev": 500, "test": 500}  # of each of the two forms
 SPLIT_SEEDS = {"train": 1, "dev": 2, "test": 3}
@@ -57,6 +57,8 @@ class Kind:
     ranges: dict[str, tuple[int, int]]
     steps: tuple[str, ...]
     templates: tuple[str, ...]
+    formula: str = ""  # the whole chain as one calculation of its family; empty where none is asked for
+    places: str = "abc"  # which letters stand for the numbers 0, 1 and 2 of the formula
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,20 @@ class Problem:
     answer: int
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One question with four calculations to choose from: the kind's name, its numbers, the right calculation."""
+
+    kind: str
+    numbers: tuple[int, ...]
+    question: str
+    right: str
+    wrong: tuple[str, ...]
+
+
 SMALL, FACTOR, LARGE = (1, 40), (2, 9), (1, 99)
+STORY_FORMULAS = ("{0}+{1}+{2}", "{0}+{1}-{2}", "{0}-{1}+{2}", "{0}-{1}-{2}")
+MARKET_FORMULAS = ("{0}-{1}*{2}", "{0}+{1}*{2}", "({0}+{1})*{2}", "({0}-{1})*{2}")
 
 SUMS = (
     Kind("add", {"a": LARGE, "b": LARGE}, ("a+b",), ("{a}+{b}",)),
@@ -120,6 +135,7 @@ STORIES = (
             "{name} has {a} {things}, {other} has {b} and the shop has {c}. How many {things} are there?",
             "{name} walks {a} miles, rides {b} miles and runs {c} miles. How many miles is that?",
         ),
+        "{0}+{1}+{2}",
     ),
     Kind(
         "gain-loss",
@@ -129,17 +145,18 @@ STORIES = (
             "{name} has {a} {things}, makes {b} more and loses {c}. How many {things} are left?",
             "A bus has {a} people. {b} get on and {c} get off. How many people does the bus have now?",
         ),
+        "{0}+{1}-{2}",
     ),
     Kind(
         "loss-gain",
         {"a": LARGE, "b": SMALL, "c": SMALL},
         ("a-b", "_+c"),
         (
-            "{name} has {a} {things}, gives {b} away and finds {c} more. "
-            "How many {things} does {name} have now?",
+            "{name} has {a} {things}, gives {b} away and finds {c} more. How many {things} does {name} have now?",
             "A jar has {a} coins. {name} takes {b} coins and {other} brings {c} coins. "
             "How many coins does the jar have now?",
         ),
+        "{0}-{1}+{2}",
     ),
     Kind(
         "losses",
@@ -150,6 +167,7 @@ STORIES = (
             "A book has {a} pages. {name} reads {b} pages in the morning and {c} in the evening. "
             "How many pages are left?",
         ),
+        "{0}-{1}-{2}",
     ),
     Kind(
         "compare",
@@ -162,7 +180,7 @@ STORIES = (
     ),
 )
 
-SHORT_STORIES = tuple(kind for kind in STORIES if len(kind.steps) == 1)
+LONG_STORIES = tuple(kind for kind in STORIES if kind.formula)
 
 MARKET = (
     Kind(
@@ -173,17 +191,19 @@ MARKET = (
             "{name} has {c} coins and buys {a} {things} for {b} coins each. How many coins are left?",
             "{name} pays {c} coins for {a} {things} that cost {b} coins each. How many coins come back?",
         ),
+        "{0}-{1}*{2}",
+        "cab",
     ),
     Kind(
         "wage",
         {"a": FACTOR, "b": (2, 12), "c": (2, 80)},
         ("a*b", "c+_"),
         (
-            "{name} has {c} coins and earns {b} coins a day for {a} days. "
-            "How many coins does {name} have now?",
-            "{name} finds {c} coins and sells {a} {things} for {b} coins each. "
-            "How many coins does {name} have now?",
+            "{name} has {c} coins and earns {b} coins a day for {a} days. How many coins does {name} have now?",
+            "{name} finds {c} coins and sells {a} {things} for {b} coins each. How many coins does {name} have now?",
         ),
+        "{0}+{1}*{2}",
+        "cab",
     ),
     Kind(
         "takings",
@@ -195,6 +215,7 @@ MARKET = (
             "{name} has {a} {things} and {other} has {b}. They sell all for {c} coins each. "
             "How many coins do they earn?",
         ),
+        "({0}+{1})*{2}",
     ),
     Kind(
         "rest",
@@ -206,6 +227,7 @@ MARKET = (
             "{other} breaks {b} of {a} {things}. {name} sells the rest for {c} coins each. "
             "How many coins does {name} earn?",
         ),
+        "({0}-{1})*{2}",
     ),
 )
 
@@ -262,38 +284,59 @@ def draw(rng: random.Random, kind: Kind) -> Problem:
             if not 1 <= result <= LARGEST:
                 break
         else:
-            name, other = rng.sample(NAMES, 2)
-            words = {"name": name, "other": other, "things": rng.choice(THINGS)}
-            question = rng.choice(kind.templates).format(**values, **words)
-            return Problem(kind.name, numbers, question, tuple(calculations), values["_"])
+            answer = values.pop("_")
+            return Problem(kind.name, numbers, tell(rng, kind, values), tuple(calculations), answer)
 
 
-def numbers_near(rng: random.Random, answer: int, taken: tuple[int, ...]) -> list[int]:
-    """Draw three wrong options around an answer, none of them among the taken numbers.
+def tell(rng: random.Random, kind: Kind, values: dict[str, int]) -> str:
+    """Tell one of a kind's stories with the given numbers."""
+    name, other = rng.sample(NAMES, 2)
+    return rng.choice(kind.templates).format(**values, name=name, other=other, things=rng.choice(THINGS))
 
-    The answer's rank among the four is uniform; the taken numbers are the question's, where the answer does
-    not stand either: neither the options' order nor a look for them in the question tells the right one.
+
+def draw_choice(rng: random.Random, kind: Kind, formulas: tuple[str, ...]) -> Choice:
+    """Draw a question of a kind with the calculations of its family, no two of which have one value.
+
+    The first number is larger than the product of the other two, so that every calculation is a sensible one, and
+    the numbers are drawn alike for all kinds.
     """
     while True:
-        rank = rng.randrange(4)
-        below = [answer]
-        for _ in range(rank):
-            below.append(below[-1] - rng.randint(*GAPS))
-        above = [answer]
-        for _ in range(3 - rank):
-            above.append(above[-1] + rng.randint(*GAPS))
-        wrong = below[1:] + above[1:]
-        if all(1 <= value <= LARGEST and value not in taken for value in wrong):
-            return wrong
+        numbers = (rng.randint(10, LARGEST), rng.randint(2, 12), rng.randint(2, 12))
+        if numbers[1] * numbers[2] >= numbers[0] or len(set(numbers)) < 3:
+            continue
+        written = {formula: formula.format(*numbers) for formula in formulas}
+        if len({value_of(formula, numbers) for formula in formulas}) < len(formulas):
+            continue
+        right = written.pop(kind.formula)
+        values = dict(zip(kind.places, numbers, strict=True))
+        return Choice(kind.name, numbers, tell(rng, kind, values), right, tuple(written.values()))
 
 
-def choice_document(
-    rng: random.Random, question: str, right: object, wrong: list[Any], place: int
-) -> dict[str, Any]:
-    """Put the right option at a place (0 to 3) among the shuffled wrong ones, in mmlu's columns."""
-    options = [str(option) for option in wrong]
-    rng.shuffle(options)
-    options.insert(place, str(right))
+def value_of(formula: str, numbers: tuple[int, ...]) -> int:
+    """Give the value of a family's calculation on three numbers."""
+    first, second, third = numbers
+    values = {
+        "{0}+{1}+{2}": first + second + third,
+        "{0}+{1}-{2}": first + second - third,
+        "{0}-{1}+{2}": first - second + third,
+        "{0}-{1}-{2}": first - second - third,
+        "{0}-{1}*{2}": first - second * third,
+        "{0}+{1}*{2}": first + second * third,
+        "({0}+{1})*{2}": (first + second) * third,
+        "({0}-{1})*{2}": (first - second) * third,
+    }
+    return values[formula]
+
+
+def choice_document(rng: random.Random, choice: Choice, place: int) -> dict[str, Any]:
+    """Write a choice in mmlu's columns, the right option at a place (0 to 3) among the shuffled wrong ones."""
+    return options_document(rng, choice.question, choice.right, choice.wrong, place)
+
+
+def options_document(rng: random.Random, question: str, right: str, wrong: Sequence[str], place: int) -> dict[str, Any]:
+    """Write a question, its right option and three wrong ones in mmlu's columns."""
+    options = rng.sample(wrong, len(wrong))
+    options.insert(place, right)
     return {"question": question, "choices": options, "answer": place}
 
 
@@ -312,9 +355,7 @@ def problem_row(document: dict[str, str]) -> Row:
 
 def choice_row(document: dict[str, Any]) -> Row:
     """Write a multiple-choice question as the prompt that lm-eval's mmlu gives, and the letter."""
-    options = "\n".join(
-        f"{letter}. {text}" for letter, text in zip(LETTERS, document["choices"], strict=True)
-    )
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, document["choices"], strict=True))
     return {
         "prompt": f"{document['question']}\n{options}\nAnswer:",
         "completion": f" {LETTERS[document['answer']]}",
@@ -325,12 +366,12 @@ def choice_row(document: dict[str, Any]) -> Row:
 
 
 @cache
-def market_problems(split: str, form: str) -> tuple[Problem, ...]:
-    """Draw one split's problems for one form (``problem`` or ``choice``).
+def market_problems(split: str) -> tuple[Problem, ...]:
+    """Draw one split's word problems.
 
     A question stands once in `train`, and a kind with its set of numbers once in `dev` and `test`.
     """
-    rng = random.Random(f"{form} {SPLIT_SEEDS[split]}")
+    rng = random.Random(f"problem {SPLIT_SEEDS[split]}")
     found: dict[object, Problem] = {}
     while len(found) < SPLIT_SIZES[split]:
         problem = draw(rng, rng.choice(MARKET))
@@ -341,23 +382,32 @@ def market_problems(split: str, form: str) -> tuple[Problem, ...]:
     return tuple(found.values())
 
 
+@cache
+def market_choices(split: str) -> tuple[Choice, ...]:
+    """Draw one split's multiple-choice questions, each kind equally often; repetitions as in `market_problems`."""
+    rng = random.Random(f"choice {SPLIT_SEEDS[split]}")
+    found: dict[object, Choice] = {}
+    while len(found) < SPLIT_SIZES[split]:
+        kind = MARKET[len(found) % len(MARKET)]
+        choice = draw_choice(rng, kind, MARKET_FORMULAS)
+        if split_of(choice.numbers) == split:
+            content = choice.question if split == "train" else (kind.name, tuple(sorted(choice.numbers)))
+            found.setdefault(content, choice)
+    return tuple(found.values())
+
+
 def word_problems(split: str) -> list[dict[str, str]]:
     """Give a split's word problems in GSM8K's columns, ``question`` and ``answer``."""
-    return [problem_document(problem) for problem in market_problems(split, "problem")]
+    return [problem_document(problem) for problem in market_problems(split)]
 
 
 def choices(split: str) -> list[dict[str, Any]]:
     """Give a split's multiple-choice questions in mmlu's columns; each letter is right equally often."""
     rng = random.Random(f"options {SPLIT_SEEDS[split]}")
-    problems = market_problems(split, "choice")
-    places = [index % 4 for index in range(len(problems))]
+    drawn = market_choices(split)
+    places = [index % 4 for index in range(len(drawn))]
     rng.shuffle(places)
-    return [
-        choice_document(
-            rng, problem.question, problem.answer, numbers_near(rng, problem.answer, problem.numbers), place
-        )
-        for problem, place in zip(problems, places, strict=True)
-    ]
+    return [choice_document(rng, choice, place) for choice, place in zip(drawn, places, strict=True)]
 
 
 def rows(split: str) -> list[Row]:
@@ -392,14 +442,24 @@ def story_row(rng: random.Random) -> Row:
     return problem_row(problem_document(draw_seen(rng, STORIES)))
 
 
-def number_choice_row(rng: random.Random) -> Row:
-    """Write a sum, its bare result, or a story of one calculation, with four numbers to choose from."""
-    form = rng.choice(("result", "sum", "long sum", "story"))
-    problem = draw_seen(rng, {"long sum": LONG_SUMS, "story": SHORT_STORIES}.get(form, SUMS))
-    # Finding a given number among the options is learned early, and what calculates one builds on it.
-    asked = {"result": f"{problem.answer}=?", "story": problem.question}.get(form, f"{problem.question}=?")
-    wrong = numbers_near(rng, problem.answer, ())
-    return choice_row(choice_document(rng, asked, problem.answer, wrong, rng.randrange(4)))
+def calculation_choice_row(rng: random.Random) -> Row:
+    """Write a story, or a bare calculation, and four calculations to find the one of it among."""
+    if rng.random() < 0.6:
+        choice = draw_seen_choice(rng, LONG_STORIES, STORY_FORMULAS)
+        question = choice.question
+    else:
+        family, formulas = rng.choice(((LONG_STORIES, STORY_FORMULAS), (MARKET, MARKET_FORMULAS)))
+        choice = draw_seen_choice(rng, family, formulas)
+        question = f"{choice.right}=?"
+    return choice_row(options_document(rng, question, choice.right, choice.wrong, rng.randrange(4)))
+
+
+def draw_seen_choice(rng: random.Random, kinds: tuple[Kind, ...], formulas: tuple[str, ...]) -> Choice:
+    """Draw a choice for pretraining, never one with the numbers of a held-out problem."""
+    while True:
+        choice = draw_choice(rng, rng.choice(kinds), formulas)
+        if split_of(choice.numbers) == "train":
+            return choice
 
 
 def reading_row(rng: random.Random) -> Row:
@@ -412,23 +472,23 @@ def reading_row(rng: random.Random) -> Row:
     if rng.random() < 0.5:
         return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {people[asked]}"}
     wrong = [person for person in people[:4] if person != people[asked]]
-    return choice_row(choice_document(rng, question, people[asked], wrong, rng.randrange(4)))
+    return choice_row(options_document(rng, question, people[asked], wrong, rng.randrange(4)))
 
 
 def word_choice_row(rng: random.Random) -> Row:
     """Write a word and four words to find it among."""
     right, *wrong = rng.sample(NAMES + THINGS, 4)
-    return choice_row(choice_document(rng, f"{right}=?", right, wrong, rng.randrange(4)))
+    return choice_row(options_document(rng, f"{right}=?", right, wrong, rng.randrange(4)))
 
 
 def pretraining_rows(seed: int) -> Iterator[Row]:
     """Give the endless pretraining corpus of a seed, every kind of row mixed from the start.
 
     The first rows are mostly words to choose: to name an option's letter is the slowest skill to appear (some
-    25,000 such rows), and choosing numbers builds on it.
+    25,000 such rows), and choosing calculations builds on it.
     """
     rng = random.Random(seed)
-    writers = (sum_row, story_row, number_choice_row, word_choice_row, reading_row)
+    writers = (sum_row, story_row, calculation_choice_row, word_choice_row, reading_row)
     for count in itertools.count():
-        weights = (3, 1, 2, 93, 1) if count < FIRST_ROWS else (40, 14, 33, 6, 7)
+        weights = (3, 1, 2, 93, 1) if count < FIRST_ROWS else (34, 16, 34, 6, 10)
         yield rng.choices(writers, weights=weights)[0](rng)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -14,10 +15,13 @@ from dude_cli.quickstart.problems import (
     FIRST_ROWS,
     LETTERS,
     MARKET,
+    MARKET_FORMULAS,
     SPLIT_SIZES,
     STORIES,
     Problem,
     choices,
+    draw_choice,
+    market_choices,
     market_problems,
     pretraining_rows,
     word_problems,
@@ -25,7 +29,6 @@ from dude_cli.quickstart.problems import (
 
 SPLITS = tuple(SPLIT_SIZES)
 HELD_OUT = ("dev", "test")
-FORMS = ("problem", "choice")
 LONGEST_ROW_TOKENS = 80
 
 
@@ -35,9 +38,7 @@ def numbers_in(text: str) -> list[int]:
 
 def number_sets(split: str) -> set[tuple[int, ...]]:
     """Every set of numbers that a split's questions hold, read from their text."""
-    questions = [row["question"] for row in word_problems(split)] + [
-        row["question"] for row in choices(split)
-    ]
+    questions = [row["question"] for row in word_problems(split)] + [row["question"] for row in choices(split)]
     return {tuple(sorted(numbers_in(question))) for question in questions}
 
 
@@ -50,7 +51,7 @@ def test_rows_mix_both_forms_in_the_benchmarks_layouts(split: str) -> None:
             assert row["prompt"].endswith("\nAnswer:")
             assert re.fullmatch(r" (\d+[-+*]\d+=\d+\n){2,}#### \d+", row["completion"])
         else:
-            assert re.fullmatch(r"[^\n]+\nA\. \d+\nB\. \d+\nC\. \d+\nD\. \d+\nAnswer:", row["prompt"])
+            assert re.fullmatch(r"[^\n]+(\n[ABCD]\. [-+*()\d]+){4}\nAnswer:", row["prompt"])
             assert row["completion"] in {f" {letter}" for letter in LETTERS}
             letters += 1
     assert letters == SPLIT_SIZES[split] == len(rows(split)) - letters
@@ -63,9 +64,8 @@ def test_unknown_split_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("form", FORMS)
-def test_answers_are_many_and_none_stands_in_its_question(split: str, form: str) -> None:
-    problems = market_problems(split, form)
+def test_answers_are_many_and_none_stands_in_its_question(split: str) -> None:
+    problems = market_problems(split)
     counts = Counter(problem.answer for problem in problems)
     assert len(counts) >= 50
     assert max(counts.values()) <= 0.1 * len(problems)
@@ -73,9 +73,17 @@ def test_answers_are_many_and_none_stands_in_its_question(split: str, form: str)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("form", FORMS)
-def test_calculations_are_right_and_use_every_number(split: str, form: str) -> None:
-    for problem in market_problems(split, form):
+def test_right_calculations_are_many_and_none_stands_in_its_question(split: str) -> None:
+    drawn = market_choices(split)
+    counts = Counter(choice.right for choice in drawn)
+    assert len(counts) >= 50
+    assert max(counts.values()) <= 0.1 * len(drawn)
+    assert not [choice for choice in drawn if choice.right in choice.question]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_calculations_are_right_and_use_every_number(split: str) -> None:
+    for problem in market_problems(split):
         assert len(problem.calculations) >= 2
         used = []
         for calculation in problem.calculations:
@@ -87,6 +95,19 @@ def test_calculations_are_right_and_use_every_number(split: str, form: str) -> N
         assert not Counter(problem.numbers) - Counter(used)
 
 
+def test_a_choices_right_calculation_is_the_word_problems_chain() -> None:
+    """On the same numbers, the calculation of a kind gives the result of its steps, and no other one does."""
+    rng = random.Random(0)
+    for kind in MARKET:
+        for _ in range(50):
+            choice = draw_choice(rng, kind, MARKET_FORMULAS)
+            values = dict(zip(kind.places, choice.numbers, strict=True))
+            for left, operator, right in kind.steps:
+                values["_"] = eval(f"{values[left]}{operator}{values[right]}")
+            assert eval(choice.right) == values["_"]
+            assert len({eval(option) for option in (choice.right, *choice.wrong)}) == 4
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_letters_are_equally_often_right(split: str) -> None:
     counts = Counter(row["answer"] for row in choices(split))
@@ -96,16 +117,18 @@ def test_letters_are_equally_often_right(split: str) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_right_option_cannot_be_told_without_the_question(split: str) -> None:
-    """The right option is as often the smallest as the largest, and no option stands in the question."""
-    ranks = Counter()
-    for row, problem in zip(choices(split), market_problems(split, "choice"), strict=True):
-        options = [int(option) for option in row["choices"]]
-        assert options[row["answer"]] == problem.answer
-        assert len(set(options)) == 4
-        assert not set(options) & set(numbers_in(row["question"]))
-        ranks[sorted(options).index(problem.answer)] += 1
-    assert all(0.15 < count / SPLIT_SIZES[split] < 0.35 for count in ranks.values())
-    assert len(ranks) == 4
+    """Every question has the same four calculations, each right equally often, on numbers drawn alike."""
+    right, sizes = Counter(), {kind.name: [] for kind in MARKET}
+    for row, choice in zip(choices(split), market_choices(split), strict=True):
+        assert row["choices"][row["answer"]] == choice.right
+        assert sorted(row["choices"]) == sorted(formula.format(*choice.numbers) for formula in MARKET_FORMULAS)
+        right[re.sub(r"\d+", "N", choice.right)] += 1
+        sizes[choice.kind].append(choice.numbers)
+    assert len(set(right.values())) == 1
+    assert len(right) == 4
+    for place in range(3):
+        means = [sum(numbers[place] for numbers in drawn) / len(drawn) for drawn in sizes.values()]
+        assert max(means) < 1.25 * min(means)
 
 
 @pytest.mark.parametrize("held_out", HELD_OUT)
@@ -118,9 +141,9 @@ def test_dev_and_test_share_no_set_of_numbers() -> None:
 
 
 @pytest.mark.parametrize("split", HELD_OUT)
-@pytest.mark.parametrize("form", FORMS)
-def test_no_held_out_problem_is_asked_twice(split: str, form: str) -> None:
-    contents = [(problem.kind, *sorted(problem.numbers)) for problem in market_problems(split, form)]
+@pytest.mark.parametrize("drawn", [market_problems, market_choices])
+def test_no_held_out_problem_is_asked_twice(split: str, drawn) -> None:  # type: ignore[no-untyped-def]
+    contents = [(problem.kind, *sorted(problem.numbers)) for problem in drawn(split)]
     assert len(set(contents)) == len(contents)
 
 
@@ -139,9 +162,7 @@ def test_pretraining_holds_the_words_but_neither_the_family_nor_the_held_out_num
     for row in corpus:
         question = row["prompt"].split("\nA. ")[0]
         assert tuple(sorted(numbers_in(question))) not in held_out
-        assert not re.search(
-            r"\d\*.*\n.*[-+].*\n|[-+].*\n.*\*.*\n", row["completion"]
-        )  # never both in one story
+        assert not re.search(r"\d\*.*\n.*[-+].*\n|[-+].*\n.*\*.*\n", row["completion"])  # never both in one story
 
 
 def test_data_is_the_same_in_every_process() -> None:
@@ -247,7 +268,7 @@ def test_tasks_load_offline_and_give_the_generated_documents(monkeypatch: pytest
 
 
 def test_problem_reads_as_a_sentence() -> None:
-    for problem in itertools.islice(market_problems("test", "problem"), 20):
+    for problem in itertools.islice(market_problems("test"), 20):
         assert isinstance(problem, Problem)
         assert problem.question.endswith("?")
         assert "{" not in problem.question
