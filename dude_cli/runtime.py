@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli.stopping import SIGNALS, Interrupted
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -34,22 +36,6 @@ def seed_everything(*parts: object) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-@contextmanager
-def interrupting_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGUSR1 interrupt as SIGINT does: what is half-written is cleaned up on the way out."""
-
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class StopSignal:
     """Remembers that a signal asked the process to stop; truthy from then on."""
 
@@ -67,11 +53,10 @@ def stop_signals() -> Iterator[StopSignal]:
 
     def remember(number: int, _frame: Any) -> None:
         if stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted
         stop.name = signal.Signals(number).name
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, remember) for number in numbers}
+    before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
         yield stop
     finally:
