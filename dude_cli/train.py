@@ -77,7 +77,7 @@ class _Run:
         self.run_dir = prepared.config.run_dir
         self.model = prepared.model
         if self.config.train.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
