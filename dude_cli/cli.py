@@ -33,6 +33,15 @@ Overrides = Annotated[
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="Three steps on a tiny random model and generated rows, offline; in RUN-smoke.")
 ]
+BaseModelPath = Annotated[
+    str | None, typer.Option("--base-model", help="Where the adapter's base model is now, if it has moved.")
+]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Use the adapter on a base with other weights than its own.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -95,9 +104,9 @@ def evaluate(
         list[Path] | None, typer.Option("--include-path", help="Folder with lm-eval task files of your own.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the results; a run's own eval/.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
-    ] = None,
+    base_model: BaseModelPath = None,
+    allow_other_base: AllowOtherBase = False,
+    dtype: Dtype = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -117,6 +126,8 @@ def evaluate(
             data_dir=data_dir,
             include_paths=include_path or [],
             output_dir=output,
+            base_model=base_model,
+            allow_other_base=allow_other_base,
             dtype=dtype,
             output=Output(json, quiet),
         )

@@ -70,6 +70,8 @@ def evaluate(
     data_dir: Path | None,
     include_paths: Sequence[Path],
     output_dir: Path | None,
+    base_model: str | None,
+    allow_other_base: bool,
     dtype: str | None,
     output: Output,
 ) -> None:
@@ -97,7 +99,7 @@ def evaluate(
         include_paths=tuple(include_paths),
         compare_base=compare_base,
     )
-    loaded = load_target(target, dtype)
+    loaded = load_target(target, dtype, base_model=base_model, allow_other_base=allow_other_base)
     with output.counter("requests") as on_progress:
         results = score(
             loaded.model,

@@ -16,6 +16,8 @@ from dude_cli.model import load_model, load_tokenizer, saved_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dude_cli.adapter import SavedAdapter
+
 ADAPTER_CONFIG = Path("adapter_config.json")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -71,33 +73,54 @@ def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A model ready to be used; `adapter_sha256` is None without an adapter."""
+    """A model ready to be used, with what it was made from; without an adapter `adapter` is None."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    adapter_sha256: str | None
+    config: ModelConfig
+    adapter: SavedAdapter | None
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        return None if self.adapter is None else self.adapter.sha256
 
 
-def load_target(target: Target, dtype: str | None) -> LoadedTarget:
-    """Load `target` on the best device, in `dtype`, else in the one it was trained with, else as it was saved."""
+def load_target(
+    target: Target, dtype: str | None, *, base_model: str | None = None, allow_other_base: bool = False
+) -> LoadedTarget:
+    """Load `target` on the best device, in `dtype`, else in the one it was trained with, else as it was saved.
+
+    `base_model` is where the adapter's base is, if not where it was when the adapter was trained; with
+    `allow_other_base` its weights may be other ones. The tokenizer is the one saved with the adapter.
+    Raises UsageError and AdapterError with what to do.
+    """
     from dude_cli.adapter import load_adapter, read_adapter_config
     from dude_cli.runtime import best_device, quiet_libraries
 
     quiet_libraries()
     chosen = _check_dtype(dtype)
-    if target.adapter_dir is None:
+    folder = target.adapter_dir
+    if folder is None:
+        if base_model is not None or allow_other_base:
+            raise UsageError(
+                f"{target} is no adapter, so it has no base model",
+                where="--base-model, --allow-other-base",
+                fix="give a run or an adapter, or leave these options out",
+            )
         name = target.name if target.path is None else str(target.path)
         config = ModelConfig(name_or_path=name, dtype=chosen or saved_dtype(name))
-        return LoadedTarget(load_model(config).to(best_device()), load_tokenizer(config), None)
-    saved = read_adapter_config(target.adapter_dir)
+        return LoadedTarget(load_model(config).to(best_device()), load_tokenizer(config), config, None)
+    saved = read_adapter_config(folder)
     config = _model_config(target) or ModelConfig(
         name_or_path=saved.base_model, revision=saved.base_revision, dtype=saved.base_dtype
     )
+    if base_model is not None:
+        config = config.model_copy(update={"name_or_path": base_model, "revision": None})
     if chosen is not None:
         config = config.model_copy(update={"dtype": chosen})
     model = load_model(config).to(best_device())
-    load_adapter(model, target.adapter_dir)
-    return LoadedTarget(model, load_tokenizer(config), saved.sha256)
+    load_adapter(model, folder, allow_other_base=allow_other_base)
+    return LoadedTarget(model, load_tokenizer(config, folder), config, saved)
 
 
 def eval_config(target: Target) -> EvalConfig:

@@ -6,6 +6,7 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
+from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
 from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.adapter.patch import (
     adapter_layers,
@@ -17,12 +18,13 @@ from dude_cli.adapter.patch import (
     trainable_parameters,
     unpatch_model,
 )
-from dude_cli.adapter.state import load_adapter, read_adapter_config, restore_adapter, save_adapter
+from dude_cli.adapter.state import load_adapter, restore_adapter, save_adapter
 from dude_cli.config import AdapterConfig, SvdConfig
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
+    "SavedAdapter",
     "SvdConfig",
     "adapter_layers",
     "constant_adapters",

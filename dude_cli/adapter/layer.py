@@ -166,6 +166,11 @@ class AdapterLayer(nn.Module):
         self._held_norms = None
 
     @property
+    def factors(self) -> Factors:
+        """The layer's own tensors, not copies."""
+        return Factors(self.lora_A, self.lora_B, self.magnitude, self.initial_A, self.initial_B)
+
+    @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
 
