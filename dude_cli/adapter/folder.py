@@ -124,8 +124,8 @@ def adapter_sha256(config: Mapping[str, Any], digests: Mapping[str, str]) -> str
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
+        # Copied out of the mapped file, where tensors are not aligned: a matrix product may then round otherwise.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except OSError as error:
         raise AdapterError(f"{path.name} cannot be read: {error.strerror}", where=str(path), fix=_RESTORE) from error
     except SafetensorError as error:
