@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dude_cli.config import Config
+from dude_cli.config import AdapterConfig, Config, ModelConfig
+
+if TYPE_CHECKING:
+    from dude_cli.adapter import SavedAdapter
 
 _CARD = """---
 base_model: {base_model}
@@ -26,15 +29,17 @@ tags: [{method}]
 | seed | {seed} |
 
 ```python
-from transformers import AutoModelForCausalLM
-from dude_cli.adapter import load_adapter
-
-model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")
-load_adapter(model, "path/to/this/folder")
+{usage}
 ```
 
 The adapter never changes the base weights; `dude eval path/to/this/folder --task NAME` scores it.
 """
+
+_USAGE = """from transformers import AutoModelForCausalLM
+from dude_cli.adapter import load_adapter
+
+model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")
+load_adapter(model, "path/to/this/folder")"""
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
@@ -42,7 +47,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     targets = config.adapter.target_modules
     return _CARD.format(
         base_model=config.model.name_or_path,
-        dtype=config.model.dtype,
+        usage=_USAGE.format(base_model=config.model.name_or_path, dtype=config.model.dtype),
         method=config.adapter.method,
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,
@@ -61,3 +66,77 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+_CONVERTED_CARD = """---
+base_model: {base_model}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [{method}]
+---
+# {title}
+
+| | |
+| --- | --- |
+| made from | {source} |
+| loaded again, beside that | {measured} |
+
+```python
+{usage}
+```
+"""
+
+_PEFT_USAGE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")  # as it is, nothing subtracted
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+_MERGED_USAGE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="{dtype}")"""
+
+
+def merged_card(saved: SavedAdapter, dtype: str, measured: str) -> str:
+    """The model card of a merged model, in Markdown."""
+    return _CONVERTED_CARD.format(
+        base_model=saved.base_model,
+        library="transformers",
+        method=saved.config.method,
+        title=f"{saved.base_model} with a {saved.config.method} adapter merged into it, in {dtype}",
+        source=_source(saved),
+        measured=measured,
+        usage=_MERGED_USAGE.format(dtype=dtype),
+    )
+
+
+def peft_card(saved: SavedAdapter, title: str, measured: str) -> str:
+    """The model card of an adapter in PEFT's format, in Markdown."""
+    return _CONVERTED_CARD.format(
+        base_model=saved.base_model,
+        library="peft",
+        method=saved.config.method,
+        title=f"{title} for {saved.base_model}",
+        source=_source(saved),
+        measured=measured,
+        usage=_PEFT_USAGE.format(base_model=saved.base_model, dtype=saved.base_dtype),
+    )
+
+
+def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measured: str) -> str:
+    """The model card of an adapter that was imported from PEFT's folder `source`, in Markdown."""
+    return _CONVERTED_CARD.format(
+        base_model=model.name_or_path,
+        library="dude-cli",
+        method=adapter.method,
+        title=f"{adapter.method} adapter for {model.name_or_path}",
+        source=f"the PEFT adapter {source}, rank {adapter.rank}",
+        measured=measured,
+        usage=_USAGE.format(base_model=model.name_or_path, dtype=model.dtype),
+    )
+
+
+def _source(saved: SavedAdapter) -> str:
+    revision = f" at {saved.base_revision}" if saved.base_revision else ""
+    adapter = f"a {saved.config.method} adapter of rank {saved.config.rank}"
+    return f"{adapter} for {saved.base_model}{revision}, sha256 {saved.sha256}"

@@ -81,6 +81,12 @@ class LoadedTarget:
     adapter: SavedAdapter | None
 
     @property
+    def saved(self) -> SavedAdapter:
+        """The adapter, where there is known to be one."""
+        assert self.adapter is not None
+        return self.adapter
+
+    @property
     def adapter_sha256(self) -> str | None:
         return None if self.adapter is None else self.adapter.sha256
 
@@ -98,7 +104,7 @@ def load_target(
     from dude_cli.runtime import best_device, quiet_libraries
 
     quiet_libraries()
-    chosen = _check_dtype(dtype)
+    chosen = check_dtype(dtype)
     folder = target.adapter_dir
     if folder is None:
         if base_model is not None or allow_other_base:
@@ -114,8 +120,9 @@ def load_target(
     config = _model_config(target) or ModelConfig(
         name_or_path=saved.base_model, revision=saved.base_revision, dtype=saved.base_dtype
     )
-    if base_model is not None:
-        config = config.model_copy(update={"name_or_path": base_model, "revision": None})
+    # The commit that was trained on, not what a branch points to by now.
+    place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
+    config = config.model_copy(update=place)
     if chosen is not None:
         config = config.model_copy(update={"dtype": chosen})
     model = load_model(config).to(best_device())
@@ -191,7 +198,8 @@ def _config_file(target: Target) -> Path | None:
     return target.path / "config.yaml" if target.kind == "run" and target.path is not None else None
 
 
-def _check_dtype(dtype: str | None) -> DType | None:
+def check_dtype(dtype: str | None) -> DType | None:
+    """The dtype of that name. Raises UsageError for another."""
     found = next((known for known in DTYPES if known == dtype), None)
     if dtype is not None and found is None:
         raise UsageError(f"unknown dtype {dtype}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dude_cli.adapter.decompose import initial_factors, seed_for
 from dude_cli.adapter.layer import AdapterLayer, Factors
-from dude_cli.adapter.weight import is_linear, stored_weight, weight_rows, weight_shape
-from dude_cli.config import AdapterConfig
+from dude_cli.adapter.weight import in_stored_orientation, is_linear, stored_weight, weight_rows, weight_shape
+from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError, UsageError, nearest
 
 OnLayer = Callable[[str, int, int], None]  # (layer name, its number from 1, how many)
@@ -57,16 +57,22 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight in its own dtype, and unpatch.
+def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrainedModel:
+    """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight and unpatch: a plain model.
 
-    In place, row chunk by row chunk: this is the one function that changes the base.
+    In place, layer by layer: this is the one function that changes the base. The result has `dtype`, else the dtype
+    that the model has; parameters that the model keeps in another one stay in that.
     """
+    before = model.dtype
+    after = before if dtype is None else getattr(torch, dtype)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
-            for rows, merged in layer.adapted_chunks():
-                _write_rows(layer.base_layer, rows, merged)
-    return unpatch_model(model)
+            _merge_layer(layer, after)
+        unpatch_model(model)
+        for parameter in model.parameters():
+            if parameter.dtype == before:
+                parameter.data = parameter.data.to(after)
+    return model
 
 
 @contextmanager
@@ -116,7 +122,7 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     _check_patterns(config, list(linear))
-    tied = {name for name, module in linear.items() if _is_tied(model, module)}
+    tied = {name for name, module in linear.items() if is_tied(model, module)}
     excluded = {name for name in linear if any(_matches(pattern, name) for pattern in config.exclude_modules)}
     candidates = {name: module for name, module in linear.items() if name not in tied | excluded}
     if config.target_modules == "all-linear":
@@ -132,6 +138,17 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
         if not any(_matches(pattern, name) for name in candidates):
             raise _no_such_layer(pattern, list(linear), tied, excluded)
     return {name: module for name, module in candidates.items() if any(_matches(pattern, name) for pattern in patterns)}
+
+
+def target_names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
+    """The shortest `target_modules` that stands for `layers`: `q_proj`, not 32 paths that end in it. Sorted.
+
+    The last parts of the names if no other linear layer of the base has them, else the names themselves.
+    """
+    names = {name.removesuffix(".base_layer") for name, module in model.named_modules() if is_linear(module)}
+    short = sorted({name.rpartition(".")[2] for name in layers})
+    matched = {name for name in names if name.rpartition(".")[2] in short}
+    return short if matched == set(layers) else sorted(layers)
 
 
 def start_factors(layer: nn.Module, config: AdapterConfig, seed: int) -> Factors:
@@ -173,7 +190,8 @@ def _check_patterns(config: AdapterConfig, linear: list[str]) -> None:
             raise _matches_nothing(pattern, linear, f"adapter.exclude_modules: {pattern}")
 
 
-def _is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
+def is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether `layer` shares its weight with the input embedding."""
     embedding = model.get_input_embeddings()
     return embedding is not None and getattr(embedding, "weight", None) is layer.weight
 
@@ -220,7 +238,11 @@ def _refuse_patched(model: nn.Module) -> None:
         raise AdapterError("the model has adapters already", fix="call unpatch_model first, or load the model anew")
 
 
-def _write_rows(layer: nn.Module, rows: slice, values: Tensor) -> None:
-    weight = stored_weight(layer)
-    target = weight if isinstance(layer, nn.Linear) else weight.T
-    target[rows] = values.to(weight.dtype)
+def _merge_layer(layer: AdapterLayer, dtype: torch.dtype) -> None:
+    base = layer.base_layer
+    weight = stored_weight(base)
+    merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+    out_in = in_stored_orientation(base, merged)
+    for rows, values in layer.adapted_chunks():
+        out_in[rows] = values.to(dtype)
+    base.weight = nn.Parameter(merged, requires_grad=False)

@@ -23,7 +23,7 @@ from dude_cli.adapter.folder import (
     read_factors,
 )
 from dude_cli.adapter.layer import Factors
-from dude_cli.adapter.patch import adapter_layers, patch_with_factors
+from dude_cli.adapter.patch import adapter_layers, is_tied, patch_with_factors
 from dude_cli.adapter.weight import is_linear, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError
@@ -85,7 +85,7 @@ def load_adapter(
     saved = read_adapter_config(folder)
     factors = read_factors(folder, saved)
     for name, given in factors.items():
-        _check_layer(model, folder, name, given)
+        check_factors(model, name, given, str(folder / TENSORS_FILE))
     if not allow_other_base:
         _check_base(model, folder, saved)
     config = settings or saved.config
@@ -160,17 +160,21 @@ def _check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> No
         )
 
 
-def _check_layer(model: PreTrainedModel, folder: Path, name: str, factors: Factors) -> None:
-    where = str(folder / TENSORS_FILE)
+def check_factors(model: PreTrainedModel, name: str, factors: Factors, where: str) -> None:
+    """Raise AdapterError, naming `where` they come from, unless `factors` fit the layer `name` of the base `model`."""
+    base = model.config.name_or_path
+    fix = "load the base model that the adapter was made on"
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         layer = None
     if layer is None or not is_linear(layer):
+        raise AdapterError(f"the adapter has a layer {name}, and {base} has no such linear layer", where=where, fix=fix)
+    if is_tied(model, layer):
         raise AdapterError(
-            f"the adapter has a layer {name}, and {model.config.name_or_path} has no such linear layer",
+            f"the adapter has a layer {name}, whose weight is the input embedding's too in {base}",
             where=where,
-            fix="load the base model that the adapter was made on",
+            fix="adapters on tied layers are not supported: train without it",
         )
     out_features, in_features = weight_shape(layer)
     rank = factors.lora_A.shape[0]
@@ -180,7 +184,7 @@ def _check_layer(model: PreTrainedModel, folder: Path, name: str, factors: Facto
         if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
             raise AdapterError(
                 f"{name}.{field} is {tuple(tensor.shape)} {tensor.dtype}, "
-                f"and the model's layer needs {shape} torch.float32",
+                f"and the layer of {base} needs {shape} torch.float32",
                 where=where,
-                fix="load the base model that the adapter was made on",
+                fix=fix,
             )

@@ -22,16 +22,13 @@ def is_linear(module: nn.Module) -> bool:
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
-    weight = stored_weight(layer)
-    first, second = weight.shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)
+    out_features, in_features = in_stored_orientation(layer, stored_weight(layer)).shape
+    return out_features, in_features
 
 
 def weight_rows(layer: nn.Module, rows: slice | Tensor) -> Tensor:
     """Rows of the (out, in) weight, float32, without gradient. A float32 `Linear` gives a view: do not write to it."""
-    weight = stored_weight(layer).detach()
-    chosen = weight[:, rows].T if isinstance(layer, Conv1D) else weight[rows]
-    return chosen.to(torch.float32)
+    return in_stored_orientation(layer, stored_weight(layer).detach())[rows].to(torch.float32)
 
 
 def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
@@ -41,6 +38,11 @@ def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         yield rows, weight_rows(layer, rows)
+
+
+def in_stored_orientation(layer: nn.Module, W: Tensor) -> Tensor:
+    """A (out, in) weight as the layer stores it: a `Conv1D` transposed. Its own inverse; a view."""
+    return W.T if isinstance(layer, Conv1D) else W
 
 
 def squared_row_norms(layer: nn.Module) -> Tensor:
