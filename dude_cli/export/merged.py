@@ -38,7 +38,7 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
         place = {"name_or_path": str(partial), "revision": None, "dtype": dtype}
         written = load_model(loaded.config.model_copy(update=place))
         found = difference(probe_logits(written.to(device)), expected)
-        allowed = tolerance(dtype, loaded.config.dtype)
+        allowed = tolerance(model, dtype, loaded.config.dtype)
         check(found, allowed, f"the merged model in {dtype}")
         files.write_text(partial / "README.md", merged_card(loaded.saved, dtype, str(found)))
     return ExportReport("merged", out, dtype, found, allowed)

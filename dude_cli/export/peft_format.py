@@ -46,7 +46,7 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
     with files.new_folder(out) as partial:
         write_peft_adapter(partial, layers, config)
         found = difference(peft_logits(loaded.model, partial), expected)
-        allowed = tolerance(loaded.config.dtype)
+        allowed = tolerance(loaded.model, loaded.config.dtype)
         check(found, allowed, "the adapter, loaded by PEFT,")
         files.write_text(partial / "README.md", peft_card(loaded.saved, f"{kind} of rank {rank}", str(found)))
     return ExportReport("peft", out, loaded.config.dtype, found, allowed)
