@@ -39,7 +39,7 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
     from dude_cli.runtime import make_accelerator, stop_signals
     from dude_cli.train import train as run_training
 
-    config = _load(config_path, overrides, smoke=smoke)
+    config = _load(config_path, overrides, smoke=smoke, overwrite=overwrite)
     accelerator = make_accelerator()
     output = output.on_rank(accelerator.is_main_process)
     check_run_dir(config)
@@ -214,7 +214,9 @@ def copy_shipped(name: str, dest: Path, output: Output) -> None:
     output.result(f"copied to {copied}", {"path": str(copied)})
 
 
-def _load(path: Path, overrides: Sequence[str], *, smoke: bool) -> Config:
+def _load(path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool = False) -> Config:
+    from dude_cli.init_from import resolve_init_from
+
     config = load_config(path, overrides)
     if smoke:
         from dude_cli.runtime import make_accelerator
@@ -225,7 +227,7 @@ def _load(path: Path, overrides: Sequence[str], *, smoke: bool) -> Config:
             write_smoke_inputs(config)
         accelerator.wait_for_everyone()
         config = smoke_config(config)
-    return config
+    return resolve_init_from(config, overwrite=overwrite)
 
 
 def _given(**values: int | None) -> dict[str, int]:

@@ -19,6 +19,8 @@ LAYERS = [
     "export",
     "train",
     "prepare",
+    "start",
+    "init_from",
     "run_dir",
     "checkpoint",
     "train_step",
