@@ -28,6 +28,8 @@ LAYERS = [
     "schedule",
     "model_card",
     "smoke",
+    "conversation",
+    "generate",
     "target",
     "data",
     "model",
