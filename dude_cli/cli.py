@@ -135,6 +135,57 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|ADAPTER|MODEL]", help="What answers; the newest finished run if not given."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to answer, - for standard input; may be repeated.")
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Answer line by line.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Send the text exactly as it is, not in the form of the training's prompts.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", min=0, max=1, help="Choose among the likeliest tokens of this share in all.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random choice with a temperature.")] = 0,
+    base_model: BaseModelPath = None,
+    allow_other_base: AllowOtherBase = False,
+    dtype: Dtype = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Answer prompts with a run, an adapter or a model."""
+    with _reported(debug):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.generate(
+            target,
+            prompt or [],
+            interactive=interactive,
+            raw=raw,
+            compare_base=base,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            dtype=dtype,
+            base_model=base_model,
+            allow_other_base=allow_other_base,
+            output=Output(json, quiet),
+        )
+
+
+@app.command()
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="What to export.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
@@ -250,6 +301,9 @@ def _reported(debug: bool, *, if_stopped: str = "") -> Iterator[None]:
     try:
         with interrupting_signals():
             yield
+    except BrokenPipeError:  # who read the output is gone, as `head` is after some lines: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(StoppedError.exit_code) from None
     except Exception as error:
         known = _as_dude_error(error)
         if debug or known is None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, RenderableType
+
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line break
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Output:
         else:
             self.out.print(shown)
 
+    def write(self, text: str) -> None:
+        """A piece of a result that comes bit by bit: as it stands, without a line break.
+
+        A model can say anything: on a terminal, characters that would command it are not sent.
+        """
+        print(_COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text) if self.out.is_terminal else text, end="", flush=True)
+
     @contextmanager
     def counter(self, label: str) -> Iterator[Callable[[int, int], None]]:
         """Within, a progress bar on a terminal; the yielded function takes (done, total)."""
@@ -54,6 +64,12 @@ class Output:
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line: rich would exit with code 1, which is a bug's here."""
+        raise BrokenPipeError
+
+
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that shows text as it stands: rich would take `[red]` or `:smile:` in a path for its own."""
-    return Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+    return _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)

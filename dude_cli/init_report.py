@@ -19,8 +19,7 @@ def init_report(prepared: Prepared) -> RenderableType:
     return Group(
         _layer_table(prepared.layers),
         f"trainable: {prepared.trainable_parameters:,} of {prepared.all_parameters:,} parameters ({share:.2%}), "
-        f"{prepared.config.adapter.method}, scaling {prepared.config.adapter.scaling:g}; "
-        "at step 0 the patched model is the base model, bit for bit",
+        f"{prepared.config.adapter.method}, scaling {prepared.config.adapter.scaling:g}; {_start(prepared)}",
         "",
         _data_table(prepared),
         "",
@@ -29,6 +28,13 @@ def init_report(prepared: Prepared) -> RenderableType:
         "",
         _plan_line(prepared.plan, prepared),
     )
+
+
+def _start(prepared: Prepared) -> str:
+    if prepared.source_sha256 is None:
+        return "at step 0 the patched model is the base model, bit for bit"
+    source = f"{prepared.config.adapter.init_from} (sha256 {prepared.source_sha256[:12]})"
+    return f"at step 0 it is the adapter of {source}, and with adapters disabled the base model, bit for bit"
 
 
 def _layer_table(layers: list[LayerReport]) -> Table:

@@ -21,6 +21,7 @@ tags: [{method}]
 | --- | --- |
 | method | {method}, rank {rank}, scaling {scaling:g} |
 | target modules | {targets} |
+| start | {start} |
 | training data | {data} |
 | steps | {steps} of {global_batch_size} rows, peak learning rate {learning_rate:g}, {schedule} |
 | last training loss | {loss} |
@@ -42,8 +43,11 @@ model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")
 load_adapter(model, "path/to/this/folder")"""
 
 
-def model_card(config: Config, summary: dict[str, Any]) -> str:
-    """The model card, in Markdown: what was trained, on what, how, and how far the loss fell."""
+def model_card(config: Config, summary: dict[str, Any], source_sha256: str | None = None) -> str:
+    """The model card, in Markdown: what was trained, on what, how, and how far the loss fell.
+
+    `source_sha256` identifies the adapter that the training continued from, if there was one.
+    """
     targets = config.adapter.target_modules
     return _CARD.format(
         base_model=config.model.name_or_path,
@@ -52,6 +56,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,
         targets=targets if isinstance(targets, str) else ", ".join(targets),
+        start=_start(config.adapter, source_sha256),
         data=", ".join(f"{source.path} ({source.split})" for source in config.data.train),
         global_batch_size=config.train.global_batch_size,
         learning_rate=config.train.learning_rate,
@@ -62,6 +67,12 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         reason="" if config.train.early_stopping_patience is None else ", the lowest evaluation loss",
         **{key: _number(summary[key]) for key in ("loss", "first_eval_loss", "last_eval_loss", "lowest_eval_loss")},
     )
+
+
+def _start(adapter: AdapterConfig, source_sha256: str | None) -> str:
+    if source_sha256 is not None:
+        return f"the adapter of {adapter.init_from}, sha256 {source_sha256}; losses and steps here are since then"
+    return "the base model; factors from its SVD" if adapter.has_svd_init else "the base model; random factors"
 
 
 def _number(value: float | None) -> str:

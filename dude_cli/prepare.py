@@ -1,8 +1,7 @@
-"""What must be right before step 1, and is kept: data, base model, decomposition, the check at step 0, the plan."""
+"""What must be right before step 1, and is kept: data, base model, the adapter at step 0, the plan."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,12 +11,12 @@ from dude_cli import files
 from dude_cli.config import Config, dump_config
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
-from dude_cli.errors import AdapterError
 from dude_cli.metrics import check_trackers
 from dude_cli.model import check_vocabulary, hub_commit, load_model, load_tokenizer
-from dude_cli.run_dir import INITIAL, RESULT, check_writable, clear_run, initial_key
+from dude_cli.run_dir import check_writable, clear_run
 from dude_cli.runtime import environment
 from dude_cli.schedule import total_steps, warmup_steps
+from dude_cli.start import Start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,6 +65,7 @@ class Prepared:
     trainable_parameters: int
     all_parameters: int
     reused: bool
+    source_sha256: str | None  # of the adapter that the run continues from
 
     def data_fingerprints(self) -> dict[str, str]:
         """What tells other rows under the same names, for a run that continues."""
@@ -89,13 +89,15 @@ class Prepared:
             "data": {name: asdict(report) for name, report in reports.items() if report is not None},
             "plan": asdict(self.plan),
             "reused": self.reused,
+            "init_from": self.config.adapter.init_from,
+            "init_from_sha256": self.source_sha256,
         }
 
 
 def prepare(
     config: Config, accelerator: Accelerator, say: Callable[[str], None], *, overwrite: bool = False
 ) -> Prepared:
-    """Check everything, load, decompose or reuse `initial/`, and verify that the patched model is the base.
+    """Check everything, load, make or reuse `initial/`, and verify that the patched model is the base.
 
     The main rank decomposes and writes; the others read what it wrote, so all have the same bytes. With `overwrite`
     an earlier training in the run folder is deleted, once nothing can be wrong any more.
@@ -117,9 +119,9 @@ def prepare(
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
     plan = make_plan(config, data, accelerator.num_processes)
-    reused = _initial_adapter(config, model, model_revision, accelerator, say)
+    start = Start(config, model, data.train[0].input_ids, model_revision, say)
+    reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     if accelerator.is_main_process:
-        check_step_zero(model, data, config.output_dir)
         if overwrite:
             clear_run(config)
         record = environment(str(accelerator.device), accelerator.num_processes, model_revision)
@@ -138,6 +140,7 @@ def prepare(
         trainable_parameters=sum(layer.trainable_parameters for layer in layers),
         all_parameters=sum(parameter.numel() for parameter in model.parameters()),
         reused=reused,
+        source_sha256=start.source_sha256(),
     )
 
 
@@ -163,26 +166,6 @@ def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
     )
 
 
-def check_step_zero(model: PreTrainedModel, data: PreparedData, where: str) -> None:
-    """Raise AdapterError unless the patched model's logits on a training row are the base's, bit for bit."""
-    import torch
-
-    from dude_cli.adapter import disable_adapters
-
-    ids = torch.tensor([data.train[0].input_ids], device=next(model.parameters()).device)
-    with torch.no_grad():
-        patched = model(input_ids=ids, use_cache=False).logits
-        with disable_adapters(model):
-            base = model(input_ids=ids, use_cache=False).logits
-    if not torch.equal(patched, base):
-        difference = float((patched.float() - base.float()).abs().max())
-        raise AdapterError(
-            f"the patched model is not the base model at step 0: logits differ by up to {difference:.3g}",
-            where=where,
-            fix="if the base gives infinite or NaN values in this dtype, try model.dtype: float32; else report this",
-        )
-
-
 def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
     from dude_cli.adapter import adapter_layers
 
@@ -202,70 +185,3 @@ def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
 def packs_flat(config: Config) -> bool:
     """Flash attention finds the borders of packed rows only in a batch of one sequence."""
     return config.data.packing and "flash" in config.model.attn_implementation
-
-
-def _initial_adapter(
-    config: Config,
-    model: PreTrainedModel,
-    model_revision: str | None,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
-) -> bool:
-    """Patch `model` with the adapter of `initial/`, made first if it is not there or not of this config.
-
-    Returns whether it was there. The main rank makes it, the others read it.
-    """
-    from dude_cli.adapter import load_adapter
-
-    reused = False
-    if accelerator.is_main_process:
-        reused = _reuse(config, model, say)
-        if not reused:
-            _decompose(config, model, model_revision, say)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        load_adapter(model, config.run_dir / INITIAL / RESULT, config.adapter)
-    return reused
-
-
-def _reuse(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -> bool:
-    from dude_cli.adapter import load_adapter
-
-    folder = config.run_dir / INITIAL
-    if initial_key(folder) != _decomposition_key(config):
-        return False
-    try:
-        load_adapter(model, folder / RESULT, config.adapter)
-    except AdapterError as error:
-        say(f"{folder} does not fit and is made anew: {error.what}")
-        return False
-    say(f"reusing the decomposition of {folder}")
-    return True
-
-
-def _decompose(config: Config, model: PreTrainedModel, model_revision: str | None, say: Callable[[str], None]) -> None:
-    from dude_cli.adapter import patch_model, save_adapter
-
-    patch_model(model, config.adapter, seed=config.seed, on_layer=_tell_layers(config, say))
-    with files.new_folder(config.run_dir / INITIAL) as partial:
-        save_adapter(model, partial / RESULT, base_revision=model_revision)
-        files.write_text(partial / "key", _decomposition_key(config))
-
-
-def _decomposition_key(config: Config) -> str:
-    """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
-    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype"})
-    kept = {"method", "rank", "target_modules", "exclude_modules", "svd"}
-    adapter = config.adapter.model_dump(mode="json", include=kept)
-    parts = [model, adapter, config.adapter.scaling, config.seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _tell_layers(config: Config, say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    what = "decomposing" if config.adapter.has_svd_init else "patching"
-
-    def tell(name: str, number: int, count: int) -> None:
-        if number == 1 or number % 32 == 0:
-            say(f"{what} layer {number}/{count}: {name}")
-
-    return tell

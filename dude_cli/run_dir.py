@@ -26,7 +26,7 @@ def check_run_dir(config: Config) -> None:
     # Hidden files may be what a killed process left half-written.
     is_empty = not folder.exists() or all(file.name.startswith(".") for file in folder.iterdir())
     is_run = (folder / "config.yaml").is_file() and (folder / "environment.json").is_file()
-    is_prepared = initial_key(folder / INITIAL) is not None and not _has_steps(folder)
+    is_prepared = initial_key(folder / INITIAL) is not None and not has_steps(folder)
     if not (is_empty or is_run or is_prepared):
         raise UsageError(
             f"{folder} is not empty and not a run: it lacks config.yaml or environment.json",
@@ -38,7 +38,7 @@ def check_run_dir(config: Config) -> None:
 def is_finished_run(config: Config) -> bool:
     """Whether the run folder holds this run, finished. Raises UsageError if it holds steps of another config."""
     folder = config.run_dir
-    if _has_steps(folder):
+    if has_steps(folder):
         changed = _changed_settings(load_config(folder / "config.yaml"), config)
         if changed:
             raise UsageError(
@@ -87,7 +87,7 @@ def initial_key(folder: Path) -> str | None:
         return None
 
 
-def _has_steps(folder: Path) -> bool:
+def has_steps(folder: Path) -> bool:
     return (folder / RESULT).is_dir() or bool(checkpoints(folder))
 
 

@@ -58,7 +58,7 @@ def smoke_config(config: Config) -> Config:
 
     rank = min(adapter["rank"], MAX_RANK)
     alpha = None if adapter["alpha"] is None else adapter["alpha"] * rank / adapter["rank"]
-    adapter |= {"rank": rank, "alpha": alpha}
+    adapter |= {"rank": rank, "alpha": alpha, "init_from": None}
 
     data |= {"train": [{"path": str(folder / "train.jsonl")}], "max_length": min(data["max_length"], MAX_LENGTH)}
     if isinstance(data["validation"], list):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, DType, EvalConfig, ModelConfig, load_config
+from dude_cli.config import DTYPES, DataConfig, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
 
@@ -136,6 +136,12 @@ def eval_config(target: Target) -> EvalConfig:
     return EvalConfig() if path is None else load_config(path).eval
 
 
+def data_config(target: Target) -> DataConfig | None:
+    """The `data` section of a run's config, which says in what form its prompts were; None for all else."""
+    path = _config_file(target)
+    return None if path is None else load_config(path).data
+
+
 def results_dir(target: Target) -> Path | None:
     """Where the results of a run go by themselves; None for an adapter or a model."""
     return target.path / "eval" if target.kind == "run" and target.path is not None else None
@@ -149,9 +155,9 @@ def _newest_run(runs_dir: Path) -> Target:
     }
     if not finished:
         raise UsageError(
-            "there is no finished run to evaluate",
+            "there is no finished run",
             where=str(runs_dir),
-            fix="train one with `dude train CONFIG`, or name a run, an adapter or a model: `dude eval TARGET`",
+            fix="train one with `dude train CONFIG`, or name a run, an adapter or a model",
         )
     # The path decides between equal times, so that the choice is the same on every machine.
     newest = max(finished, key=lambda config: (finished[config], config.as_posix()))

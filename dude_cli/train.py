@@ -312,7 +312,7 @@ class _Run:
     def _save_adapter(self, name: str) -> None:
         from dude_cli.adapter import save_adapter
 
-        card = model_card(self.config, run_summary(self.config))
+        card = model_card(self.config, run_summary(self.config), self.prepared.source_sha256)
         save_adapter(
             self.model,
             self.run_dir / name,

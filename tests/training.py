@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 
 from dude_cli.config import load_config
-from dude_cli.prepare import prepare
+from dude_cli.init_from import resolve_init_from
+from dude_cli.prepare import Prepared, prepare
 from dude_cli.runtime import StopSignal, make_accelerator
 from dude_cli.train import train
 
@@ -27,9 +29,14 @@ class StopAfter(StopSignal):
         return self.name is not None
 
 
+def init_here(config_path: Path, *overrides: str, accelerator: Accelerator | None = None) -> Prepared:
+    """What `dude init CONFIG` does, without the report."""
+    config = resolve_init_from(load_config(config_path, overrides))
+    return prepare(config, accelerator or make_accelerator(), lambda text: None)
+
+
 def train_here(config_path: Path, *overrides: str, stop: StopSignal | None = None) -> dict[str, Any]:
     """What `dude train CONFIG` does; `stop` stops it as a signal would."""
-    config = load_config(config_path, overrides)
     accelerator = make_accelerator()
-    prepared = prepare(config, accelerator, lambda text: None)
+    prepared = init_here(config_path, *overrides, accelerator=accelerator)
     return train(prepared, accelerator, Console(quiet=True), StopSignal() if stop is None else stop)

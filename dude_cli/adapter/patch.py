@@ -29,6 +29,10 @@ def patch_model(
     Raises UsageError for a pattern without a layer and a rank too large; AdapterError if `model` is patched already.
     """
     _refuse_patched(model)
+    if config.init_from is not None:
+        raise UsageError(
+            "patch_model makes a new adapter", where="init_from", fix="load_adapter(model, folder) continues from one"
+        )
     targets = find_targets(model, config)
     _check_ranks(targets, config.rank)
     model.requires_grad_(False)

@@ -91,11 +91,24 @@ class AdapterConfig(Section):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout on the input of the learned difference, not of the base."
     )
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "Run or adapter folder to continue from, on the same base, with a new optimizer and schedule. It gives "
+            "what its tensors fix: method, rank, alpha, rank_stabilized, target_modules, exclude_modules, svd."
+        ),
+    )
     svd: SvdConfig = Field(default_factory=SvdConfig, description="How the SVD start is computed.")
     norm_gradient: Literal["detached", "exact"] = Field(
         "detached", description="Whether the backward pass differentiates through the row norms (DoRA, section 4.3)."
     )
     rank_stabilized: bool = Field(False, description="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+
+    @field_validator("init_from")
+    @classmethod
+    def _home_is_written_out(cls, folder: str | None) -> str | None:
+        return None if folder is None else os.path.expanduser(folder)
 
     @property
     def has_svd_init(self) -> bool:

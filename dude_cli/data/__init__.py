@@ -1,19 +1,25 @@
 """From the rows of a data set to the batches of a step: read, encode, pack, order, collate."""
 
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
+from dude_cli.data.chat import Message
 from dude_cli.data.order import step_rows, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.data.prepare import DataReport, PreparedData, prepare_data
+from dude_cli.data.prompt import Prompt, PromptForm, prompt_form
 
 __all__ = [
     "NOT_LEARNED",
     "DataReport",
     "EncodedRow",
     "EncodedRows",
+    "Message",
     "PreparedData",
+    "Prompt",
+    "PromptForm",
     "check_packing",
     "collate",
     "prepare_data",
+    "prompt_form",
     "step_rows",
     "steps_per_epoch",
 ]

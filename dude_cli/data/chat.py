@@ -43,11 +43,7 @@ class ChatEncoder:
         except DataError:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
-            raise DataError(
-                f"the chat template refuses the conversation: {error}",
-                where=where,
-                fix="check the order of its roles and its fields against the model's chat template",
-            ) from error
+            raise _refused(error, where) from error
         ids, *prefixes = self.encoder.raw([text, *(text[:border] for turn in turns for border in turn)])
         cuts = [common_prefix(ids, prefix) for prefix in prefixes]
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
@@ -60,6 +56,28 @@ class ChatEncoder:
             learned[start:stop] = [token != self.encoder.eos_id for token in ids[start : stop - 1]] + [True]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
         return Encoded(ids, learned, leading, max(spans[0][0] if spans else len(ids), leading))
+
+    def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
+        """Return what a training row has in front of the assistant's next turn, as text and as ids.
+
+        That is the template's generation prompt. A template with `{% generation %}` blocks may have none; then it is
+        the text up to the block. Raises DataError if the template does not fit the conversation.
+        """
+        try:
+            text = self._render(messages, add_generation_prompt=True)
+            if self.marks_turns:
+                whole, turns = self._marked_turns([*messages, {"role": "assistant", "content": "answer"}])
+                before = whole[: turns[-1][0]]
+                text = text if whole.startswith(text) and len(text) > len(before) else before
+        except Exception as error:  # as in `encode`
+            raise _refused(error, "the prompt") from error
+        return text, self.encoder.raw([text])[0]
+
+    def end_of_turn(self) -> int:
+        """Return the token that a training teaches at the end of the assistant's turn."""
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        row = self.encode(messages, where="the chat template", learn_all=False)
+        return next(token for token, on in zip(reversed(row.ids), reversed(row.learned), strict=True) if on)
 
     def _marked_turns(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text and the `{% generation %}` blocks in it, in characters.
@@ -114,6 +132,14 @@ class ChatEncoder:
         elif stop < len(ids) and ids[stop] in self.special_ids:
             stop += 1
         return start, stop
+
+
+def _refused(error: Exception, where: str) -> DataError:
+    return DataError(
+        f"the chat template refuses the conversation: {error}",
+        where=where,
+        fix="check the order of its roles and its fields against the model's chat template",
+    )
 
 
 def _checked(conversation: Any, where: str) -> list[Message]:

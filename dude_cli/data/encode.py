@@ -66,6 +66,11 @@ def _templates(config: DataConfig) -> tuple[str, str]:
     return prompt, "{completion}" if config.completion is None else config.completion
 
 
+def prompt_template(config: DataConfig) -> str:
+    """The template in front of what is learned, in any format but chat; Alpaca's is the one without an input."""
+    return ALPACA_WITHOUT_INPUT if config.format == "alpaca" else _templates(config)[0]
+
+
 def row_texts(config: DataConfig, row: Row) -> tuple[str, str]:
     """Return (prompt, completion) of a row in any format but chat."""
     if config.format == "alpaca":

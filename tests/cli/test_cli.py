@@ -23,11 +23,11 @@ def test_help_lists_the_verbs_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert "HEAVY []" in done.stdout
-    for verb in ("init", "train", "eval", "ls", "cp"):
+    for verb in ("init", "train", "eval", "generate", "ls", "cp"):
         assert f" {verb} " in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["init", "train", "eval", "ls", "cp"])
+@pytest.mark.parametrize("verb", ["init", "train", "eval", "generate", "ls", "cp"])
 def test_every_verb_has_help_and_the_common_options(verb):
     done = dude(verb, "--help")
     assert done.returncode == 0

@@ -43,6 +43,7 @@ def signalled(argv: list[str], module: str, name: str, cwd: Path) -> subprocess.
         (["ls"], "dude_cli.shipped", "error: stopped\n"),
         (["init", "c.yaml"], "yaml", "error: stopped; the same command starts again\n"),
         (["train", "c.yaml"], "yaml", "error: stopped; what was not saved is lost, and the same command starts or"),
+        (["generate", "--prompt", "x"], "dude_cli.generate", "error: stopped\n"),
         (["eval", "x"], "dude_cli.evaluation", "error: stopped; no result was written\n"),
     ],
 )

@@ -58,3 +58,13 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    def build(template: str, **special: str) -> PreTrainedTokenizerFast:
+        tokenizer = build_tokenizer(None, **{"eos_token": "<|im_end|>", **special})
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build

@@ -41,16 +41,6 @@ CONVERSATION = [
 ]
 
 
-@pytest.fixture(scope="module")
-def chat_tokenizer(make_tokenizer):
-    def build(template: str, **special: str):
-        tokenizer = make_tokenizer(None, **{"eos_token": "<|im_end|>", **special})
-        tokenizer.chat_template = template
-        return tokenizer
-
-    return build
-
-
 def encode(tokenizer, conversation=CONVERSATION, *, learn_all=False):
     return ChatEncoder(TextEncoder(tokenizer)).encode(conversation, where="row 1", learn_all=learn_all)
 

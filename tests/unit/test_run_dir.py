@@ -8,8 +8,8 @@ from dude_cli.config import Config
 from dude_cli.errors import UsageError
 from dude_cli.metrics import check_trackers, run_summary
 from dude_cli.model_card import model_card
-from dude_cli.prepare import _decomposition_key
 from dude_cli.run_dir import check_run_dir, check_writable
+from dude_cli.start import initial_adapter_key
 
 
 def config_in(folder, **sections):
@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_written_is_a_usage_error(tmp_path):
 
 
 def key(**sections):
-    return _decomposition_key(config_in("run", **sections))
+    return initial_adapter_key(config_in("run", **sections))
 
 
 def test_the_start_is_kept_when_only_what_it_does_not_depend_on_changes():

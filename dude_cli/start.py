@@ -1,0 +1,155 @@
+"""The adapter at step 0: decomposed, or one to continue from; kept in `initial/`, checked, the same on each rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dude_cli import files
+from dude_cli.config import Config
+from dude_cli.errors import AdapterError
+from dude_cli.init_from import keeps_own_start, source_folder, source_sha256
+from dude_cli.run_dir import INITIAL, RESULT, initial_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Start:
+    """Patches `model` with the adapter at step 0; `row_ids` are the tokens that it is checked on."""
+
+    config: Config
+    model: PreTrainedModel
+    row_ids: Sequence[int]
+    model_revision: str | None
+    say: Callable[[str], None]
+
+    def on_all_ranks(self, accelerator: Accelerator, *, overwrite: bool) -> bool:
+        """Patch with the adapter of `initial/`, made first if it is not there or not of this config.
+
+        Returns whether it was there. The main rank makes and checks it, the others read it.
+        Raises AdapterError unless the base model is still there, bit for bit; see `_check`.
+        """
+        reused = False
+        if accelerator.is_main_process:
+            base_logits = self._logits()
+            reused = self._reuse(overwrite=overwrite)
+            if not reused:
+                self._make()
+            self._check(base_logits)
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            self._load(self.config.run_dir / INITIAL / RESULT)
+        return reused
+
+    def source_sha256(self) -> str | None:
+        """What identifies the adapter that the run continues from, by the copy in `initial/`; None without one."""
+        from dude_cli.adapter import read_adapter_config
+
+        if self.config.adapter.init_from is None:
+            return None
+        return read_adapter_config(self.config.run_dir / INITIAL / RESULT).sha256
+
+    def _reuse(self, *, overwrite: bool) -> bool:
+        folder = self.config.run_dir / INITIAL
+        is_kept = keeps_own_start(self.config) and not overwrite
+        if not is_kept and initial_key(folder) != initial_adapter_key(self.config):
+            return False
+        try:
+            self._load(folder / RESULT)
+        except AdapterError as error:
+            self.say(f"{folder} does not fit and is made anew: {error.what}")
+            return False
+        self.say(f"reusing the {'decomposition' if self.config.adapter.init_from is None else 'copy'} of {folder}")
+        return True
+
+    def _make(self) -> None:
+        with files.new_folder(self.config.run_dir / INITIAL) as partial:
+            if self.config.adapter.init_from is None:
+                self._decompose(partial / RESULT)
+            else:
+                self._copy_source(partial / RESULT)
+            files.write_text(partial / "key", initial_adapter_key(self.config))
+
+    def _decompose(self, folder: Path) -> None:
+        from dude_cli.adapter import patch_model, save_adapter
+
+        patch_model(self.model, self.config.adapter, seed=self.config.seed, on_layer=self._tell_layers)
+        save_adapter(self.model, folder, base_revision=self.model_revision)
+
+    def _copy_source(self, folder: Path) -> None:
+        """Raises AdapterError unless the copy under this run's settings has the logits of the adapter itself."""
+        from dude_cli.adapter import load_adapter, save_adapter, unpatch_model
+
+        source = source_folder(self.config)
+        self.say(f"continuing from the adapter of {source}")
+        load_adapter(self.model, source)
+        source_logits = self._logits()
+        save_adapter(self.model, folder, base_revision=self.model_revision)
+        unpatch_model(self.model)
+        self._load(folder)
+        self._check_equal(self._logits(), source_logits, f"the start is not the adapter of {source}")
+
+    def _load(self, folder: Path) -> None:
+        from dude_cli.adapter import load_adapter
+
+        # The adapter that comes out is whole without the one that it continues from.
+        load_adapter(self.model, folder, self.config.adapter.model_copy(update={"init_from": None}))
+
+    def _check(self, base_logits: torch.Tensor) -> None:
+        """Raise AdapterError unless the model has the base's logits from before it was patched, bit for bit.
+
+        At step 0 it must; one that continues from a trained adapter, with its adapters disabled.
+        """
+        from dude_cli.adapter import disable_adapters
+
+        continues = self.config.adapter.init_from is not None
+        with disable_adapters(self.model) if continues else nullcontext():
+            logits = self._logits()
+        when = "with its adapters disabled" if continues else "at step 0"
+        self._check_equal(logits, base_logits, f"the patched model is not the base model {when}")
+
+    def _check_equal(self, logits: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+        import torch
+
+        if not torch.equal(logits, wanted):
+            difference = float((logits.float() - wanted.float()).abs().max())
+            raise AdapterError(
+                f"{what}: logits differ by up to {difference:.3g}",
+                where=self.config.output_dir,
+                fix="if the base gives infinite or NaN values in this dtype, try model.dtype: float32; "
+                "else report this",
+            )
+
+    def _logits(self) -> torch.Tensor:
+        import torch
+
+        ids = torch.tensor([self.row_ids], device=next(self.model.parameters()).device)
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _tell_layers(self, name: str, number: int, count: int) -> None:
+        what = "decomposing" if self.config.adapter.has_svd_init else "patching"
+        if number == 1 or number % 32 == 0:
+            self.say(f"{what} layer {number}/{count}: {name}")
+
+
+def initial_adapter_key(config: Config) -> str:
+    """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
+    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype"})
+    kept = {"method", "rank", "target_modules", "exclude_modules", "svd"}
+    adapter = config.adapter.model_dump(mode="json", include=kept)
+    parts = [model, adapter, config.adapter.scaling, config.seed]
+    if config.adapter.init_from is not None:
+        parts.append(source_sha256(config))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,107 @@
+"""A user's text becomes the prompt that the training rows had: the same tokens in front of the answer."""
+
+from __future__ import annotations
+
+import pytest
+from test_data_chat import CHATML, CONVERSATION, HEAD, TEMPLATES
+
+from dude_cli.config import DataConfig, DataSource
+from dude_cli.data import prepare, prompt_form
+from dude_cli.data.encode import ALPACA_WITHOUT_INPUT
+from dude_cli.errors import DataError
+
+TEXT = "The cat has 12 pears, it's fine?"
+# The rows of each format whose prompt is the user's text, put into the training's form.
+FORMS = {
+    "column": ({}, {"prompt": TEXT, "completion": " 46"}),
+    "template": (
+        {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"},
+        {"question": TEXT, "answer": "46"},
+    ),
+    "alpaca": ({"format": "alpaca"}, {"instruction": TEXT, "input": "", "output": " 46"}),
+}
+
+
+def config(**fields: object) -> DataConfig:
+    return DataConfig(train=[DataSource(path="rows.jsonl")], **fields)
+
+
+def trained_context(tokenizer, data: DataConfig, row: dict[str, object]) -> list[int]:
+    """The tokens in front of the answer, as the training encodes the row."""
+    (encoded,) = prepare._RowEncoder(data, tokenizer)._encode([row], [0], "data.train")
+    return encoded.ids[: encoded.context]
+
+
+def asked(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_prompts_tokens_are_those_of_the_training(name, tokenizer):
+    fields, row = FORMS[name]
+    data = config(**fields)
+    prompt = prompt_form(tokenizer, data, raw=False).prompt(asked(TEXT))
+    assert prompt.ids == trained_context(tokenizer, data, row)
+    assert TEXT in prompt.text
+
+
+@pytest.mark.parametrize("turns", [2, 4])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_a_chat_prompts_tokens_are_those_of_the_training(template, turns, chat_tokenizer):
+    tokenizer = chat_tokenizer(template)
+    conversation = CONVERSATION[:turns]
+    row = {"messages": [*conversation, {"role": "assistant", "content": "46"}]}
+    prompt = prompt_form(tokenizer, config(format="chat"), raw=False).prompt(conversation)
+    (trained,) = prepare._RowEncoder(config(format="chat"), tokenizer)._encode([row], [0], "data.train")
+    last_turn = max(i for i, on in enumerate(trained.learned) if on and not trained.learned[i - 1])
+    assert prompt.ids == trained.ids[:last_turn]
+    assert prompt.text.endswith("assistant\n")
+
+
+def test_a_header_inside_the_generation_block_is_part_of_the_prompt(chat_tokenizer):
+    block = "{% generation %}" + HEAD + "{{ m.content }}<|im_end|>{% endgeneration %}\n"
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + block + "{% else %}"
+        + HEAD + "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )  # fmt: skip
+    prompt = prompt_form(chat_tokenizer(template), None, raw=False).prompt(asked("hello"))
+    assert prompt.text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "</s>"])
+def test_an_answer_stops_where_the_training_ends_a_turn(eos, chat_tokenizer):
+    tokenizer = chat_tokenizer(CHATML, eos_token=eos)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", eos])
+    assert prompt_form(tokenizer, None, raw=False).stop_ids() == set(ends)
+    assert prompt_form(tokenizer, None, raw=True).stop_ids() == {tokenizer.eos_token_id}
+
+
+def test_which_form_is_used_and_what_is_said_of_it(plain_tokenizer, chat_tokenizer):
+    chat = chat_tokenizer(CHATML)
+    two = {"prompt": "{context}\n{question}", "completion": "{answer}"}
+    cases = [
+        (chat, None, False, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "chat template"),
+        (chat, None, True, "hi", "as it is"),
+        (plain_tokenizer, None, False, "hi", "no chat template"),
+        (chat, config(), False, "hi", "as the training's column prompt"),
+        (chat, config(format="text"), False, "hi", "have no column"),
+        (chat, config(format="alpaca"), False, ALPACA_WITHOUT_INPUT.replace("{instruction}", "hi"), "Alpaca's"),
+        (chat, config(**two), False, "hi", '2 columns: "{context}\\n{question}"'),
+        (chat, config(prompt="Q: {q}\nA:", completion="{a}"), False, "Q: hi\nA:", 'template, "Q: {q}\\nA:"'),
+    ]
+    for tokenizer, data, raw, text, said in cases:
+        form = prompt_form(tokenizer, data, raw=raw)
+        assert form.prompt(asked("hi")).text == text
+        assert said in form.description
+
+
+def test_braces_in_the_text_stay(plain_tokenizer):
+    form = prompt_form(plain_tokenizer, config(prompt="Q: {q}", completion="{a}"), raw=False)
+    assert form.prompt(asked("{q} {{x}} {text}")).text == "Q: {q} {{x}} {text}"
+
+
+def test_what_a_chat_template_refuses_is_a_data_error(chat_tokenizer):
+    form = prompt_form(chat_tokenizer("{{ raise_exception('no') }}" + CHATML), None, raw=False)
+    with pytest.raises(DataError, match="refuses the conversation: no"):
+        form.prompt(asked("hi"))
