@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from dude_cli.adapter import Factors
 
+PEFT_ALPHA = 8  # LoraConfig's own default
 # Starts that leave the base as it is, and those that subtract their factors from it.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 _SUBTRACTED_STARTS = ("pissa", "olora", "corda", "lora_ga")
@@ -197,9 +198,11 @@ def _adapter_config(model: PreTrainedModel, adapter: PeftAdapter, *, has_start: 
     from dude_cli.adapter import target_names
 
     config, use_dora = adapter.config, bool(adapter.config.get("use_dora"))
-    rank = max(layer.lora_A.shape[0] for layer in adapter.layers.values())
-    is_uniform = not config.get("alpha_pattern") and rank == config["r"]
-    alpha = float(config["lora_alpha"]) if is_uniform else max(_scalings(adapter)) * rank
+    ranks = {layer.lora_A.shape[0] for layer in adapter.layers.values()}
+    scalings = {_own_scaling(adapter, name) for name in adapter.layers}
+    rank = max(ranks)
+    is_uniform = len(ranks) == len(scalings) == 1 and not config.get("alpha_pattern")
+    alpha = float(config.get("lora_alpha", PEFT_ALPHA)) if is_uniform else max(scalings) * rank
     return AdapterConfig(
         method=("dude" if use_dora else "pissa") if has_start else ("dora" if use_dora else "lora"),
         rank=rank,
@@ -234,16 +237,11 @@ def _fold(adapter: PeftAdapter, name: str, scaling: float) -> float:
     return 1.0 if own == scaling else own / scaling
 
 
-def _scalings(adapter: PeftAdapter) -> Iterator[float]:
-    return (_own_scaling(adapter, name) for name in adapter.layers)
-
-
 def _own_scaling(adapter: PeftAdapter, name: str) -> float:
     """PEFT's scaling of one layer: alpha / r, or alpha / sqrt(r), with the alpha that a pattern may give it."""
     config, rank = adapter.config, adapter.layers[name].lora_A.shape[0]
     # As `peft.utils.get_pattern_key` looks a layer up.
     patterns: dict[str, Any] = config.get("alpha_pattern") or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"]
-    )
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    alpha = next(matching, config.get("lora_alpha", PEFT_ALPHA))
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
