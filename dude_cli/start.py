@@ -73,31 +73,36 @@ class Start:
         return True
 
     def _make(self) -> None:
-        with files.new_folder(self.config.run_dir / INITIAL) as partial:
-            if self.config.adapter.init_from is None:
-                self._decompose(partial / RESULT)
-            else:
-                self._copy_source(partial / RESULT)
-            files.write_text(partial / "key", initial_adapter_key(self.config))
-
-    def _decompose(self, folder: Path) -> None:
         from dude_cli.adapter import patch_model, save_adapter
 
-        patch_model(self.model, self.config.adapter, seed=self.config.seed, on_layer=self._tell_layers)
-        save_adapter(self.model, folder, base_revision=self.model_revision)
+        if self.config.adapter.init_from is None:
+            patch_model(self.model, self.config.adapter, seed=self.config.seed, on_layer=self._tell_layers)
+            source_logits = None
+        else:
+            source_logits = self._load_source()
+        with files.new_folder(self.config.run_dir / INITIAL) as partial:
+            save_adapter(self.model, partial / RESULT, base_revision=self.model_revision)
+            if source_logits is not None:
+                self._take_copy(partial / RESULT, source_logits)
+            files.write_text(partial / "key", initial_adapter_key(self.config))
 
-    def _copy_source(self, folder: Path) -> None:
-        """Raises AdapterError unless the copy under this run's settings has the logits of the adapter itself."""
-        from dude_cli.adapter import load_adapter, save_adapter, unpatch_model
+    def _load_source(self) -> torch.Tensor:
+        """Patch with the adapter that the run continues from, under its own settings; return the logits then."""
+        from dude_cli.adapter import load_adapter
 
         source = source_folder(self.config)
         self.say(f"continuing from the adapter of {source}")
         load_adapter(self.model, source)
-        source_logits = self._logits()
-        save_adapter(self.model, folder, base_revision=self.model_revision)
+        return self._logits()
+
+    def _take_copy(self, folder: Path, source_logits: torch.Tensor) -> None:
+        """Patch with the copy under this run's settings. Raises AdapterError unless it gives the source's logits."""
+        from dude_cli.adapter import unpatch_model
+
         unpatch_model(self.model)
         self._load(folder)
-        self._check_equal(self._logits(), source_logits, f"the start is not the adapter of {source}")
+        what = f"the start is not the adapter of {self.config.adapter.init_from}"
+        self._check_equal(self._logits(), source_logits, what)
 
     def _load(self, folder: Path) -> None:
         from dude_cli.adapter import load_adapter

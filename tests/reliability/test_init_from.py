@@ -156,11 +156,11 @@ def test_a_start_that_is_not_the_adapter_is_refused_and_not_kept(first, tmp_path
 
 
 def test_a_patched_base_is_noticed_also_when_continuing(first, tmp_path, monkeypatch):
-    def spoiling(self, folder, copy=start.Start._copy_source):
-        copy(self, folder)
+    def spoiling(self, *copy, take=start.Start._take_copy):
+        take(self, *copy)
         self.model.lm_head.weight.data.mul_(1.01)
 
-    monkeypatch.setattr(start.Start, "_copy_source", spoiling)
+    monkeypatch.setattr(start.Start, "_take_copy", spoiling)
     with pytest.raises(AdapterError, match="not the base model with its adapters disabled"):
         train_here(continued(tmp_path, first))
 
