@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from dude_cli.adapter.decompose import initial_factors, seed_for
 from dude_cli.adapter.layer import AdapterLayer, Factors
-from dude_cli.adapter.weight import is_linear, stored_weight, weight_rows, weight_shape
+from dude_cli.adapter.weight import (
+    dequantized,
+    is_linear,
+    is_quantized,
+    keep_packing,
+    stored_weight,
+    weight_rows,
+    weight_shape,
+)
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError, UsageError, nearest
 
@@ -31,6 +39,7 @@ def patch_model(
     _refuse_patched(model)
     targets = find_targets(model, config)
     _check_ranks(targets, config.rank)
+    keep_packing(model)
     model.requires_grad_(False)
     for number, (name, layer) in enumerate(targets.items(), start=1):
         if on_layer is not None:
@@ -43,6 +52,7 @@ def patch_model(
 def patch_with_factors(model: PreTrainedModel, config: AdapterConfig, factors: dict[str, Factors]) -> PreTrainedModel:
     """Freeze `model` and put the given factors on the layers they name, in place; for a loaded adapter."""
     _refuse_patched(model)
+    keep_packing(model)
     model.requires_grad_(False)
     for name, given in factors.items():
         layer = model.get_submodule(name)
@@ -60,12 +70,16 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
 def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight in its own dtype, and unpatch.
 
-    In place, row chunk by row chunk: this is the one function that changes the base.
+    In place, row chunk by row chunk: this is the one function that changes the base. A quantised layer, which W' does
+    not fit into, becomes a plain one in the model's dtype.
     """
     with torch.no_grad():
         for layer in adapter_layers(model).values():
+            base = layer.base_layer
+            merged_layer = dequantized(base, model.dtype) if is_quantized(base) else base
             for rows, merged in layer.adapted_chunks():
-                _write_rows(layer.base_layer, rows, merged)
+                _write_rows(merged_layer, rows, merged)
+            layer.base_layer = merged_layer
     return unpatch_model(model)
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dude_cli import files
 from dude_cli.adapter.layer import Factors
 from dude_cli.adapter.patch import adapter_layers, patch_with_factors
-from dude_cli.adapter.weight import is_linear, weight_shape
+from dude_cli.adapter.weight import is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError
 
@@ -43,6 +43,7 @@ class SavedAdapter:
     base_model: str
     base_revision: str | None
     base_dtype: DType
+    base_quantization: str | None
     base_fingerprint: str
     sha256: str
 
@@ -73,6 +74,7 @@ def save_adapter(
                 "name_or_path": model.config.name_or_path,
                 "revision": base_revision,
                 "dtype": str(model.dtype).removeprefix("torch."),
+                "quantization": quantization(model),
                 "fingerprint": base_fingerprint(model),
             },
             "sha256": files.sha256(partial / TENSORS_FILE),
@@ -144,6 +146,7 @@ def read_adapter_config(folder: Path) -> SavedAdapter:
             base_model=base["name_or_path"],
             base_revision=base["revision"],
             base_dtype=base["dtype"],
+            base_quantization=base.get("quantization"),
             base_fingerprint=base["fingerprint"],
             sha256=saved["sha256"],
         )
@@ -173,22 +176,30 @@ def base_fingerprint(model: nn.Module) -> str:
     A parameter of up to FINGERPRINT_VALUES values is read whole, a larger one every k-th row, from the first on: a
     change of other rows alone goes unseen; a fine-tuned, pruned or extended copy does not. Adapters are left out, so a
     patched model and its base agree. The rounding makes one model in float32 and in bfloat16 the same base.
+    A quantised weight is read as the bytes that it is packed into, and the scales beside it without rounding.
     """
     digest = hashlib.sha256()
-    for name, parameter in _base_parameters(model):
-        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        rows = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.ndim else 1)
-        chosen = rows[:: -(-parameter.numel() // FINGERPRINT_VALUES)].to(torch.bfloat16)
-        digest.update(chosen.contiguous().cpu().view(torch.int16).numpy().tobytes())
+    for name, tensor in _base_tensors(model):
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+        chosen = rows[:: -(-tensor.numel() // FINGERPRINT_VALUES)]
+        if chosen.is_floating_point():
+            chosen = chosen.to(torch.bfloat16)
+        digest.update(chosen.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters without the adapters', each tied one once, by their names in the base model, in its order."""
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base model's parameters, each tied one once, and what quantised ones mean, by their names there."""
     own = {f"{name}.{field}" for name in adapter_layers(model) for field in Factors._fields}
     for name, parameter in model.named_parameters():
         if name not in own:
-            yield name.replace(".base_layer.", "."), parameter
+            yield name.replace(".base_layer.", "."), parameter.detach()
+    for name, module in model.named_modules():
+        for field, tensor in quantization_state(module).items():
+            # One value a row, float32 as integers: neither left out as part of a long row nor rounded.
+            exact = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
+            yield f"{name}.{field}".replace(".base_layer.", "."), exact.reshape(-1, 1)
 
 
 def _read_factors(folder: Path, saved: SavedAdapter) -> dict[str, Factors]:
@@ -232,12 +243,16 @@ def _factors(path: Path, config: AdapterConfig, name: str, fields: dict[str, Ten
 
 
 def _check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> None:
-    fingerprint = base_fingerprint(model)
+    fingerprint, quantized = base_fingerprint(model), quantization(model)
     if fingerprint != saved.base_fingerprint:
+        # A weight in another dtype may be quantised to other bytes.
+        settings = f", with model.quantization: {saved.base_quantization or 'null'}, model.dtype: {saved.base_dtype}"
         raise AdapterError(
             f"the adapter was made on {saved.base_model}, whose weights are not those of {model.config.name_or_path}",
-            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}",
-            fix=f"load {saved.base_model} as the base model, at the same revision",
+            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}; "
+            f"quantization {saved.base_quantization or 'none'}, the model's {quantized or 'none'}",
+            fix=f"load {saved.base_model} as the base model, at the same revision"
+            + (settings if saved.base_quantization or quantized else ""),
         )
 
 
