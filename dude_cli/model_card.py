@@ -26,23 +26,32 @@ tags: [{method}]
 | seed | {seed} |
 
 ```python
-from transformers import AutoModelForCausalLM
-from dude_cli.adapter import load_adapter
-
-model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")
+{load_base}
 load_adapter(model, "path/to/this/folder")
 ```
 
 The adapter never changes the base weights; `dude eval path/to/this/folder --task NAME` scores it.
 """
 
+_LOAD_BASE = """from transformers import AutoModelForCausalLM
+from dude_cli.adapter import load_adapter
+
+model = AutoModelForCausalLM.from_pretrained("{name_or_path}", dtype="{dtype}")"""
+
+_LOAD_QUANTIZED_BASE = """from dude_cli.adapter import load_adapter
+from dude_cli.config import ModelConfig
+from dude_cli.model import load_model
+
+model = load_model(ModelConfig(name_or_path="{name_or_path}", dtype="{dtype}", quantization="{quantization}"))"""
+
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
     """The model card, in Markdown: what was trained, on what, how, and how far the loss fell."""
     targets = config.adapter.target_modules
+    load_base = _LOAD_BASE if config.model.quantization is None else _LOAD_QUANTIZED_BASE
     return _CARD.format(
         base_model=config.model.name_or_path,
-        dtype=config.model.dtype,
+        load_base=load_base.format_map(config.model.model_dump()),
         method=config.adapter.method,
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,

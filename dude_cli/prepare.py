@@ -14,7 +14,7 @@ from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoc
 from dude_cli.data.packing import check_packing
 from dude_cli.errors import AdapterError
 from dude_cli.metrics import check_trackers
-from dude_cli.model import check_vocabulary, hub_commit, load_model, load_tokenizer
+from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
 from dude_cli.run_dir import INITIAL, RESULT, check_writable, clear_run, initial_key
 from dude_cli.runtime import environment
 from dude_cli.schedule import total_steps, warmup_steps
@@ -104,15 +104,16 @@ def prepare(
     if accelerator.is_main_process:
         check_writable(config.run_dir)
     check_trackers(config.train.report_to)
+    check_quantization(config.model)
     if config.train.weight_decay > 0 and config.adapter.has_svd_init:
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
     tokenizer = load_tokenizer(config.model)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     data = prepare_data(config.data, tokenizer, config.seed)
-    say(f"loading {config.model.name_or_path} in {config.model.dtype}")
-    model = load_model(config.model)
+    bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
+    say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
+    model = load_model(config.model, accelerator.device)
     check_vocabulary(model, tokenizer)
-    model.to(accelerator.device)
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
@@ -136,7 +137,7 @@ def prepare(
         layers=layers,
         plan=plan,
         trainable_parameters=sum(layer.trainable_parameters for layer in layers),
-        all_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        all_parameters=model.num_parameters(),
         reused=reused,
     )
 
@@ -254,7 +255,7 @@ def _decompose(config: Config, model: PreTrainedModel, model_revision: str | Non
 
 def _decomposition_key(config: Config) -> str:
     """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
-    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype"})
+    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype", "quantization"})
     kept = {"method", "rank", "target_modules", "exclude_modules", "svd"}
     adapter = config.adapter.model_dump(mode="json", include=kept)
     parts = [model, adapter, config.adapter.scaling, config.seed]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, DType, EvalConfig, ModelConfig, load_config
+from dude_cli.config import DTYPES, QUANTIZATIONS, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
 
@@ -88,14 +88,18 @@ def load_target(target: Target, dtype: str | None) -> LoadedTarget:
     if target.adapter_dir is None:
         name = target.name if target.path is None else str(target.path)
         config = ModelConfig(name_or_path=name, dtype=chosen or saved_dtype(name))
-        return LoadedTarget(load_model(config).to(best_device()), load_tokenizer(config), None)
+        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), None)
     saved = read_adapter_config(target.adapter_dir)
     config = _model_config(target) or ModelConfig(
-        name_or_path=saved.base_model, revision=saved.base_revision, dtype=saved.base_dtype
+        name_or_path=saved.base_model,
+        revision=saved.base_revision,
+        dtype=saved.base_dtype,
+        # Another one than these is not the config's: the base's own files have it.
+        quantization=next((known for known in QUANTIZATIONS if known == saved.base_quantization), None),
     )
     if chosen is not None:
         config = config.model_copy(update={"dtype": chosen})
-    model = load_model(config).to(best_device())
+    model = load_model(config, best_device())
     load_adapter(model, target.adapter_dir)
     return LoadedTarget(model, load_tokenizer(config), saved.sha256)
 

@@ -3,6 +3,7 @@
 from dude_cli.config.read import dump_config, load_config, resolved
 from dude_cli.config.schema import (
     DTYPES,
+    QUANTIZATIONS,
     AdapterConfig,
     Config,
     DataConfig,
@@ -11,6 +12,7 @@ from dude_cli.config.schema import (
     EvalConfig,
     EvalTask,
     ModelConfig,
+    Quantization,
     Section,
     SvdConfig,
     TrainConfig,
@@ -18,6 +20,7 @@ from dude_cli.config.schema import (
 
 __all__ = [
     "DTYPES",
+    "QUANTIZATIONS",
     "AdapterConfig",
     "Config",
     "DType",
@@ -26,6 +29,7 @@ __all__ = [
     "EvalConfig",
     "EvalTask",
     "ModelConfig",
+    "Quantization",
     "Section",
     "SvdConfig",
     "TrainConfig",
