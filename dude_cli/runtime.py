@@ -107,6 +107,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # load_model compares the two itself
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has one for each 8-bit layer in each forward
 
 
