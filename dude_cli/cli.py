@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,12 +26,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Format = Literal["merged", "peft", "lora"]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or a shipped name: see `dude ls`.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as train.learning_rate=1e-4.")
 ]
 Smoke = Annotated[
     bool, typer.Option("--smoke", help="Three steps on a tiny random model and generated rows, offline; in RUN-smoke.")
+]
+BaseModelPath = Annotated[
+    str | None, typer.Option("--base-model", help="Where the adapter's base model is now, if it has moved.")
+]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Use the adapter on a base with other weights than its own.")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result and errors.")]
@@ -95,9 +105,9 @@ def evaluate(
         list[Path] | None, typer.Option("--include-path", help="Folder with lm-eval task files of your own.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the results; a run's own eval/.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
-    ] = None,
+    base_model: BaseModelPath = None,
+    allow_other_base: AllowOtherBase = False,
+    dtype: Dtype = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -117,8 +127,86 @@ def evaluate(
             data_dir=data_dir,
             include_paths=include_path or [],
             output_dir=output,
+            base_model=base_model,
+            allow_other_base=allow_other_base,
             dtype=dtype,
             output=Output(json, quiet),
+        )
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="What to export.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    kind: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="merged: a model of its own; peft: an adapter for PEFT, exact; lora: the closest plain LoRA.",
+        ),
+    ],
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Rank of the plain LoRA.")] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error",
+            min=0.0,
+            max=1.0,
+            help="Take the lowest rank that leaves out at most this share of the learned change, in every layer.",
+        ),
+    ] = None,
+    base_model: BaseModelPath = None,
+    allow_other_base: AllowOtherBase = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the merged model: float32, bfloat16 or float16; as trained.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a trained adapter for other programs, load it again, and say how exact it is."""
+    with _reported(debug, if_stopped="nothing was exported"):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.export(
+            target,
+            out,
+            kind=kind,
+            rank=rank,
+            max_error=max_error,
+            dtype=dtype,
+            base_model=base_model,
+            allow_other_base=allow_other_base,
+            output=Output(json, quiet),
+        )
+
+
+@app.command("import")
+def import_adapter(
+    folder: Annotated[Path, typer.Argument(metavar="PEFT_FOLDER", help="A LoRA, DoRA or PiSSA adapter of PEFT's.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="The base model; the one that the adapter names if not given.")
+    ] = None,
+    initial: Annotated[
+        Path | None,
+        typer.Option("--initial", help="The adapter as it was saved before its training, for a PiSSA start."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Dtype of the base: float32, bfloat16 or float16; as it was saved.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make an adapter of dude's from one of PEFT's, to evaluate, continue or export it."""
+    with _reported(debug, if_stopped="nothing was imported"):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.import_adapter(
+            folder, out, base_model=base_model, initial=initial, dtype=dtype, output=Output(json, quiet)
         )
 
 

@@ -70,6 +70,8 @@ def evaluate(
     data_dir: Path | None,
     include_paths: Sequence[Path],
     output_dir: Path | None,
+    base_model: str | None,
+    allow_other_base: bool,
     dtype: str | None,
     output: Output,
 ) -> None:
@@ -97,7 +99,7 @@ def evaluate(
         include_paths=tuple(include_paths),
         compare_base=compare_base,
     )
-    loaded = load_target(target, dtype)
+    loaded = load_target(target, dtype, base_model=base_model, allow_other_base=allow_other_base)
     with output.counter("requests") as on_progress:
         results = score(
             loaded.model,
@@ -112,6 +114,83 @@ def evaluate(
         for path in write_results(results, folder):
             output.say(f"wrote {path}")
     output.result(results_table(results), plain_results(results))
+
+
+def export(
+    target_name: str,
+    out: Path,
+    *,
+    kind: str,
+    rank: int | None,
+    max_error: float | None,
+    dtype: str | None,
+    base_model: str | None,
+    allow_other_base: bool,
+    output: Output,
+) -> None:
+    """Write a trained adapter as a merged model, a PEFT adapter or a plain LoRA, and say how exact it is."""
+    from dude_cli.export import export_lora, export_merged, export_peft, export_shown
+    from dude_cli.target import check_dtype, find_target, load_target
+
+    _check_export_options(kind, rank, max_error, dtype)
+    chosen = check_dtype(dtype)
+    check_new_folder(out)
+    target = find_target(target_name)
+    if target.adapter_dir is None:
+        raise UsageError(f"{target} has no adapter to export", where=target_name, fix="give a run or an adapter")
+    output.say(f"loading {target}")
+    loaded = load_target(target, None, base_model=base_model, allow_other_base=allow_other_base)
+    if kind == "merged":
+        report = export_merged(loaded, out, chosen or loaded.config.dtype)
+    elif kind == "peft":
+        report = export_peft(loaded, out)
+    else:
+        report = export_lora(loaded, out, rank=rank, max_error=max_error, say=output.say)
+    output.result(export_shown(report), report.record())
+
+
+def import_adapter(
+    folder: Path, out: Path, *, base_model: str | None, initial: Path | None, dtype: str | None, output: Output
+) -> None:
+    """Make an adapter of ours from PEFT's, and compare the two."""
+    from dude_cli.export import import_shown, import_to, peft_base
+    from dude_cli.model import load_model, load_tokenizer
+    from dude_cli.runtime import best_device, quiet_libraries
+    from dude_cli.target import check_dtype
+
+    chosen = check_dtype(dtype)
+    check_new_folder(out)
+    quiet_libraries()
+    config = peft_base(folder, base_model, chosen)
+    output.say(f"loading {config.name_or_path} in {config.dtype}")
+    model = load_model(config, best_device())
+    report = import_to(model, load_tokenizer(config), config, folder, out, initial=initial)
+    output.result(import_shown(report), report.record())
+
+
+def check_new_folder(out: Path) -> None:
+    """Raise UsageError unless nothing is at `out` yet: nothing that is there is ever replaced."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not an empty folder", where=str(out), fix="name a new folder")
+
+
+def _check_export_options(kind: str, rank: int | None, max_error: float | None, dtype: str | None) -> None:
+    """Refuse options that another format has, and two that say the same."""
+    for name, value, wanted in (
+        ("--rank", rank, "lora"),
+        ("--max-error", max_error, "lora"),
+        ("--dtype", dtype, "merged"),
+    ):
+        if value is not None and kind != wanted:
+            raise UsageError(
+                f"{name} is for --format {wanted} alone; an adapter is exported as it is, in float32",
+                where=f"{name} {value}, --format {kind}",
+                fix=f"leave {name} out, or use --format {wanted}",
+            )
+    if rank is not None and max_error is not None:
+        raise UsageError(
+            "--rank and --max-error both say how close the LoRA is to be", where="--rank, --max-error", fix="give one"
+        )
 
 
 def list_shipped(output: Output) -> None:

@@ -48,14 +48,20 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
     return model.eval()
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the base model. Raises UsageError with what to do."""
+def load_tokenizer(config: ModelConfig, adapter_dir: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `adapter_dir` if it holds one, else the one beside the base model.
+
+    Raises UsageError with what to do.
+    """
     from transformers import AutoTokenizer
 
-    path = _path(config)
+    has_own = adapter_dir is not None and (adapter_dir / "tokenizer_config.json").is_file()
+    path = str(adapter_dir) if has_own else _path(config)
     with _explained(config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+            path,
+            revision="main" if has_own else config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
         )
     return tokenizer
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dude_cli.config import Config
+from dude_cli.config import AdapterConfig, Config, ModelConfig
+
+if TYPE_CHECKING:
+    from dude_cli.adapter import SavedAdapter
 
 _CARD = """---
 base_model: {base_model}
@@ -26,32 +29,32 @@ tags: [{method}]
 | seed | {seed} |
 
 ```python
-{load_base}
-load_adapter(model, "path/to/this/folder")
+{usage}
 ```
 
 The adapter never changes the base weights; `dude eval path/to/this/folder --task NAME` scores it.
 """
 
-_LOAD_BASE = """from transformers import AutoModelForCausalLM
+_USAGE = """from transformers import AutoModelForCausalLM
 from dude_cli.adapter import load_adapter
 
-model = AutoModelForCausalLM.from_pretrained("{name_or_path}", dtype="{dtype}")"""
+model = AutoModelForCausalLM.from_pretrained("{name_or_path}", dtype="{dtype}")
+load_adapter(model, "path/to/this/folder")"""
 
-_LOAD_QUANTIZED_BASE = """from dude_cli.adapter import load_adapter
+_QUANTIZED_USAGE = """from dude_cli.adapter import load_adapter
 from dude_cli.config import ModelConfig
 from dude_cli.model import load_model
 
-model = load_model(ModelConfig(name_or_path="{name_or_path}", dtype="{dtype}", quantization="{quantization}"))"""
+model = load_model(ModelConfig(name_or_path="{name_or_path}", dtype="{dtype}", quantization="{quantization}"))
+load_adapter(model, "path/to/this/folder")"""
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
     """The model card, in Markdown: what was trained, on what, how, and how far the loss fell."""
     targets = config.adapter.target_modules
-    load_base = _LOAD_BASE if config.model.quantization is None else _LOAD_QUANTIZED_BASE
     return _CARD.format(
         base_model=config.model.name_or_path,
-        load_base=load_base.format_map(config.model.model_dump()),
+        usage=_usage(config.model),
         method=config.adapter.method,
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,
@@ -68,5 +71,83 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
     )
 
 
+def _usage(model: ModelConfig) -> str:
+    return (_USAGE if model.quantization is None else _QUANTIZED_USAGE).format_map(model.model_dump())
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+_CONVERTED_CARD = """---
+base_model: {base_model}
+library_name: {library}
+pipeline_tag: text-generation
+tags: [{method}]
+---
+# {title}
+
+| | |
+| --- | --- |
+| made from | {source} |
+| loaded again, beside that | {measured} |
+
+```python
+{usage}
+```
+"""
+
+_PEFT_USAGE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")  # as it is, nothing subtracted
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+_MERGED_USAGE = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="{dtype}")"""
+
+
+def merged_card(saved: SavedAdapter, dtype: str, measured: str) -> str:
+    """The model card of a merged model, in Markdown."""
+    return _CONVERTED_CARD.format(
+        base_model=saved.base_model,
+        library="transformers",
+        method=saved.config.method,
+        title=f"{saved.base_model} with a {saved.config.method} adapter merged into it, in {dtype}",
+        source=_source(saved),
+        measured=measured,
+        usage=_MERGED_USAGE.format(dtype=dtype),
+    )
+
+
+def peft_card(saved: SavedAdapter, title: str, measured: str) -> str:
+    """The model card of an adapter in PEFT's format, in Markdown."""
+    return _CONVERTED_CARD.format(
+        base_model=saved.base_model,
+        library="peft",
+        method=saved.config.method,
+        title=f"{title} for {saved.base_model}",
+        source=_source(saved),
+        measured=measured,
+        usage=_PEFT_USAGE.format(base_model=saved.base_model, dtype=saved.base_dtype),
+    )
+
+
+def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measured: str) -> str:
+    """The model card of an adapter that was imported from PEFT's folder `source`, in Markdown."""
+    return _CONVERTED_CARD.format(
+        base_model=model.name_or_path,
+        library="dude-cli",
+        method=adapter.method,
+        title=f"{adapter.method} adapter for {model.name_or_path}",
+        source=f"the PEFT adapter {source}, rank {adapter.rank}",
+        measured=measured,
+        usage=_usage(model),
+    )
+
+
+def _source(saved: SavedAdapter) -> str:
+    revision = f" at {saved.base_revision}" if saved.base_revision else ""
+    adapter = f"a {saved.config.method} adapter of rank {saved.config.rank}"
+    return f"{adapter} for {saved.base_model}{revision}, sha256 {saved.sha256}"

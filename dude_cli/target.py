@@ -16,6 +16,8 @@ from dude_cli.model import load_model, load_tokenizer, saved_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dude_cli.adapter import SavedAdapter
+
 ADAPTER_CONFIG = Path("adapter_config.json")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -71,25 +73,50 @@ def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A model ready to be used; `adapter_sha256` is None without an adapter."""
+    """A model ready to be used, with what it was made from; without an adapter `adapter` is None."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    adapter_sha256: str | None
+    config: ModelConfig
+    adapter: SavedAdapter | None
+
+    @property
+    def saved(self) -> SavedAdapter:
+        """The adapter, where there is known to be one."""
+        assert self.adapter is not None
+        return self.adapter
+
+    @property
+    def adapter_sha256(self) -> str | None:
+        return None if self.adapter is None else self.adapter.sha256
 
 
-def load_target(target: Target, dtype: str | None) -> LoadedTarget:
-    """Load `target` on the best device, in `dtype`, else in the one it was trained with, else as it was saved."""
+def load_target(
+    target: Target, dtype: str | None, *, base_model: str | None = None, allow_other_base: bool = False
+) -> LoadedTarget:
+    """Load `target` on the best device, in `dtype`, else in the one it was trained with, else as it was saved.
+
+    `base_model` is where the adapter's base is, if not where it was when the adapter was trained; with
+    `allow_other_base` its weights may be other ones. The tokenizer is the one saved with the adapter.
+    Raises UsageError and AdapterError with what to do.
+    """
     from dude_cli.adapter import load_adapter, read_adapter_config
     from dude_cli.runtime import best_device, quiet_libraries
 
     quiet_libraries()
-    chosen = _check_dtype(dtype)
-    if target.adapter_dir is None:
+    chosen = check_dtype(dtype)
+    folder = target.adapter_dir
+    if folder is None:
+        if base_model is not None or allow_other_base:
+            raise UsageError(
+                f"{target} is no adapter, so it has no base model",
+                where="--base-model, --allow-other-base",
+                fix="give a run or an adapter, or leave these options out",
+            )
         name = target.name if target.path is None else str(target.path)
         config = ModelConfig(name_or_path=name, dtype=chosen or saved_dtype(name))
-        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), None)
-    saved = read_adapter_config(target.adapter_dir)
+        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None)
+    saved = read_adapter_config(folder)
     config = _model_config(target) or ModelConfig(
         name_or_path=saved.base_model,
         revision=saved.base_revision,
@@ -97,11 +124,14 @@ def load_target(target: Target, dtype: str | None) -> LoadedTarget:
         # Another one than these is not the config's: the base's own files have it.
         quantization=next((known for known in QUANTIZATIONS if known == saved.base_quantization), None),
     )
+    # The commit that was trained on, not what a branch points to by now.
+    place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
+    config = config.model_copy(update=place)
     if chosen is not None:
         config = config.model_copy(update={"dtype": chosen})
     model = load_model(config, best_device())
-    load_adapter(model, target.adapter_dir)
-    return LoadedTarget(model, load_tokenizer(config), saved.sha256)
+    load_adapter(model, folder, allow_other_base=allow_other_base)
+    return LoadedTarget(model, load_tokenizer(config, folder), config, saved)
 
 
 def eval_config(target: Target) -> EvalConfig:
@@ -172,7 +202,8 @@ def _config_file(target: Target) -> Path | None:
     return target.path / "config.yaml" if target.kind == "run" and target.path is not None else None
 
 
-def _check_dtype(dtype: str | None) -> DType | None:
+def check_dtype(dtype: str | None) -> DType | None:
+    """The dtype of that name. Raises UsageError for another."""
     found = next((known for known in DTYPES if known == dtype), None)
     if dtype is not None and found is None:
         raise UsageError(f"unknown dtype {dtype}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")

@@ -12,14 +12,20 @@ KINDS = ("llama", "gpt2", "qwen2", "gemma")  # no biases, Conv1D with biases, bi
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def tiny_model(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model of two layers with grouped-query attention where the architecture has it."""
+def tiny_model(
+    kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, *, attention_bias: bool = False
+) -> PreTrainedModel:
+    """A random model of two layers with grouped-query attention where the architecture has it.
+
+    `attention_bias` is for llama and gemma; gpt2 and qwen2 have their biases always.
+    """
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
         sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     else:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         sizes |= {"intermediate_size": 56, "head_dim": 8, "max_position_embeddings": 64}
+        sizes |= {"attention_bias": True} if attention_bias else {}
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -6,7 +6,8 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
-from dude_cli.adapter.layer import AdapterLayer
+from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
+from dude_cli.adapter.layer import AdapterLayer, Factors
 from dude_cli.adapter.patch import (
     adapter_layers,
     constant_adapters,
@@ -14,26 +15,33 @@ from dude_cli.adapter.patch import (
     find_targets,
     merge_adapter,
     patch_model,
+    patch_with_factors,
+    target_names,
     trainable_parameters,
     unpatch_model,
 )
-from dude_cli.adapter.state import load_adapter, read_adapter_config, restore_adapter, save_adapter
+from dude_cli.adapter.state import check_factors, load_adapter, restore_adapter, save_adapter
 from dude_cli.config import AdapterConfig, SvdConfig
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
+    "Factors",
+    "SavedAdapter",
     "SvdConfig",
     "adapter_layers",
+    "check_factors",
     "constant_adapters",
     "disable_adapters",
     "find_targets",
     "load_adapter",
     "merge_adapter",
     "patch_model",
+    "patch_with_factors",
     "read_adapter_config",
     "restore_adapter",
     "save_adapter",
+    "target_names",
     "trainable_parameters",
     "unpatch_model",
 ]

@@ -135,16 +135,22 @@ class AdapterLayer(nn.Module):
         return squared
 
     @torch.no_grad()
-    def adapted_chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """W' (out, in) as (row range, rows), float32 without gradient: what this layer computes, as a dense weight.
+    def change_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """W' - W0 (out, in) as (row range, rows, rows of W0), float32 without gradient.
 
-        The norms are computed before the first chunk, so each chunk may be written over the base's.
+        (g - 1) W0 + g s P Q: what is learned keeps its digits, however small it is beside W0. The norms are computed
+        before the first chunk, so W0 may be overwritten chunk by chunk.
         """
         P, Q = self.difference_factors()
         g = None if self.magnitude is None else self.magnitude_ratio(P, Q)[:, None]
         for rows, W0 in weight_chunks(self.base_layer):
-            V = W0 + self.scaling * (P[rows] @ Q)
-            yield rows, V if g is None else g[rows] * V
+            difference = self.scaling * (P[rows] @ Q)
+            yield rows, difference if g is None else (g[rows] - 1) * W0 + g[rows] * difference, W0
+
+    def adapted_chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """W' (out, in) as (row range, rows), float32 without gradient: what this layer computes, as a dense weight."""
+        for rows, change, W0 in self.change_chunks():
+            yield rows, W0 + change
 
     def energy_captured(self) -> float | None:
         """sum of S_r^2 / ||W0||_F^2: the share of the weight that the initial factors hold; None for a random start.
@@ -164,6 +170,11 @@ class AdapterLayer(nn.Module):
         """Start or stop to reuse the norm of the first forward; for `constant_adapters`."""
         self.holds_norms = held
         self._held_norms = None
+
+    @property
+    def factors(self) -> Factors:
+        """The layer's own tensors, not copies."""
+        return Factors(self.lora_A, self.lora_B, self.magnitude, self.initial_A, self.initial_B)
 
     @property
     def rank(self) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dude_cli.adapter.decompose import initial_factors, seed_for
 from dude_cli.adapter.layer import AdapterLayer, Factors
 from dude_cli.adapter.weight import (
     dequantized,
+    in_stored_orientation,
     is_linear,
     is_quantized,
     keep_packing,
@@ -22,7 +23,7 @@ from dude_cli.adapter.weight import (
     weight_rows,
     weight_shape,
 )
-from dude_cli.config import AdapterConfig
+from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError, UsageError, nearest
 
 OnLayer = Callable[[str, int, int], None]  # (layer name, its number from 1, how many)
@@ -67,20 +68,23 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight in its own dtype, and unpatch.
+def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrainedModel:
+    """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight and unpatch: a plain model.
 
-    In place, row chunk by row chunk: this is the one function that changes the base. A quantised layer, which W' does
-    not fit into, becomes a plain one in the model's dtype.
+    In place, layer by layer: this is the one function that changes the base. The result has `dtype`, else the dtype
+    that the model has; parameters that the model keeps in another one stay in that. No layer is quantised any more.
     """
+    before = model.dtype
+    after = before if dtype is None else getattr(torch, dtype)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
-            base = layer.base_layer
-            merged_layer = dequantized(base, model.dtype) if is_quantized(base) else base
-            for rows, merged in layer.adapted_chunks():
-                _write_rows(merged_layer, rows, merged)
-            layer.base_layer = merged_layer
-    return unpatch_model(model)
+            _merge_layer(layer, after)
+        unpatch_model(model)
+        _dequantize(model, after)
+        for parameter in model.parameters():
+            if parameter.dtype == before:
+                parameter.data = parameter.data.to(after)
+    return model
 
 
 @contextmanager
@@ -130,7 +134,7 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     _check_patterns(config, list(linear))
-    tied = {name for name, module in linear.items() if _is_tied(model, module)}
+    tied = {name for name, module in linear.items() if is_tied(model, module)}
     excluded = {name for name in linear if any(_matches(pattern, name) for pattern in config.exclude_modules)}
     candidates = {name: module for name, module in linear.items() if name not in tied | excluded}
     if config.target_modules == "all-linear":
@@ -146,6 +150,17 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
         if not any(_matches(pattern, name) for name in candidates):
             raise _no_such_layer(pattern, list(linear), tied, excluded)
     return {name: module for name, module in candidates.items() if any(_matches(pattern, name) for pattern in patterns)}
+
+
+def target_names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
+    """The shortest `target_modules` that stands for `layers`: `q_proj`, not 32 paths that end in it. Sorted.
+
+    The last parts of the names if no other linear layer of the base has them, else the names themselves.
+    """
+    names = {name.removesuffix(".base_layer") for name, module in model.named_modules() if is_linear(module)}
+    short = sorted({name.rpartition(".")[2] for name in layers})
+    matched = {name for name in names if name.rpartition(".")[2] in short}
+    return short if matched == set(layers) else sorted(layers)
 
 
 def start_factors(layer: nn.Module, config: AdapterConfig, seed: int) -> Factors:
@@ -187,7 +202,8 @@ def _check_patterns(config: AdapterConfig, linear: list[str]) -> None:
             raise _matches_nothing(pattern, linear, f"adapter.exclude_modules: {pattern}")
 
 
-def _is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
+def is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether `layer` shares its weight with the input embedding."""
     embedding = model.get_input_embeddings()
     return embedding is not None and getattr(embedding, "weight", None) is layer.weight
 
@@ -234,7 +250,22 @@ def _refuse_patched(model: nn.Module) -> None:
         raise AdapterError("the model has adapters already", fix="call unpatch_model first, or load the model anew")
 
 
-def _write_rows(layer: nn.Module, rows: slice, values: Tensor) -> None:
-    weight = stored_weight(layer)
-    target = weight if isinstance(layer, nn.Linear) else weight.T
-    target[rows] = values.to(weight.dtype)
+def _merge_layer(layer: AdapterLayer, dtype: torch.dtype) -> None:
+    base = layer.base_layer
+    plain = dequantized(base, dtype) if is_quantized(base) else base
+    weight = stored_weight(plain)
+    merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+    out_in = in_stored_orientation(plain, merged)
+    for rows, values in layer.adapted_chunks():
+        out_in[rows] = values.to(dtype)
+    plain.weight = nn.Parameter(merged, requires_grad=False)
+    layer.base_layer = plain
+
+
+def _dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make plain layers of the quantised ones, which were no targets, and a plain model for transformers."""
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if is_quantized(layer)]:
+        model.set_submodule(name, dequantized(layer, dtype))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)

@@ -32,8 +32,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
     if is_quantized(layer):
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-    first, second = stored_weight(layer).shape
-    return (second, first) if isinstance(layer, Conv1D) else (first, second)
+    out_features, in_features = in_stored_orientation(layer, stored_weight(layer)).shape
+    return out_features, in_features
 
 
 def weight_rows(layer: nn.Module, rows: slice | Tensor) -> Tensor:
@@ -49,6 +49,11 @@ def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         yield rows, weight[rows].to(torch.float32)
+
+
+def in_stored_orientation(layer: nn.Module, W: Tensor) -> Tensor:
+    """A (out, in) weight as the layer stores it: a `Conv1D` transposed. Its own inverse; a view."""
+    return W.T if isinstance(layer, Conv1D) else W
 
 
 def squared_row_norms(layer: nn.Module) -> Tensor:
@@ -107,10 +112,9 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D):
             plain = Conv1D(out_features, in_features)
-            weight = weight.T.contiguous()
         else:
             plain = nn.Linear(in_features, out_features, bias=bias is not None)
-    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.weight = nn.Parameter(in_stored_orientation(plain, weight).contiguous(), requires_grad=False)
     if isinstance(bias, Tensor):
         plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     return plain.train(layer.training)
@@ -131,7 +135,7 @@ def _dense_weight(layer: nn.Module) -> Tensor:
     """The (out, in) weight without gradient: what is stored, or a new tensor of what a packed one stands for."""
     weight = stored_weight(layer).detach()
     if not is_quantized(layer):
-        return weight.T if isinstance(layer, Conv1D) else weight
+        return in_stored_orientation(layer, weight)
     from bitsandbytes import functional
 
     if quantization(layer) == "int8":

@@ -137,6 +137,20 @@ def test_merging_gives_plain_layers_of_the_adapted_weight(quantization, kind, tm
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {n: t.shape for n, t in plain.items()}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_merged_model_is_saved_as_a_plain_one_also_where_few_layers_were_targets(quantization, kind, tmp_path):
+    target = "c_attn" if kind == "gpt2" else "q_proj"
+    model = quantized_model(kind, quantization, tmp_path / "base")
+    patch_model(model, AdapterConfig(method="dude", rank=4, target_modules=[target])).train()
+    train_a_little(model)
+    adapted = logits(model, tiny_batch())
+    merge_adapter(model, "float32").save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in (tmp_path / "merged/config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative_error(logits(plain, tiny_batch()), adapted.double()) <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_a_dequantised_layer_is_a_plain_one_with_the_bias(quantization, dtype, tmp_path):

@@ -16,6 +16,7 @@ LAYERS = [
     "commands",
     "init_report",
     "evaluation",
+    "export",
     "train",
     "prepare",
     "run_dir",

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import DTYPES, KINDS, tiny_batch, tiny_model, train_a_little
 
-from dude_cli import files
-from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, save_adapter, state
-from dude_cli.adapter.state import base_fingerprint
+from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, read_adapter_config, save_adapter, state
+from dude_cli.adapter.folder import adapter_sha256, digest
+from dude_cli.adapter.layer import Factors
+from dude_cli.adapter.state import adapter_tensors, base_fingerprint
 from dude_cli.errors import AdapterError
 
 CONFIG = AdapterConfig(method="dude", rank=4)
@@ -90,44 +92,74 @@ def test_another_architecture_is_refused(folder):
     refused(tiny_model("gpt2"), folder, "no such linear layer")
 
 
-def test_a_flipped_byte_is_refused(folder):
-    path = folder / "adapter.safetensors"
+TENSORS, SETTINGS = "adapter.safetensors", "adapter_config.json"
+NAME, OTHER = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("position", [-5, -20_000, 20_000])
+def test_a_flipped_byte_is_refused_and_the_layer_named(folder, position):
+    path = folder / TENSORS
     data = bytearray(path.read_bytes())
-    data[-5] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
-    refused(tiny_model("llama"), folder, "is damaged")
+    refused(tiny_model("llama"), folder, r"is damaged: the tensors of model\.layers\.\d\.\w+\.\w+ are not those")
 
 
-def test_a_truncated_file_is_refused(folder):
-    path = folder / "adapter.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    refused(tiny_model("llama"), folder, "is damaged")
+@pytest.mark.parametrize("kept", [-100, 2_000, 20, 0])
+def test_a_truncated_file_is_refused(folder, kept):
+    path = folder / TENSORS
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(tiny_model("llama"), folder, "is cut off")
 
 
 def rewrite(folder, change) -> None:
-    """Change the tensors and make the checksum fit, as an editing tool would."""
-    tensors = load_file(folder / "adapter.safetensors")
+    tensors = load_file(folder / TENSORS)
     change(tensors)
-    save_file(tensors, folder / "adapter.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["sha256"] = files.sha256(folder / "adapter.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / TENSORS)
 
 
-NAME = "model.layers.0.mlp.up_proj"
+def sign(folder) -> None:
+    """Make the digests fit the tensors, as nothing but a program that knows the format would."""
+    config, tensors = json.loads((folder / SETTINGS).read_text()), load_file(folder / TENSORS)
+    for name in config["layers"]:
+        own = {field: tensors[f"{name}.{field}"] for field in Factors._fields if f"{name}.{field}" in tensors}
+        config["layers"][name] = digest(Factors(**own))
+    config["sha256"] = adapter_sha256(config["adapter"], config["layers"])
+    (folder / SETTINGS).write_text(json.dumps(config))
 
 
-def test_a_missing_tensor_is_refused(folder):
-    rewrite(folder, lambda tensors: tensors.pop(f"{NAME}.initial_A"))
-    refused(tiny_model("llama"), folder, r"missing \['initial_A'\]")
+@pytest.mark.parametrize("field", ["lora_A", "magnitude", "initial_A"])
+def test_a_missing_tensor_is_refused(folder, field):
+    rewrite(folder, lambda tensors: tensors.pop(f"{NAME}.{field}"))
+    refused(tiny_model("llama"), folder, rf"{NAME} .* missing \['{field}'\]")
+
+
+def test_a_layer_that_is_missing_or_too_many_is_refused(folder):
+    def drop_layer(tensors):
+        for key in [key for key in tensors if key.startswith(NAME)]:
+            tensors[key.replace(NAME, "model.layers.7.mlp.up_proj")] = tensors.pop(key)
+
+    rewrite(folder, drop_layer)
+    refused(tiny_model("llama"), folder, rf"{NAME} .* missing \['initial_A', .*'magnitude'\]")
+    rewrite(folder, lambda tensors: tensors.update({f"{NAME}.{field}": torch.ones(1) for field in Factors._fields}))
+    refused(tiny_model("llama"), folder, r"model\.layers\.7\.mlp\.up_proj .* unexpected \['initial_A'")
+
+
+def swap(one, other, tensors):
+    for field in Factors._fields:
+        first, second = f"{one}.{field}", f"{other}.{field}"
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def test_swapped_layers_of_equal_shape_are_refused(folder):
+    rewrite(folder, partial(swap, NAME, OTHER))
+    refused(tiny_model("llama"), folder, f"layers are swapped: {NAME} has the tensors of {OTHER}")
 
 
 def test_swapped_layers_of_unequal_shape_are_refused(folder):
-    def swap(tensors):
-        one, other = f"{NAME}.lora_A", "model.layers.0.mlp.down_proj.lora_A"
-        tensors[one], tensors[other] = tensors[other], tensors[one]
-
-    rewrite(folder, swap)
+    rewrite(folder, partial(swap, NAME, "model.layers.0.mlp.down_proj"))
+    refused(tiny_model("llama"), folder, "layers are swapped")
+    sign(folder)
     refused(tiny_model("llama"), folder, r"lora_A is \(4, \d+\)")
 
 
@@ -136,7 +168,44 @@ def test_half_precision_factors_are_refused(folder):
         tensors[f"{NAME}.magnitude"] = tensors[f"{NAME}.magnitude"].half()
 
     rewrite(folder, round_off)
+    refused(tiny_model("llama"), folder, "is damaged")
+    sign(folder)
     refused(tiny_model("llama"), folder, "torch.float16")
+
+
+@pytest.mark.parametrize(("key", "value"), [("alpha", 8.0), ("method", "pissa"), ("rank_stabilized", True)])
+def test_settings_that_were_changed_afterwards_are_refused(folder, key, value):
+    config = json.loads((folder / SETTINGS).read_text())
+    config["adapter"][key] = value
+    (folder / SETTINGS).write_text(json.dumps(config))
+    refused(tiny_model("llama"), folder, "was changed after it was saved")
+
+
+def test_the_name_of_the_base_may_be_changed(folder):
+    config = json.loads((folder / SETTINGS).read_text())
+    config["base_model"]["name_or_path"] = "another/place"
+    (folder / SETTINGS).write_text(json.dumps(config))
+    load_adapter(tiny_model("llama"), folder)
+
+
+def test_the_hash_of_an_adapter_is_that_of_what_it_computes(tmp_path):
+    def hash_of(**settings):
+        save_adapter(patch_model(tiny_model("llama"), AdapterConfig(rank=4, **settings)), tmp_path / "adapter")
+        return read_adapter_config(tmp_path / "adapter").sha256
+
+    assert hash_of(method="lora") == hash_of(method="lora")
+    assert len({hash_of(method="lora"), hash_of(method="dude"), hash_of(method="lora", alpha=8.0)}) == 3
+
+
+def test_another_base_of_the_same_shapes_is_taken_when_that_is_meant(folder):
+    other = tiny_model("llama", seed=1)
+    load_adapter(other, folder, allow_other_base=True)
+    found, saved = adapter_tensors(other), load_file(folder / TENSORS)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in found)
+    refused_shape = tiny_model("gpt2")
+    with pytest.raises(AdapterError, match="no such linear layer"):
+        load_adapter(refused_shape, folder, allow_other_base=True)
 
 
 def test_a_folder_without_an_adapter_and_a_peft_one_are_refused(tmp_path):

@@ -1,0 +1,249 @@
+"""Import PEFT's LoRA, DoRA and PiSSA adapters.
+
+PEFT's plain adapters are a difference to the base, as `lora` and `dora` are here. Its PiSSA start (and OLoRA, CorDA,
+LoRA-GA) instead subtracts s B0 A0 from the base weights and does not save B0 and A0: such an adapter is a difference
+to a base that exists nowhere on disk. They are read from the initial adapter, if that was saved before the training;
+an exact PiSSA start is computed again, a randomised one cannot be.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_cli.config import AdapterConfig, DType, ModelConfig, SvdConfig
+from dude_cli.errors import AdapterError
+from dude_cli.export.peft_files import PeftAdapter, PeftLayer, read_peft_adapter, read_peft_config
+from dude_cli.export.peft_format import peft_logits
+from dude_cli.export.probe import check, difference, probe_logits, tolerance
+from dude_cli.export.report import ImportReport
+from dude_cli.model import hub_commit, saved_dtype
+from dude_cli.model_card import imported_card
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dude_cli.adapter import Factors
+
+# Starts that leave the base as it is, and those that subtract their factors from it.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_SUBTRACTED_STARTS = ("pissa", "olora", "corda", "lora_ga")
+# LoraConfig's keys that say nothing of what a saved adapter computes, or that are read below.
+_KNOWN_KEYS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+
+
+def import_peft(model: PreTrainedModel, folder: Path, *, initial: Path | None = None) -> AdapterConfig:
+    """Patch `model`, the base, with the adapter of PEFT's `folder`, in place; the method is the one of the four it is.
+
+    `initial` is the folder of the adapter before its training, for a start that was subtracted from the base. Ranks
+    and scalings that differ by layer become one: B takes up the factor, zeros fill the rank.
+    Raises AdapterError, before the model is touched, for what cannot be imported exactly.
+    """
+    from dude_cli.adapter import check_factors, patch_with_factors
+
+    adapter = read_peft_adapter(folder)
+    _refuse_unsupported(adapter)
+    for name, layer in adapter.layers.items():
+        check_factors(model, name, _factors(layer, None, layer.lora_A.shape[0], 1.0), str(folder))
+    start = _subtracted_start(model, adapter, initial)
+    config = _adapter_config(model, adapter, has_start=start is not None)
+    factors = {
+        name: _factors(layer, None if start is None else start[name], config.rank, _fold(adapter, name, config.scaling))
+        for name, layer in adapter.layers.items()
+    }
+    patch_with_factors(model, config, factors)
+    return config
+
+
+def import_to(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    folder: Path,
+    out: Path,
+    *,
+    initial: Path | None = None,
+) -> ImportReport:
+    """Import the adapter of PEFT's `folder`, compare it with PEFT's own logits on the probe, and save it to `out`.
+
+    `config` says where `model` is from. The comparison takes the memory of the target layers once more if the start
+    was subtracted from the base. Raises AdapterError, with nothing at `out`, past the tolerance of the model's dtype.
+    """
+    from dude_cli.adapter import save_adapter
+
+    adapter = import_peft(model, folder, initial=initial)
+    ours = probe_logits(model)
+    with _reduced_base(model):
+        theirs = peft_logits(model, folder, init_lora_weights=True)
+    found, allowed = difference(ours, theirs), tolerance(config.dtype)
+    check(found, allowed, "the imported adapter, beside PEFT's,")
+    card = imported_card(config, adapter, folder.name, str(found))
+    save_adapter(model, out, base_revision=hub_commit(config), tokenizer=tokenizer, model_card=card)
+    return ImportReport(out, adapter.method, adapter.rank, config.dtype, found, allowed)
+
+
+@contextmanager
+def _reduced_base(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the base weights are W0 - s B0 A0, as PEFT holds them after a start that it subtracts."""
+    from dude_cli.adapter import adapter_layers
+    from dude_cli.adapter.weight import in_stored_orientation, stored_weight, weight_rows
+
+    kept = {}
+    for layer in adapter_layers(model).values():
+        if layer.initial_A is not None and layer.initial_B is not None:
+            weight = kept[layer.base_layer] = stored_weight(layer.base_layer).data
+            reduced = weight_rows(layer.base_layer, slice(None)) - layer.scaling * layer.initial_B @ layer.initial_A
+            stored_weight(layer.base_layer).data = in_stored_orientation(layer.base_layer, reduced).to(weight.dtype)
+    try:
+        yield
+    finally:
+        for base_layer, weight in kept.items():
+            stored_weight(base_layer).data = weight
+
+
+def peft_base(folder: Path, base_model: str | None, dtype: DType | None) -> ModelConfig:
+    """The base of PEFT's adapter in `folder`, or `base_model`, in `dtype`, or as its files were saved.
+
+    Raises AdapterError for a folder that is no adapter of PEFT's, and one that names no base.
+    """
+    config = read_peft_config(folder)
+    name = base_model or config.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(
+            "the adapter names no base model",
+            where=f"{folder / 'adapter_config.json'}: base_model_name_or_path",
+            fix="give it: --base-model NAME",
+        )
+    revision = None if base_model else config.get("revision")
+    return ModelConfig(name_or_path=name, revision=revision, dtype=dtype or saved_dtype(name))
+
+
+def _refuse_unsupported(adapter: PeftAdapter) -> None:
+    config, start = adapter.config, adapter.config.get("init_lora_weights", True)
+    unsupported = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value}
+    if config.get("bias", "none") != "none":
+        unsupported["bias"] = config["bias"]
+    if not (start in _PLAIN_STARTS or str(start).startswith(_SUBTRACTED_STARTS)):
+        unsupported["init_lora_weights"] = start
+    if unsupported:
+        raise AdapterError(
+            "the adapter computes more than a low-rank difference: "
+            + ", ".join(f"{key} is {value!r}" for key, value in sorted(unsupported.items())),
+            where=str(adapter.folder / "adapter_config.json"),
+            fix="import adapters without these settings",
+        )
+
+
+def _subtracted_start(
+    model: PreTrainedModel, adapter: PeftAdapter, initial: Path | None
+) -> dict[str, PeftLayer] | None:
+    """B0 and A0 by layer, with s B0 A0 what the base was reduced by; None for a start that left it as it is."""
+    start = str(adapter.config.get("init_lora_weights", True))
+    if initial is not None:
+        return _read_initial(adapter, initial)
+    if not start.startswith(_SUBTRACTED_STARTS):
+        return None
+    if start == "pissa":
+        return {name: _exact_pissa(model, adapter, name) for name in adapter.layers}
+    raise AdapterError(
+        f"an adapter with the start {start} cannot be restored from itself: its initial factors were subtracted from "
+        "the base, are not in the folder and cannot be computed again",
+        where=f"{adapter.folder / 'adapter_config.json'}: init_lora_weights",
+        fix="give the adapter as it was saved before the training: --initial FOLDER",
+    )
+
+
+def _read_initial(adapter: PeftAdapter, initial: Path) -> dict[str, PeftLayer]:
+    found = read_peft_adapter(initial)
+    same = all(
+        name in found.layers and found.layers[name].lora_A.shape == layer.lora_A.shape
+        for name, layer in adapter.layers.items()
+    )
+    differing = [key for key in ("lora_alpha", "use_rslora") if found.config.get(key) != adapter.config.get(key)]
+    if not same or differing:
+        raise AdapterError(
+            "this is not the initial adapter of the one to import: "
+            + (f"{', '.join(differing)} differ" if differing else "their layers or ranks differ"),
+            where=f"{initial}, {adapter.folder}",
+            fix="give the folder that was saved before this adapter was trained",
+        )
+    return {name: found.layers[name] for name in adapter.layers}
+
+
+def _exact_pissa(model: PreTrainedModel, adapter: PeftAdapter, name: str) -> PeftLayer:
+    """PEFT's `pissa` start computed again; each singular vector pair with the sign that it was trained from."""
+    from dude_cli.adapter.decompose import initial_factors
+    from dude_cli.adapter.weight import weight_rows
+
+    layer = adapter.layers[name]
+    W = weight_rows(model.get_submodule(name), slice(None))
+    svd = SvdConfig(algorithm="exact")
+    A0, B0 = initial_factors(W, layer.lora_A.shape[0], _own_scaling(adapter, name), svd, seed=0)
+    A0, B0 = A0.cpu(), B0.cpu()
+    sign = (A0 * layer.lora_A).sum(dim=1).sign()
+    return PeftLayer(A0 * sign[:, None], B0 * sign)
+
+
+def _adapter_config(model: PreTrainedModel, adapter: PeftAdapter, *, has_start: bool) -> AdapterConfig:
+    from dude_cli.adapter import target_names
+
+    config, use_dora = adapter.config, bool(adapter.config.get("use_dora"))
+    rank = max(layer.lora_A.shape[0] for layer in adapter.layers.values())
+    is_uniform = not config.get("alpha_pattern") and rank == config["r"]
+    alpha = float(config["lora_alpha"]) if is_uniform else max(_scalings(adapter)) * rank
+    return AdapterConfig(
+        method=("dude" if use_dora else "pissa") if has_start else ("dora" if use_dora else "lora"),
+        rank=rank,
+        alpha=alpha,
+        rank_stabilized=is_uniform and bool(config.get("use_rslora")),
+        target_modules=target_names(model, list(adapter.layers)),
+        exclude_modules=[],
+        dropout=float(config.get("lora_dropout", 0.0)),
+    )
+
+
+def _factors(layer: PeftLayer, start: PeftLayer | None, rank: int, fold: float) -> Factors:
+    """One layer's factors, with B scaled by `fold` and both padded with zeros to `rank`."""
+    from torch.nn import functional as F
+
+    from dude_cli.adapter import Factors
+
+    missing = rank - layer.lora_A.shape[0]
+
+    def wide(A: Tensor) -> Tensor:
+        return F.pad(A, (0, 0, 0, missing))
+
+    def tall(B: Tensor) -> Tensor:
+        return F.pad(B * fold, (0, missing))
+
+    initial = (None, None) if start is None else (wide(start.lora_A), tall(start.lora_B))
+    return Factors(wide(layer.lora_A), tall(layer.lora_B), layer.magnitude, *initial)
+
+
+def _fold(adapter: PeftAdapter, name: str, scaling: float) -> float:
+    own = _own_scaling(adapter, name)
+    return 1.0 if own == scaling else own / scaling
+
+
+def _scalings(adapter: PeftAdapter) -> Iterator[float]:
+    return (_own_scaling(adapter, name) for name in adapter.layers)
+
+
+def _own_scaling(adapter: PeftAdapter, name: str) -> float:
+    """PEFT's scaling of one layer: alpha / r, or alpha / sqrt(r), with the alpha that a pattern may give it."""
+    config, rank = adapter.config, adapter.layers[name].lora_A.shape[0]
+    # As `peft.utils.get_pattern_key` looks a layer up.
+    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
+    alpha = next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config["lora_alpha"]
+    )
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))

@@ -1,0 +1,144 @@
+"""The best plain LoRA of a given rank, for servers that refuse or ignore magnitudes.
+
+For each layer the singular value decomposition of the learned change dW = W' - W0, cut to rank N, is the closest
+matrix of that rank (Eckart and Young 1936): lora_B = U sqrt(S), lora_A = sqrt(S) V^T, lora_alpha = N. A magnitude
+scales whole rows, so the change of DuDe and DoRA has full rank: what N leaves out is measured and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dude_cli import files
+from dude_cli.config import AdapterConfig, SvdConfig
+from dude_cli.errors import UsageError
+from dude_cli.export.peft_files import PeftLayer, write_peft_adapter
+from dude_cli.export.peft_format import adapter_lora_config, base_alone, peft_logits
+from dude_cli.export.probe import check, difference, probe_logits, tolerance
+from dude_cli.export.report import ExportReport, LowRankError
+from dude_cli.model_card import peft_card
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from dude_cli.adapter import AdapterLayer, Factors
+    from dude_cli.target import LoadedTarget
+
+
+class _Lora(NamedTuple):
+    factors: Factors
+    error: float  # ||dW - s B A||_F / ||dW||_F
+
+
+def export_lora(
+    loaded: LoadedTarget,
+    out: Path,
+    *,
+    rank: int | None = None,
+    max_error: float | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> ExportReport:
+    """Write the best LoRA of `rank`, or of the lowest rank whose error is at most `max_error` in every layer, to `out`.
+
+    With neither, the rank is that of the adapter's own difference, 2 r for an SVD start: without a magnitude that is
+    exact. The report has the error by layer and in the logits. PEFT loads what was written, and its logits are
+    compared with those of the same LoRA in memory. Raises UsageError for a rank above every layer's, AdapterError,
+    with nothing left at `out`, past the tolerance of the model's dtype.
+    """
+    from dude_cli.adapter import adapter_layers
+
+    layers = adapter_layers(loaded.model)
+    svd = SvdConfig()
+    if max_error is not None:
+        svd = SvdConfig(algorithm="exact")
+        rank = lowest_rank(loaded.model, max_error, say)
+    elif rank is None:
+        rank = next(iter(layers.values())).difference_factors()[1].shape[0]
+    _check_rank(layers, rank)
+    say(f"approximating {len(layers)} layers by rank {rank}")
+    found = {name: best_lora(layer, rank, svd) for name, layer in layers.items()}
+    factors = {name: lora.factors for name, lora in found.items()}
+    trained = probe_logits(loaded.model)
+    in_memory = _lora_logits(loaded.model, factors, rank)
+    errors = LowRankError(rank, {name: lora.error for name, lora in found.items()}, difference(in_memory, trained))
+    peft_layers = {name: PeftLayer(given.lora_A, given.lora_B) for name, given in factors.items()}
+    with files.new_folder(out) as partial:
+        write_peft_adapter(partial, peft_layers, adapter_lora_config(loaded, peft_layers, alpha=rank))
+        loss = difference(peft_logits(loaded.model, partial), in_memory)
+        allowed = tolerance(loaded.config.dtype)
+        check(loss, allowed, "the LoRA, loaded by PEFT,")
+        files.write_text(
+            partial / "README.md", peft_card(loaded.saved, f"the best LoRA of rank {rank}", _summary(errors))
+        )
+    return ExportReport("lora", out, loaded.config.dtype, loss, allowed, errors)
+
+
+def best_lora(layer: AdapterLayer, rank: int, svd: SvdConfig) -> _Lora:
+    """The closest LoRA of `rank` to the learned change of one layer, scaling 1; zeros fill a rank that it has not."""
+    import torch
+    from torch.nn import functional as F
+
+    from dude_cli.adapter import Factors
+    from dude_cli.adapter.decompose import initial_factors
+
+    change = learned_change(layer)
+    own_rank = min(rank, *change.shape)
+    A, B = initial_factors(change, own_rank, 1.0, svd, seed=0)
+    size = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    left_out = float(torch.linalg.vector_norm(change - B @ A, dtype=torch.float64))
+    missing = rank - own_rank
+    padded = Factors(F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)))
+    return _Lora(padded, left_out / size if size > 0 else 0.0)
+
+
+def learned_change(layer: AdapterLayer) -> Tensor:
+    """dW = W' - W0 of one layer, (out, in), float32, on the layer's device."""
+    import torch
+
+    return torch.cat([change for _, change, _ in layer.change_chunks()])
+
+
+def lowest_rank(model: PreTrainedModel, max_error: float, say: Callable[[str], None]) -> int:
+    """The lowest N with ||dW - dW_N||_F <= max_error ||dW||_F in every layer, from all singular values of each."""
+    import torch
+
+    from dude_cli.adapter import adapter_layers
+
+    layers, lowest = adapter_layers(model), 1
+    for number, (name, layer) in enumerate(layers.items(), start=1):
+        if number == 1 or number % 32 == 0:
+            say(f"singular values of layer {number}/{len(layers)}: {name}")
+        squares = torch.linalg.svdvals(learned_change(layer)).double().square()
+        # left_out[k]: what rank k leaves out, summed from the smallest on, so that it keeps its digits.
+        left_out = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        lowest = max(lowest, int((left_out > max_error**2 * left_out[0]).sum()))
+    return lowest
+
+
+def _lora_logits(model: PreTrainedModel, factors: dict[str, Factors], rank: int) -> Tensor:
+    from dude_cli.adapter import patch_with_factors, unpatch_model
+
+    with base_alone(model):
+        patch_with_factors(model, AdapterConfig(method="lora", rank=rank), factors)
+        try:
+            return probe_logits(model)
+        finally:
+            unpatch_model(model)
+
+
+def _check_rank(layers: dict[str, AdapterLayer], rank: int) -> None:
+    largest = max(min(layer.lora_B.shape[0], layer.lora_A.shape[1]) for layer in layers.values())
+    if rank > largest:
+        raise UsageError(
+            f"rank {rank} is more than any layer has: at rank {largest} nothing is left out",
+            where=f"--rank {rank}",
+            fix=f"use a rank of at most {largest}",
+        )
+
+
+def _summary(errors: LowRankError) -> str:
+    worst = errors.worst_layer
+    return f"left out: {errors.by_layer[worst]:.2%} of the learned change in the worst layer, {worst}; {errors.logits}"

@@ -1,0 +1,44 @@
+"""The merged model: the adapted weights in place of the base's, for anything that loads with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dude_cli import files
+from dude_cli.config import DType
+from dude_cli.export.probe import check, difference, probe_logits, tolerance
+from dude_cli.export.report import ExportReport
+from dude_cli.model import load_model
+from dude_cli.model_card import merged_card
+
+if TYPE_CHECKING:
+    from dude_cli.target import LoadedTarget
+
+SHARD_SIZE = "5GB"
+
+
+def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport:
+    """Write W' = (m / ||V||) V, computed in float32 and saved in `dtype`, as a model of its own to `out`.
+
+    The weights are merged layer by layer in place and written shard by shard, so the model in memory, which is used up,
+    is all that it takes. What was written is loaded again and compared on the probe.
+    Raises AdapterError, with nothing left at `out`, past the tolerance of the coarser dtype.
+    """
+    from dude_cli.adapter import merge_adapter
+
+    model = loaded.model
+    device = next(model.parameters()).device
+    expected = probe_logits(model)
+    with files.new_folder(out) as partial:
+        merge_adapter(model, dtype)
+        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+        loaded.tokenizer.save_pretrained(partial)
+        model.to_empty(device="meta")  # before the second model is loaded, the first gives its memory back
+        place = {"name_or_path": str(partial), "revision": None, "dtype": dtype, "quantization": None}
+        written = load_model(loaded.config.model_copy(update=place))
+        found = difference(probe_logits(written.to(device)), expected)
+        allowed = tolerance(dtype, loaded.config.dtype)
+        check(found, allowed, f"the merged model in {dtype}")
+        files.write_text(partial / "README.md", merged_card(loaded.saved, dtype, str(found)))
+    return ExportReport("merged", out, dtype, found, allowed)

@@ -1,0 +1,110 @@
+"""The PEFT adapter: the learned difference as a LoRA or DoRA on the untouched base.
+
+With P = [B - B0, B0] (out, 2r) and Q = [A; A - A0] (2r, in) the adapted weight is (m / ||W0 + s P Q||) (W0 + s P Q):
+a DoRA of rank 2r with lora_A = Q, lora_B = P, lora_alpha = 2 r s and the same magnitude; PEFT scales by
+lora_alpha / (2 r) = s. A random start has P = B and Q = A, and keeps its rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_cli import files
+from dude_cli.export.peft_files import PeftLayer, lora_config, write_peft_adapter
+from dude_cli.export.probe import check, difference, probe_logits, tolerance
+from dude_cli.export.report import ExportReport
+from dude_cli.model_card import peft_card
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from dude_cli.adapter import AdapterConfig
+    from dude_cli.target import LoadedTarget
+
+
+def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
+    """Write the adapter of `loaded` to `out` as a folder that `PeftModel.from_pretrained` puts on the untouched base.
+
+    Exact: nothing is approximated. PEFT itself loads what was written, and its logits are compared on the probe.
+    Raises AdapterError, with nothing left at `out`, past the tolerance of the model's dtype.
+    """
+    from dude_cli.adapter import adapter_layers
+
+    layers = {}
+    for name, layer in adapter_layers(loaded.model).items():
+        P, Q = layer.difference_factors()
+        layers[name] = PeftLayer(Q, P, layer.magnitude)
+    rank = next(iter(layers.values())).lora_A.shape[0]
+    config = adapter_lora_config(loaded, layers, alpha=_alpha(loaded.saved.config, rank))
+    kind = "DoRA" if config["use_dora"] else "LoRA"
+    expected = probe_logits(loaded.model)
+    with files.new_folder(out) as partial:
+        write_peft_adapter(partial, layers, config)
+        found = difference(peft_logits(loaded.model, partial), expected)
+        allowed = tolerance(loaded.config.dtype)
+        check(found, allowed, "the adapter, loaded by PEFT,")
+        files.write_text(partial / "README.md", peft_card(loaded.saved, f"{kind} of rank {rank}", str(found)))
+    return ExportReport("peft", out, loaded.config.dtype, found, allowed)
+
+
+def adapter_lora_config(loaded: LoadedTarget, layers: dict[str, PeftLayer], *, alpha: float) -> dict[str, Any]:
+    """PEFT's config for `layers` on the base of `loaded`."""
+    from transformers.pytorch_utils import Conv1D
+
+    from dude_cli.adapter import adapter_layers, target_names
+
+    bases = [layer.base_layer for layer in adapter_layers(loaded.model).values()]
+    return lora_config(
+        layers,
+        alpha=alpha,
+        targets=target_names(loaded.model, list(layers)),
+        is_conv1d=all(isinstance(base, Conv1D) for base in bases),
+        base_model=loaded.config.name_or_path,
+        revision=loaded.config.revision,
+    )
+
+
+def peft_logits(model: PreTrainedModel, folder: Path, **settings: Any) -> Tensor:
+    """The probe's logits of the base of `model` with the adapter of `folder` on it, as PEFT loads and computes it.
+
+    `settings` replace values of its config. Afterwards `model` is as it was.
+    """
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(folder)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    with base_alone(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = PeftModel.from_pretrained(model, folder, config=config)
+        try:
+            return probe_logits(wrapped)
+        finally:
+            wrapped.unload()
+
+
+@contextmanager
+def base_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the adapter layers are taken out of `model`, for another tool to put its own in their place."""
+    from dude_cli.adapter import adapter_layers, unpatch_model
+
+    layers = adapter_layers(model)
+    unpatch_model(model)
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+
+
+def _alpha(config: AdapterConfig, rank: int) -> float:
+    """lora_alpha, with lora_alpha / rank the scaling. A multiple of our alpha where that can be: it is exact then."""
+    if config.rank_stabilized:
+        return config.scaling * rank
+    alpha = config.rank if config.alpha is None else config.alpha
+    return alpha * (rank // config.rank)

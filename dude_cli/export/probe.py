@@ -1,0 +1,81 @@
+"""A fixed batch that two models are compared on: what an export gives away, it shows here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dude_cli.config import DType
+from dude_cli.errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ROWS, LENGTH, SEED = 4, 32, 0
+# The largest difference that rounding explains, as a share of the largest logit. Measured on models of 2 to 32 layers
+# (see `benchmarks/export_error.py`); a wrong scaling or a lost magnitude is at 1e-2 and above in float32.
+TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of two models on the probe are apart.
+
+    `largest` is max |a - b|, `largest_logit` max |b|, both in the logits' own unit; `same_top_token` is the share of
+    positions at which both have the same token in front.
+    """
+
+    largest: float
+    largest_logit: float
+    same_top_token: float
+
+    @property
+    def relative(self) -> float:
+        return self.largest / self.largest_logit if self.largest_logit > 0 else self.largest
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.largest:.3g}, {self.relative:.2g} of the largest logit; "
+            f"same next token at {self.same_top_token:.1%} of {ROWS * LENGTH} positions"
+        )
+
+
+def probe_logits(model: PreTrainedModel) -> Tensor:
+    """The logits of `model` on the probe, (4, 32, vocabulary), float32 on the CPU: token ids from a fixed seed."""
+    import torch
+
+    from dude_cli.adapter import constant_adapters
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(SEED))
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), constant_adapters(model):
+        logits: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    model.train(was_training)
+    return logits.float().cpu()
+
+
+def difference(found: Tensor, expected: Tensor) -> Difference:
+    """Compare the logits of the same probe. A value that is not finite makes the difference so."""
+    return Difference(
+        largest=float((found - expected).abs().max()),
+        largest_logit=float(expected.abs().max()),
+        same_top_token=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+    )
+
+
+def tolerance(*dtypes: DType) -> float:
+    """What the coarsest of the dtypes involved allows."""
+    return max(TOLERANCES[dtype] for dtype in dtypes)
+
+
+def check(found: Difference, allowed: float, what: str) -> None:
+    """Raise AdapterError if `found` is more than `allowed`, as a share of the largest logit."""
+    if not found.relative <= allowed:  # so that NaN fails too
+        raise AdapterError(
+            f"{what} does not give the logits of the model in memory: the largest difference is {found.largest:.3g}, "
+            f"{found.relative:.2g} of the largest logit, and {allowed:g} is allowed",
+            fix="nothing was kept; please report this, with the config and the base model",
+        )

@@ -1,0 +1,270 @@
+"""What is exported computes what was trained: measured here by loading it with transformers and PEFT alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from exporting import save_base, save_trained, trained_target
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import KINDS, tiny_batch, train_a_little
+from transformers import AutoModelForCausalLM
+
+from dude_cli.adapter import AdapterConfig, adapter_layers, load_adapter, patch_model, save_adapter
+from dude_cli.config import ModelConfig
+from dude_cli.errors import AdapterError, UsageError
+from dude_cli.export import export_lora, export_merged, export_peft, import_peft, import_to, low_rank
+from dude_cli.export.low_rank import learned_change, lowest_rank
+from dude_cli.model import load_tokenizer
+from dude_cli.target import find_target, load_target
+
+METHODS = ("dude", "dora", "pissa", "lora")
+TOLERANCE = 1e-5  # of the largest logit, in float32
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny_batch(), use_cache=False).logits.float()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def base_of(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_merged_model_is_the_adapted_one(method, kind, tmp_path):
+    loaded = trained_target(tmp_path, kind, AdapterConfig(method=method, rank=4, alpha=6.0))
+    expected = logits(loaded.model)
+    report = export_merged(loaded, tmp_path / "merged", "float32")
+    found = logits(base_of(tmp_path / "merged"))
+    assert relative(found, expected) <= TOLERANCE
+    assert relative(logits(base_of(tmp_path / "base")), expected) >= 1e-2  # there was something to merge
+    assert report.difference.relative <= TOLERANCE
+    files = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
+
+
+@pytest.mark.parametrize(
+    ("trained", "saved"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "float16")]
+)
+def test_each_merged_weight_is_rounded_once(trained, saved, tmp_path):
+    config = AdapterConfig(method="dude", rank=4)
+    loaded = trained_target(tmp_path, "llama", config, getattr(torch, trained))
+    expected = {
+        name: torch.cat([rows for _, rows in layer.adapted_chunks()])
+        for name, layer in adapter_layers(loaded.model).items()
+    }
+    report = export_merged(loaded, tmp_path / "merged", saved)
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, saved)}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == saved
+    for name, weight in expected.items():
+        assert torch.equal(written[f"{name}.weight"], weight.to(getattr(torch, saved))), name
+    assert 0 < report.difference.relative <= report.tolerance
+
+
+def test_large_models_are_merged_into_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("dude_cli.export.merged.SHARD_SIZE", "20KB")
+    loaded = trained_target(tmp_path, "llama", AdapterConfig(method="dude", rank=4))
+    expected = logits(loaded.model)
+    export_merged(loaded, tmp_path / "merged", "float32")
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 2
+    assert relative(logits(base_of(tmp_path / "merged")), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_loads_the_exported_adapter_onto_the_untouched_base(method, kind, rank_stabilized, tmp_path):
+    config = AdapterConfig(method=method, rank=4, alpha=6.0, rank_stabilized=rank_stabilized)
+    loaded = trained_target(tmp_path, kind, config)
+    expected = logits(loaded.model)
+    report = export_peft(loaded, tmp_path / "peft")
+    assert torch.equal(logits(loaded.model), expected)  # the model in memory is as it was
+    base = base_of(tmp_path / "base")
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    theirs = PeftModel.from_pretrained(base, tmp_path / "peft")
+    assert relative(logits(theirs), expected) <= TOLERANCE
+    assert report.difference.relative <= TOLERANCE
+    unloaded = theirs.unload()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in unloaded.named_parameters())
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert saved["r"] == (8 if config.has_svd_init else 4)
+    assert saved["use_dora"] == config.has_magnitude
+    assert saved["use_rslora"] is False
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_export_import_export_returns_equal_bytes(method, rank_stabilized, tmp_path):
+    config = AdapterConfig(method=method, rank=3, alpha=7.0, rank_stabilized=rank_stabilized)
+    loaded = trained_target(tmp_path, "qwen2", config)
+    export_peft(loaded, tmp_path / "first")
+    model = base_of(tmp_path / "base")
+    model_config = ModelConfig(name_or_path=str(tmp_path / "base"), dtype="float32")
+    import_to(model, loaded.tokenizer, model_config, tmp_path / "first", tmp_path / "imported")
+    again = load_target(find_target(str(tmp_path / "imported")), None)
+    assert relative(logits(again.model), logits(loaded.model)) <= TOLERANCE
+    export_peft(again, tmp_path / "second")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+PEFT_ADAPTERS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rank-stabilised": {"use_rslora": True, "use_dora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "patterns": {"rank_pattern": {"q_proj": 2, "c_attn": 2}, "alpha_pattern": {"up_proj": 3, "mlp.c_fc": 3}},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa with dora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
+}
+
+
+def peft_trained(base, folder, *, initial=None, **settings):
+    """One of PEFT's own adapters after real steps, saved by PEFT; its logits, in training's own model."""
+    model = base_of(base)
+    targets = [name for name, _ in adapter_layers(patch_model(base_of(base), AdapterConfig(rank=1))).items()]
+    config = {"r": 4, "lora_alpha": 6, "target_modules": targets, "fan_in_fan_out": "gpt2" in str(base)} | settings
+    theirs = get_peft_model(model, LoraConfig(**config))
+    if initial is not None:
+        theirs.save_pretrained(initial)
+    train_a_little(theirs)
+    theirs.save_pretrained(folder)
+    return logits(theirs.eval())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", PEFT_ADAPTERS)
+def test_pefts_own_adapters_are_imported_exactly(name, kind, tmp_path):
+    base = save_base(tmp_path / f"base-{kind}", kind)
+    expected = peft_trained(base, tmp_path / "peft", **PEFT_ADAPTERS[name])
+    model, tokenizer = base_of(base), load_tokenizer(ModelConfig(name_or_path=str(base)))
+    report = import_to(
+        model, tokenizer, ModelConfig(name_or_path=str(base), dtype="float32"), tmp_path / "peft", tmp_path / "ours"
+    )
+    assert report.difference.relative <= TOLERANCE
+    fresh = base_of(base)
+    load_adapter(fresh, tmp_path / "ours")
+    assert relative(logits(fresh), expected) <= TOLERANCE
+    assert relative(logits(base_of(base)), expected) >= 1e-2
+    wanted = ("dude" if "dora" in name else "pissa") if "pissa" in name else "dora" if "dora" in str(name) else "lora"
+    assert report.method == ("dora" if name == "rank-stabilised" else wanted)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_randomised_pissa_start_needs_the_initial_adapter(use_dora, tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    settings = {"init_lora_weights": "pissa_niter_2", "use_dora": use_dora}
+    expected = peft_trained(base, tmp_path / "peft", initial=tmp_path / "initial", **settings)
+    with pytest.raises(AdapterError, match="cannot be restored from itself") as error:
+        import_peft(base_of(base), tmp_path / "peft")
+    assert "--initial" in (error.value.fix or "")
+    model = base_of(base)
+    config = import_peft(model, tmp_path / "peft", initial=tmp_path / "initial")
+    assert config.method == ("dude" if use_dora else "pissa")
+    assert relative(logits(model), expected) <= TOLERANCE
+
+
+def test_an_imported_adapter_goes_on_training_and_is_saved(tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    peft_trained(base, tmp_path / "peft", use_dora=True)
+    model = base_of(base)
+    import_peft(model, tmp_path / "peft")
+    before = logits(model)
+    train_a_little(model)
+    after = logits(model)
+    assert relative(after, before) >= 1e-3
+    save_adapter(model, tmp_path / "ours")
+    fresh = base_of(base)
+    load_adapter(fresh, tmp_path / "ours")
+    assert torch.equal(logits(fresh), after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_of_the_best_lora_falls_to_nothing(method, tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    adapter = save_trained(tmp_path / "adapter", base, AdapterConfig(method=method, rank=4))
+    errors, logit_errors = [], []
+    for rank in (1, 4, 8, 16, 32):
+        loaded = load_target(find_target(str(adapter)), None)
+        expected = logits(loaded.model)
+        report = export_lora(loaded, tmp_path / f"rank-{rank}", rank=rank)
+        assert torch.equal(logits(loaded.model), expected)
+        theirs = PeftModel.from_pretrained(base_of(base), tmp_path / f"rank-{rank}")
+        assert report.low_rank is not None
+        by_layer = report.low_rank.by_layer
+        assert set(by_layer) == set(adapter_layers(loaded.model))
+        errors.append(max(by_layer.values()))
+        logit_errors.append(relative(logits(theirs), expected))
+    assert all(later < earlier or later <= 1e-5 for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] <= TOLERANCE
+    assert logit_errors[-1] <= TOLERANCE
+    assert logit_errors[0] > 1e-3
+    if method in ("pissa", "lora"):  # without a magnitude the change has the rank of its factors
+        assert errors[2] <= TOLERANCE
+
+
+def test_the_error_is_that_of_the_truncated_decomposition(tmp_path):
+    loaded = trained_target(tmp_path, "llama", AdapterConfig(method="dude", rank=4))
+    report = export_lora(loaded, tmp_path / "lora", rank=5)
+    assert report.low_rank is not None
+    for name, layer in adapter_layers(loaded.model).items():
+        W0 = layer.weight.double()
+        P, Q = (factor.detach().double() for factor in layer.difference_factors())
+        V = W0 + layer.scaling * P @ Q
+        change = (layer.magnitude.detach().double() / V.norm(dim=1))[:, None] * V - W0
+        assert torch.allclose(learned_change(layer).double(), change, atol=1e-6)
+        S = torch.linalg.svdvals(change)
+        assert report.low_rank.by_layer[name] == pytest.approx(float(S[5:].norm() / S.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("max_error", [0.5, 0.1, 0.01])
+def test_the_lowest_rank_within_an_error_is_found(max_error, tmp_path):
+    loaded = trained_target(tmp_path, "llama", AdapterConfig(method="dude", rank=4))
+    report = export_lora(loaded, tmp_path / "lora", max_error=max_error)
+    assert report.low_rank is not None
+    assert max(report.low_rank.by_layer.values()) <= max_error
+    rank = report.low_rank.rank
+    one_less = export_lora(loaded, tmp_path / "less", rank=rank - 1).low_rank
+    assert one_less is not None
+    assert max(one_less.by_layer.values()) > max_error
+    assert lowest_rank(loaded.model, 0.0, lambda text: None) == 32
+
+
+def test_a_rank_that_no_layer_has_is_refused(tmp_path):
+    loaded = trained_target(tmp_path, "llama", AdapterConfig(method="lora", rank=4))
+    with pytest.raises(UsageError, match="at rank 32 nothing is left out"):
+        export_lora(loaded, tmp_path / "lora", rank=33)
+
+
+def test_an_untrained_adapter_is_exported_without_a_division_by_zero(tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    save_adapter(patch_model(base_of(base), AdapterConfig(method="dude", rank=4)), tmp_path / "adapter")
+    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    report = export_lora(loaded, tmp_path / "lora", max_error=0.1)
+    assert report.low_rank is not None
+    assert set(report.low_rank.by_layer.values()) == {0.0}
+
+
+def test_an_export_past_the_tolerance_leaves_nothing(tmp_path, monkeypatch):
+    real = low_rank.write_peft_adapter
+
+    def lossy(folder, layers, config):
+        real(folder, {name: layer for name, layer in layers.items() if "layers.1" not in name}, config)
+
+    monkeypatch.setattr("dude_cli.export.peft_format.write_peft_adapter", lossy)
+    loaded = trained_target(tmp_path, "llama", AdapterConfig(method="dude", rank=4))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(AdapterError, match="does not give the logits of the model in memory") as error:
+        export_peft(loaded, tmp_path / "peft")
+    assert error.value.exit_code == 3
+    assert sorted(tmp_path.iterdir()) == before
