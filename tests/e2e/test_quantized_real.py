@@ -93,6 +93,16 @@ def test_half_precision_checkpointing_accumulation_and_packing_then_lm_eval(quan
     assert json.loads(scored.stdout)["config"]["model_quantization"] == quantization
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_run_is_exported_as_a_merged_model_that_is_not_quantised(quantization, tmp_path):
+    done = dude("train", quickstart_config(tmp_path, max_steps="2"), f"model.quantization={quantization}")
+    assert done.returncode == 0, done.stderr
+    done = dude("export", tmp_path / "run", tmp_path / "merged", "--format", "merged", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "quantization_config" not in (tmp_path / "merged/config.json").read_text()
+    assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
+
+
 def test_gradient_checkpointing_changes_no_byte(tmp_path):
     results = []
     for checkpointing in ("true", "false"):
