@@ -84,7 +84,7 @@ def import_to(
     ours = probe_logits(model)
     with _reduced_base(model):
         theirs = peft_logits(model, folder, init_lora_weights=True)
-    found, allowed = difference(ours, theirs), tolerance(config.dtype)
+    found, allowed = difference(ours, theirs), tolerance(model, config.dtype)
     check(found, allowed, "the imported adapter, beside PEFT's,")
     card = imported_card(config, adapter, folder.name, str(found))
     save_adapter(model, out, base_revision=hub_commit(config), tokenizer=tokenizer, model_card=card)

@@ -68,7 +68,7 @@ def export_lora(
     with files.new_folder(out) as partial:
         write_peft_adapter(partial, peft_layers, adapter_lora_config(loaded, peft_layers, alpha=rank))
         loss = difference(peft_logits(loaded.model, partial), in_memory)
-        allowed = tolerance(loaded.config.dtype)
+        allowed = tolerance(loaded.model, loaded.config.dtype)
         check(loss, allowed, "the LoRA, loaded by PEFT,")
         files.write_text(
             partial / "README.md", peft_card(loaded.saved, f"the best LoRA of rank {rank}", _summary(errors))

@@ -29,7 +29,7 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
 
     model = loaded.model
     device = next(model.parameters()).device
-    expected = probe_logits(model)
+    allowed, expected = tolerance(model, dtype, loaded.config.dtype), probe_logits(model)
     with files.new_folder(out) as partial:
         merge_adapter(model, dtype)
         model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
@@ -38,7 +38,6 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
         place = {"name_or_path": str(partial), "revision": None, "dtype": dtype, "quantization": None}
         written = load_model(loaded.config.model_copy(update=place))
         found = difference(probe_logits(written.to(device)), expected)
-        allowed = tolerance(dtype, loaded.config.dtype)
         check(found, allowed, f"the merged model in {dtype}")
         files.write_text(partial / "README.md", merged_card(loaded.saved, dtype, str(found)))
     return ExportReport("merged", out, dtype, found, allowed)

@@ -67,7 +67,7 @@ class ExportReport:
 def export_shown(report: ExportReport) -> str:
     """What a person reads after an export."""
     lines = [f"wrote {report.path}, verified by loading it again in {report.dtype}:"]
-    lines += [f"  {report.difference} (allowed {report.tolerance:g})"]
+    lines += [f"  {report.difference} (allowed {report.tolerance:.2g})"]
     if report.low_rank is not None:
         found = report.low_rank
         errors = sorted(found.by_layer.values())
@@ -84,5 +84,5 @@ def import_shown(report: ImportReport) -> str:
     """What a person reads after an import."""
     return (
         f"wrote {report.path}: {report.method}, rank {report.rank}; beside PEFT, in {report.dtype}:\n"
-        f"  {report.difference} (allowed {report.tolerance:g})"
+        f"  {report.difference} (allowed {report.tolerance:.2g})"
     )

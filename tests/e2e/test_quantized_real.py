@@ -94,11 +94,18 @@ def test_half_precision_checkpointing_accumulation_and_packing_then_lm_eval(quan
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_run_is_exported_as_a_merged_model_that_is_not_quantised(quantization, tmp_path):
+def test_a_run_is_exported_as_a_merged_model_that_is_not_quantised_and_for_peft(quantization, tmp_path):
     done = dude("train", quickstart_config(tmp_path, max_steps="2"), f"model.quantization={quantization}")
     assert done.returncode == 0, done.stderr
     done = dude("export", tmp_path / "run", tmp_path / "merged", "--format", "merged", "--json")
     assert done.returncode == 0, done.stderr
+    for_peft = dude("export", tmp_path / "run", tmp_path / "peft", "--format", "peft")
+    if quantization == "nf4":
+        assert for_peft.returncode == 0, for_peft.stderr
+    else:
+        assert for_peft.returncode == 2
+        assert "PEFT cannot compute DoRA on an int8 base on a CPU" in for_peft.stderr
+        assert not (tmp_path / "peft").exists()
     assert "quantization_config" not in (tmp_path / "merged/config.json").read_text()
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "float32"
 

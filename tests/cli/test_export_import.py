@@ -1,0 +1,135 @@
+"""`dude export` and `dude import` as a user meets them: one run goes out in every format and comes back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command import dude
+from exporting import save_base, save_trained
+from peft import PeftModel
+from quickstart_config import quickstart_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dude_cli import quickstart
+from dude_cli.adapter import AdapterConfig, load_adapter
+
+IDS = torch.arange(3, 43)[None]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `run`."""
+    folder = tmp_path_factory.mktemp("place")
+    config = quickstart_config(folder, max_steps="3", output_dir="run")
+    done = dude("train", config, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def base() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(quickstart.MODEL_DIR, dtype=torch.float32).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def expected(place: Path) -> torch.Tensor:
+    model = base()
+    load_adapter(model, place / "run/adapter")
+    return logits(model)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+def test_a_run_goes_out_in_every_format_and_comes_back(place, expected):
+    assert not close(logits(base()), expected)
+
+    done = dude("export", "run", "merged", "--format", "merged", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["relative_difference"] <= document["tolerance"]
+    merged = AutoModelForCausalLM.from_pretrained(place / "merged", dtype=torch.float32).eval()
+    assert close(logits(merged), expected)
+    assert len(AutoTokenizer.from_pretrained(place / "merged")) == len(
+        AutoTokenizer.from_pretrained(place / "run/adapter")
+    )
+
+    done = dude("export", "run", "peft", "--format", "peft", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "largest logit difference" in done.stdout
+    assert close(logits(PeftModel.from_pretrained(base(), place / "peft")), expected)
+
+    done = dude("export", "run/adapter", "lora", "--format", "lora", "--rank", "4", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    low_rank = json.loads(done.stdout)["low_rank"]
+    assert 0 < max(low_rank["by_layer"].values()) < 1
+    assert low_rank["by_layer"][low_rank["worst_layer"]] == max(low_rank["by_layer"].values())
+
+    done = dude("import", "peft", "imported", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["method"] == "dora"
+    model = base()
+    load_adapter(model, place / "imported")
+    assert close(logits(model), expected)
+    done = dude("eval", "imported", "--task", "quickstart_choices", "--limit", "1", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+
+
+def refused(place: Path, code: int, message: str, *arguments: object) -> None:
+    """An error with its code and all its parts, no traceback, nothing on standard output, and nothing written."""
+    before = sorted(place.rglob("*"))
+    done = dude(*arguments, cwd=place)
+    assert done.returncode == code, done.stderr
+    for part in (message, "where:", "fix:"):
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(place.rglob("*")) == before
+
+
+def test_what_an_export_refuses(place):
+    refused(place, 2, "exists and is not an empty folder", "export", "run", "run", "--format", "merged")
+    refused(place, 2, "--rank is for --format lora", "export", "run", "out", "--format", "merged", "--rank", 8)
+    refused(
+        place, 2, "--dtype is for --format merged", "export", "run", "out", "--format", "peft", "--dtype", "float16"
+    )
+    both = ("--rank", 8, "--max-error", 0.1)
+    refused(place, 2, "both say how close", "export", "run", "out", "--format", "lora", *both)
+    refused(place, 2, "at rank 128 nothing is left out", "export", "run", "out", "--format", "lora", "--rank", 999)
+    refused(place, 2, "has no adapter to export", "export", "embedded:quickstart", "out", "--format", "merged")
+    refused(place, 2, "unknown dtype", "export", "run", "out", "--format", "merged", "--dtype", "half")
+    assert dude("export", "run", "out", "--format", "gguf", cwd=place).returncode == 2
+
+
+def test_what_an_import_refuses(place, tmp_path):
+    refused(place, 3, "no PEFT adapter is here", "import", "nowhere", "out")
+    refused(place, 3, "it has no peft_type", "import", "run/adapter", "out")
+    shutil.copytree(place / "run/adapter", tmp_path / "peft")
+    (tmp_path / "peft/adapter_config.json").write_text('{"peft_type": "IA3"}')
+    refused(place, 3, "type IA3 cannot become", "import", tmp_path / "peft", "out")
+    (tmp_path / "peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(place, 3, "names no base model", "import", tmp_path / "peft", "out")
+
+
+def test_a_base_may_have_moved_and_another_one_must_be_allowed(tmp_path):
+    first = save_base(tmp_path / "first", "llama")
+    save_trained(tmp_path / "adapter", first, AdapterConfig(method="dude", rank=4))
+    first.rename(tmp_path / "moved")
+    save_base(tmp_path / "other", "llama", seed=1)
+    export = ("export", "adapter", "out", "--format", "peft")
+    refused(tmp_path, 2, "does not exist", *export)
+    refused(tmp_path, 3, "--allow-other-base", *export, "--base-model", tmp_path / "other")
+    assert dude(*export, "--base-model", tmp_path / "moved", cwd=tmp_path).returncode == 0
+    (tmp_path / "out").rename(tmp_path / "first-out")
+    done = dude(*export, "--base-model", tmp_path / "other", "--allow-other-base", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    refused(tmp_path, 2, "has no base model", "eval", "moved", "--task", "gsm8k", "--base-model", "other")
