@@ -215,7 +215,7 @@ def import_adapter(
     quiet_libraries()
     config = peft_base(folder, base_model, chosen)
     output.say(f"loading {config.name_or_path} in {config.dtype}")
-    model = load_model(config).to(best_device())
+    model = load_model(config, best_device())
     report = import_to(model, load_tokenizer(config), config, folder, out, initial=initial)
     output.result(import_shown(report), report.record())
 

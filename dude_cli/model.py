@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +14,35 @@ from dude_cli.config import DTYPES, DType, ModelConfig
 from dude_cli.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The base model on the CPU in `config.dtype`, in evaluation mode. Raises UsageError with what to do."""
+def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The base model on `device` in `config.dtype`, quantised if asked for, in evaluation mode.
+
+    Quantised weights are made where they stay: bitsandbytes cannot move all that belongs to them.
+    Raises UsageError with what to do.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from dude_cli.adapter.weight import keep_packing
+
+    check_quantization(config)
     path = _path(config)
     with _explained(config):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path,
             revision=config.revision or "main",
             dtype=getattr(torch, config.dtype),
+            device_map=device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            **_quantization_options(config),
         )
+    _check_quantized(model, config)
+    keep_packing(model)
     # The name as the user knows it, not where this machine keeps the files.
     model.config._name_or_path = config.name_or_path
     return model.eval()
@@ -73,6 +86,12 @@ def saved_dtype(name_or_path: str) -> DType:
     return next((dtype for dtype in DTYPES if dtype == saved), "float32")
 
 
+def check_quantization(config: ModelConfig) -> None:
+    """Raise UsageError if the base is to be quantised and bitsandbytes is not there to do it."""
+    if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise _needs_bitsandbytes(f"model.quantization: {config.quantization}")
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UsageError if the tokenizer knows more tokens than the model has embeddings for."""
     embeddings = model.get_input_embeddings().weight.shape[0]
@@ -82,6 +101,51 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             where=f"model.name_or_path: {model.config.name_or_path}",
             fix="use the tokenizer that the model was trained with",
         )
+
+
+def _quantization_options(config: ModelConfig) -> dict[str, BitsAndBytesConfig]:
+    """What transformers calls `config.quantization`; its defaults leave `lm_head` and what is tied as they are.
+
+    Nothing where nothing is asked for: a given None hides from transformers that the files are quantised already.
+    Without QLoRA's second quantisation, of the scales: it saves 0.37 bits a weight, and a mean in it is rounded
+    otherwise with another number of threads, so that a model would not be the same base everywhere.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization is None:
+        return {}
+    if config.quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        bnb_4bit_use_double_quant=False,
+    )
+    return {"quantization_config": nf4}
+
+
+def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Raise UsageError if the model's files are quantised otherwise, or nothing in it can be."""
+    from dude_cli.adapter.weight import quantization
+
+    found = quantization(model)
+    if config.quantization not in (None, found):
+        name = config.name_or_path
+        raise UsageError(
+            f"{name} is saved in {found} already" if found else f"{name} has no linear layer that can be quantised",
+            where=f"model.quantization: {config.quantization}",
+            fix="leave model.quantization out",
+        )
+
+
+def _needs_bitsandbytes(where: str) -> UsageError:
+    return UsageError(
+        "a quantised base model needs bitsandbytes, which is not installed",
+        where=where,
+        fix="pip install 'dude-cli[quantization]'",
+    )
 
 
 def _path(config: ModelConfig) -> str:
@@ -118,6 +182,8 @@ def _explained(config: ModelConfig) -> Iterator[None]:
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "`kernels`")):
             raise _attention_error(config.attn_implementation, str(error)) from error
+        if isinstance(error, ImportError) and "bitsandbytes" in str(error):
+            raise _needs_bitsandbytes(f"model.name_or_path: {name}, whose files are quantised") from error
         what, fix = _reason(error, name)
         raise UsageError(what, where=f"model.name_or_path: {name}", fix=fix) from error
 

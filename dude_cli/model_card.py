@@ -39,7 +39,14 @@ The adapter never changes the base weights; `dude eval path/to/this/folder --tas
 _USAGE = """from transformers import AutoModelForCausalLM
 from dude_cli.adapter import load_adapter
 
-model = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")
+model = AutoModelForCausalLM.from_pretrained("{name_or_path}", dtype="{dtype}")
+load_adapter(model, "path/to/this/folder")"""
+
+_QUANTIZED_USAGE = """from dude_cli.adapter import load_adapter
+from dude_cli.config import ModelConfig
+from dude_cli.model import load_model
+
+model = load_model(ModelConfig(name_or_path="{name_or_path}", dtype="{dtype}", quantization="{quantization}"))
 load_adapter(model, "path/to/this/folder")"""
 
 
@@ -51,7 +58,7 @@ def model_card(config: Config, summary: dict[str, Any], source_sha256: str | Non
     targets = config.adapter.target_modules
     return _CARD.format(
         base_model=config.model.name_or_path,
-        usage=_USAGE.format(base_model=config.model.name_or_path, dtype=config.model.dtype),
+        usage=_usage(config.model),
         method=config.adapter.method,
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,
@@ -73,6 +80,10 @@ def _start(adapter: AdapterConfig, source_sha256: str | None) -> str:
     if source_sha256 is not None:
         return f"the adapter of {adapter.init_from}, sha256 {source_sha256}; losses and steps here are since then"
     return "the base model; factors from its SVD" if adapter.has_svd_init else "the base model; random factors"
+
+
+def _usage(model: ModelConfig) -> str:
+    return (_USAGE if model.quantization is None else _QUANTIZED_USAGE).format_map(model.model_dump())
 
 
 def _number(value: float | None) -> str:
@@ -143,7 +154,7 @@ def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measu
         title=f"{adapter.method} adapter for {model.name_or_path}",
         source=f"the PEFT adapter {source}, rank {adapter.rank}",
         measured=measured,
-        usage=_USAGE.format(base_model=model.name_or_path, dtype=model.dtype),
+        usage=_usage(model),
     )
 
 

@@ -12,7 +12,7 @@ from dude_cli.config import Config, dump_config
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.metrics import check_trackers
-from dude_cli.model import check_vocabulary, hub_commit, load_model, load_tokenizer
+from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
 from dude_cli.run_dir import check_writable, clear_run
 from dude_cli.runtime import environment
 from dude_cli.schedule import total_steps, warmup_steps
@@ -106,15 +106,16 @@ def prepare(
     if accelerator.is_main_process:
         check_writable(config.run_dir)
     check_trackers(config.train.report_to)
+    check_quantization(config.model)
     if config.train.weight_decay > 0 and config.adapter.has_svd_init:
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
     tokenizer = load_tokenizer(config.model)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     data = prepare_data(config.data, tokenizer, config.seed)
-    say(f"loading {config.model.name_or_path} in {config.model.dtype}")
-    model = load_model(config.model)
+    bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
+    say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
+    model = load_model(config.model, accelerator.device)
     check_vocabulary(model, tokenizer)
-    model.to(accelerator.device)
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
@@ -138,7 +139,7 @@ def prepare(
         layers=layers,
         plan=plan,
         trainable_parameters=sum(layer.trainable_parameters for layer in layers),
-        all_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        all_parameters=model.num_parameters(),
         reused=reused,
         source_sha256=start.source_sha256(),
     )

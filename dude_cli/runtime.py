@@ -21,7 +21,16 @@ from dude_cli.stopping import SIGNALS, Interrupted
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-RECORDED_PACKAGES = ("dude-cli", "torch", "transformers", "datasets", "accelerate", "lm-eval", "safetensors")
+RECORDED_PACKAGES = (
+    "dude-cli",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "lm-eval",
+    "safetensors",
+    "bitsandbytes",
+)
 
 
 def seed_everything(*parts: object) -> None:
@@ -91,14 +100,15 @@ def best_device() -> str:
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and notes of transformers and datasets: they are not ours to explain."""
+    """Turn off the progress bars and notes of the libraries below us: they are not ours to explain."""
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # load_model compares the two itself
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has one for each 8-bit layer in each forward
 
 
 def environment(device: str, world_size: int, model_revision: str | None) -> dict[str, Any]:

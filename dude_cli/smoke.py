@@ -6,6 +6,7 @@ generated, with the config's own column names. All three are written as ordinary
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import random
@@ -55,6 +56,8 @@ def smoke_config(config: Config) -> Config:
         model["dtype"] = "float32"
         if model["attn_implementation"].startswith("flash"):
             model["attn_implementation"] = "sdpa"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        model["quantization"] = None
 
     rank = min(adapter["rank"], MAX_RANK)
     alpha = None if adapter["alpha"] is None else adapter["alpha"] * rank / adapter["rank"]

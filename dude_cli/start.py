@@ -151,7 +151,7 @@ class Start:
 
 def initial_adapter_key(config: Config) -> str:
     """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
-    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype"})
+    model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype", "quantization"})
     kept = {"method", "rank", "target_modules", "exclude_modules", "svd"}
     adapter = config.adapter.model_dump(mode="json", include=kept)
     parts = [model, adapter, config.adapter.scaling, config.seed]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, DataConfig, DType, EvalConfig, ModelConfig, load_config
+from dude_cli.config import DTYPES, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
 
@@ -115,17 +115,21 @@ def load_target(
             )
         name = target.name if target.path is None else str(target.path)
         config = ModelConfig(name_or_path=name, dtype=chosen or saved_dtype(name))
-        return LoadedTarget(load_model(config).to(best_device()), load_tokenizer(config), config, None)
+        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None)
     saved = read_adapter_config(folder)
     config = _model_config(target) or ModelConfig(
-        name_or_path=saved.base_model, revision=saved.base_revision, dtype=saved.base_dtype
+        name_or_path=saved.base_model,
+        revision=saved.base_revision,
+        dtype=saved.base_dtype,
+        # Another one than these is not the config's: the base's own files have it.
+        quantization=next((known for known in QUANTIZATIONS if known == saved.base_quantization), None),
     )
     # The commit that was trained on, not what a branch points to by now.
     place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
     config = config.model_copy(update=place)
     if chosen is not None:
         config = config.model_copy(update={"dtype": chosen})
-    model = load_model(config).to(best_device())
+    model = load_model(config, best_device())
     load_adapter(model, folder, allow_other_base=allow_other_base)
     return LoadedTarget(model, load_tokenizer(config, folder), config, saved)
 

@@ -45,6 +45,7 @@ class SavedAdapter:
     base_model: str
     base_revision: str | None
     base_dtype: DType
+    base_quantization: str | None
     base_fingerprint: str
     layer_digests: dict[str, str]
     sha256: str
@@ -79,6 +80,7 @@ def read_adapter_config(folder: Path) -> SavedAdapter:
             base_model=base["name_or_path"],
             base_revision=base["revision"],
             base_dtype=base["dtype"],
+            base_quantization=base["quantization"],
             base_fingerprint=base["fingerprint"],
             layer_digests=saved["layers"],
             sha256=saved["sha256"],

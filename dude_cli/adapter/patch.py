@@ -13,7 +13,16 @@ from transformers import PreTrainedModel
 
 from dude_cli.adapter.decompose import initial_factors, seed_for
 from dude_cli.adapter.layer import AdapterLayer, Factors
-from dude_cli.adapter.weight import in_stored_orientation, is_linear, stored_weight, weight_rows, weight_shape
+from dude_cli.adapter.weight import (
+    dequantized,
+    in_stored_orientation,
+    is_linear,
+    is_quantized,
+    keep_packing,
+    stored_weight,
+    weight_rows,
+    weight_shape,
+)
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError, UsageError, nearest
 
@@ -35,6 +44,7 @@ def patch_model(
         )
     targets = find_targets(model, config)
     _check_ranks(targets, config.rank)
+    keep_packing(model)
     model.requires_grad_(False)
     for number, (name, layer) in enumerate(targets.items(), start=1):
         if on_layer is not None:
@@ -47,6 +57,7 @@ def patch_model(
 def patch_with_factors(model: PreTrainedModel, config: AdapterConfig, factors: dict[str, Factors]) -> PreTrainedModel:
     """Freeze `model` and put the given factors on the layers they name, in place; for a loaded adapter."""
     _refuse_patched(model)
+    keep_packing(model)
     model.requires_grad_(False)
     for name, given in factors.items():
         layer = model.get_submodule(name)
@@ -65,7 +76,7 @@ def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrai
     """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight and unpatch: a plain model.
 
     In place, layer by layer: this is the one function that changes the base. The result has `dtype`, else the dtype
-    that the model has; parameters that the model keeps in another one stay in that.
+    that the model has; parameters that the model keeps in another one stay in that. No layer is quantised any more.
     """
     before = model.dtype
     after = before if dtype is None else getattr(torch, dtype)
@@ -73,6 +84,7 @@ def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrai
         for layer in adapter_layers(model).values():
             _merge_layer(layer, after)
         unpatch_model(model)
+        _dequantize(model, after)
         for parameter in model.parameters():
             if parameter.dtype == before:
                 parameter.data = parameter.data.to(after)
@@ -244,9 +256,20 @@ def _refuse_patched(model: nn.Module) -> None:
 
 def _merge_layer(layer: AdapterLayer, dtype: torch.dtype) -> None:
     base = layer.base_layer
-    weight = stored_weight(base)
+    plain = dequantized(base, dtype) if is_quantized(base) else base
+    weight = stored_weight(plain)
     merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
-    out_in = in_stored_orientation(base, merged)
+    out_in = in_stored_orientation(plain, merged)
     for rows, values in layer.adapted_chunks():
         out_in[rows] = values.to(dtype)
-    base.weight = nn.Parameter(merged, requires_grad=False)
+    plain.weight = nn.Parameter(merged, requires_grad=False)
+    layer.base_layer = plain
+
+
+def _dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make plain layers of the quantised ones, which were no targets, and a plain model for transformers."""
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if is_quantized(layer)]:
+        model.set_submodule(name, dequantized(layer, dtype))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)

@@ -24,7 +24,7 @@ from dude_cli.adapter.folder import (
 )
 from dude_cli.adapter.layer import Factors
 from dude_cli.adapter.patch import adapter_layers, is_tied, patch_with_factors
-from dude_cli.adapter.weight import is_linear, weight_shape
+from dude_cli.adapter.weight import is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError
 
@@ -59,6 +59,7 @@ def save_adapter(
                 "name_or_path": model.config.name_or_path,
                 "revision": base_revision,
                 "dtype": str(model.dtype).removeprefix("torch."),
+                "quantization": quantization(model),
                 "fingerprint": base_fingerprint(model),
             },
             "layers": digests,
@@ -132,31 +133,44 @@ def base_fingerprint(model: nn.Module) -> str:
     A parameter of up to FINGERPRINT_VALUES values is read whole, a larger one every k-th row, from the first on: a
     change of other rows alone goes unseen; a fine-tuned, pruned or extended copy does not. Adapters are left out, so a
     patched model and its base agree. The rounding makes one model in float32 and in bfloat16 the same base.
+    A quantised weight is read as the bytes that it is packed into, and the scales beside it without rounding.
     """
     digest = hashlib.sha256()
-    for name, parameter in _base_parameters(model):
-        digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        rows = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.ndim else 1)
-        chosen = rows[:: -(-parameter.numel() // FINGERPRINT_VALUES)].to(torch.bfloat16)
-        digest.update(chosen.contiguous().cpu().view(torch.int16).numpy().tobytes())
+    for name, tensor in _base_tensors(model):
+        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+        chosen = rows[:: -(-tensor.numel() // FINGERPRINT_VALUES)]
+        if chosen.is_floating_point():
+            chosen = chosen.to(torch.bfloat16)
+        digest.update(chosen.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters without the adapters', each tied one once, by their names in the base model, in its order."""
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base model's parameters, each tied one once, and what quantised ones mean, by their names there."""
     own = {f"{name}.{field}" for name in adapter_layers(model) for field in Factors._fields}
     for name, parameter in model.named_parameters():
         if name not in own:
-            yield name.replace(".base_layer.", "."), parameter
+            yield name.replace(".base_layer.", "."), parameter.detach()
+    for name, module in model.named_modules():
+        for field, tensor in quantization_state(module).items():
+            # One value a row, float32 as integers: neither left out as part of a long row nor rounded.
+            exact = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
+            yield f"{name}.{field}".replace(".base_layer.", "."), exact.reshape(-1, 1)
 
 
 def _check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> None:
-    fingerprint = base_fingerprint(model)
+    fingerprint, quantized = base_fingerprint(model), quantization(model)
     if fingerprint != saved.base_fingerprint:
+        settings = ""
+        if saved.base_quantization or quantized:
+            # The dtype too: a weight in another one may be quantised to other bytes.
+            settings = f", model.quantization: {saved.base_quantization or 'null'}, model.dtype: {saved.base_dtype}"
         raise AdapterError(
             f"the adapter was made on {saved.base_model}, whose weights are not those of {model.config.name_or_path}",
-            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}",
-            fix=f"load {saved.base_model} at the same revision, or allow another base (--allow-other-base)",
+            where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}; "
+            f"quantization {saved.base_quantization or 'none'}, the model's {quantized or 'none'}",
+            fix=f"load {saved.base_model} at the same revision{settings}, or allow another base (--allow-other-base)",
         )
 
 

@@ -1,43 +1,54 @@
-"""The one place that reads a base layer's weight, for the SVD, the row norms and the merge.
+"""The one place that reads a base layer's weight, for the SVD, the row norms, the fingerprint and the merge.
 
 Everything here speaks the orientation of `torch.nn.Linear`: a weight is (out, in), whatever the layer stores.
+A weight that bitsandbytes has quantised is dequantised when it is read, one layer at a time, and never kept.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from dude_cli.errors import AdapterError
 
 # Float32 values that one chunk of rows may hold: 64 MiB, small beside any layer that needs chunks.
 CHUNK_VALUES = 16 * 2**20
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can sit on `module`: an `nn.Linear`, or GPT-2's `Conv1D`, which stores (in, out)."""
+    """Whether an adapter can sit on `module`: an `nn.Linear`, or GPT-2's `Conv1D`, which stores (in, out).
+
+    bitsandbytes' layers are of the first kind; transformers quantises a `Conv1D` into one of them.
+    """
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer."""
+    if is_quantized(layer):
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
     out_features, in_features = in_stored_orientation(layer, stored_weight(layer)).shape
     return out_features, in_features
 
 
 def weight_rows(layer: nn.Module, rows: slice | Tensor) -> Tensor:
     """Rows of the (out, in) weight, float32, without gradient. A float32 `Linear` gives a view: do not write to it."""
-    return in_stored_orientation(layer, stored_weight(layer).detach())[rows].to(torch.float32)
+    return _dense_weight(layer)[rows].to(torch.float32)
 
 
 def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     """The whole weight as (row range, float32 rows), in chunks of bounded memory."""
     out_features, in_features = weight_shape(layer)
+    weight = _dense_weight(layer)
     step = max(1, CHUNK_VALUES // in_features)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
-        yield rows, weight_rows(layer, rows)
+        yield rows, weight[rows].to(torch.float32)
 
 
 def in_stored_orientation(layer: nn.Module, W: Tensor) -> Tensor:
@@ -52,7 +63,102 @@ def squared_row_norms(layer: nn.Module) -> Tensor:
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
-    """The weight as the layer stores it, in its own dtype and orientation."""
+    """The weight as the layer stores it, in its own dtype and orientation; packed bytes if it is quantised."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def quantization(module: nn.Module) -> str | None:
+    """`nf4`, `fp4` or `int8` if bitsandbytes has quantised `module`, a layer or a whole model; else None."""
+    # It cannot have done so without being imported, and it is optional.
+    bitsandbytes: Any = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return None
+    for layer in module.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            return str(layer.weight.quant_type)
+        if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
+            return "int8"
+    return None
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether `layer` is one of bitsandbytes' linear layers, whose weight is packed."""
+    return isinstance(layer, nn.Linear) and quantization(layer) is not None
+
+
+def quantization_state(layer: nn.Module) -> dict[str, Tensor]:
+    """What the packed weight means beside its bytes, as bitsandbytes has it: scales and code book; {} for others."""
+    if not is_quantized(layer):
+        return {}
+    if quantization(layer) == "int8":
+        return {"SCB": _int8_scales(layer)}
+    state = _four_bit_state(layer)
+    found = {"absmax": state.absmax, "quant_map": state.code}
+    if state.nested:
+        found |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code, "offset": state.offset}
+    return found
+
+
+def dequantized(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A plain frozen layer on the same device with the dequantised weight and the bias, both rounded to `dtype`.
+
+    It is of the class that transformers quantised, `nn.Linear` or `Conv1D`, so the model's files keep their layout.
+    """
+    out_features, in_features = weight_shape(layer)
+    weight, bias = _dense_weight(layer).to(dtype), layer.bias
+    plain: nn.Module
+    with torch.device("meta"):
+        if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D):
+            plain = Conv1D(out_features, in_features)
+        else:
+            plain = nn.Linear(in_features, out_features, bias=bias is not None)
+    plain.weight = nn.Parameter(in_stored_orientation(plain, weight).contiguous(), requires_grad=False)
+    if isinstance(bias, Tensor):
+        plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return plain.train(layer.training)
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Keep each 4-bit weight in the one layout that it was quantised into.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks a weight in the first forward in evaluation mode and rounds its
+    scales to bfloat16 for good: the base would change, and rows that are no multiple of 32 stop with an assertion.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _dense_weight(layer: nn.Module) -> Tensor:
+    """The (out, in) weight without gradient: what is stored, or a new tensor of what a packed one stands for."""
+    weight = stored_weight(layer).detach()
+    if not is_quantized(layer):
+        return in_stored_orientation(layer, weight)
+    from bitsandbytes import functional
+
+    if quantization(layer) == "int8":
+        dense = functional.int8_vectorwise_dequant(weight, _int8_scales(layer))
+    else:
+        # In the dtype that the layer itself multiplies in.
+        dense = functional.dequantize_4bit(weight, _four_bit_state(layer))
+    assert isinstance(dense, Tensor)
+    return dense
+
+
+def _int8_scales(layer: Any) -> Tensor:
+    """127 times the scale of each row, (out,), float32: the first forward moves it from the weight to the layer."""
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    assert isinstance(scales, Tensor)
+    return scales
+
+
+def _four_bit_state(layer: Any) -> Any:
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise AdapterError(
+            "bitsandbytes has repacked the 4-bit base for inference on this CPU, which rounds its scales",
+            fix="load the base model anew, and put the adapter on it before its first forward",
+        )
+    return state

@@ -3,6 +3,7 @@
 from dude_cli.config.read import dump_config, load_config, resolved
 from dude_cli.config.schema import (
     DTYPES,
+    QUANTIZATIONS,
     AdapterConfig,
     Config,
     DataConfig,
@@ -12,6 +13,7 @@ from dude_cli.config.schema import (
     EvalTask,
     Method,
     ModelConfig,
+    Quantization,
     Section,
     SvdConfig,
     TrainConfig,
@@ -19,6 +21,7 @@ from dude_cli.config.schema import (
 
 __all__ = [
     "DTYPES",
+    "QUANTIZATIONS",
     "AdapterConfig",
     "Config",
     "DType",
@@ -28,6 +31,7 @@ __all__ = [
     "EvalTask",
     "Method",
     "ModelConfig",
+    "Quantization",
     "Section",
     "SvdConfig",
     "TrainConfig",

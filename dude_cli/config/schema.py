@@ -20,6 +20,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Method = Literal["dude", "dora", "pissa", "lora"]
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
+Quantization = Literal["nf4", "int8"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
 Contradiction = tuple[str, tuple[str, ...]]  # a message, and the dotted keys that it is about, from its section on
 
@@ -57,6 +59,13 @@ class ModelConfig(Section):
     )
     attn_implementation: str = Field(
         "sdpa", description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2, ..."
+    )
+    quantization: Quantization | None = Field(
+        None,
+        description=(
+            "Keep the frozen base in fewer bits, through bitsandbytes (`pip install 'dude-cli[quantization]'`): nf4 is "
+            "QLoRA's 4 bits, int8 is LLM.int8(); null: as its files are. `dtype` is what it multiplies in."
+        ),
     )
     trust_remote_code: bool = Field(False, description="Allow Python code from the model's repository to run.")
 

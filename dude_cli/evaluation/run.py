@@ -186,12 +186,15 @@ def _questions(found: LoadedTask) -> int:
 
 
 def _environment(lm: Any, request: EvalRequest) -> dict[str, Any]:
+    from dude_cli.adapter.weight import quantization
+
     limits = {task.name: task.limit for task in request.tasks}
     return {
         "config": {
             "model": lm.model.config._name_or_path,
             "model_num_parameters": lm.model.num_parameters(),
             "model_dtype": str(lm.model.dtype),
+            "model_quantization": quantization(lm.model),
             "batch_size": request.batch_size,
             "device": str(lm.device),
             "limit": limits if len(set(limits.values())) > 1 else next(iter(limits.values())),

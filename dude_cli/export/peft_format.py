@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import files
+from dude_cli.errors import UsageError
 from dude_cli.export.peft_files import PeftLayer, lora_config, write_peft_adapter
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport
@@ -73,12 +74,14 @@ def peft_logits(model: PreTrainedModel, folder: Path, **settings: Any) -> Tensor
     """The probe's logits of the base of `model` with the adapter of `folder` on it, as PEFT loads and computes it.
 
     `settings` replace values of its config. Afterwards `model` is as it was.
+    Raises UsageError where PEFT cannot compute it.
     """
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(folder)
     for key, value in settings.items():
         setattr(config, key, value)
+    _refuse_int8_dora(model, config.use_dora)
     with base_alone(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = PeftModel.from_pretrained(model, folder, config=config)
@@ -86,6 +89,18 @@ def peft_logits(model: PreTrainedModel, folder: Path, **settings: Any) -> Tensor
             return probe_logits(wrapped)
         finally:
             wrapped.unload()
+
+
+def _refuse_int8_dora(model: PreTrainedModel, use_dora: bool) -> None:
+    """PEFT 0.21 drops an 8-bit layer's scales when it reads its weight for DoRA on a CPU, and leaves it without."""
+    from dude_cli.adapter.weight import quantization
+
+    if use_dora and quantization(model) == "int8" and model.device.type == "cpu":
+        raise UsageError(
+            "PEFT cannot compute DoRA on an int8 base on a CPU, so the adapter cannot be verified",
+            where="model.quantization: int8",
+            fix="export it on a GPU, or as --format merged or lora",
+        )
 
 
 @contextmanager

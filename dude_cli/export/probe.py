@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ROWS, LENGTH, SEED = 4, 32, 0
 # Half the distance from 1 to the next number.
 UNIT_ROUNDOFF: dict[DType, float] = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+INT8_ROUNDOFF = 0.5 / 127  # of a token's largest activation, which LLM.int8() rounds too
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,18 @@ def difference(found: Tensor, expected: Tensor) -> Difference:
 def tolerance(model: PreTrainedModel, *dtypes: DType) -> float:
     """The largest difference that rounding explains, as a share of the largest logit: 3 u sqrt(layers), at least 1e-5.
 
-    u is the unit roundoff of the coarsest of `dtypes`. Each layer rounds once more, so errors grow as a random walk
-    over the layers. Measured by `benchmarks/export_error.py` on 2 to 80 layers: 0.9 to 1.8 u sqrt(layers) in bfloat16
-    and float16, up to 2e-6 in float32, where a wrong scaling or a lost magnitude is at 1e-2 and above.
+    u is the unit roundoff of the coarsest of `dtypes`, or of an int8 base's activations. Each layer rounds once more,
+    so errors grow as a random walk over the layers. Measured by `benchmarks/export_error.py` on 2 to 80 layers: 0.9 to
+    1.8 u sqrt(layers) in bfloat16 and float16, up to 2e-6 in float32, where a wrong scaling or a lost magnitude is at
+    1e-2 and above.
     """
+    from dude_cli.adapter.weight import quantization
+
     layers: int = model.config.get_text_config().num_hidden_layers
-    return max(1e-5, 3 * max(UNIT_ROUNDOFF[dtype] for dtype in dtypes) * math.sqrt(layers))
+    roundoffs = [UNIT_ROUNDOFF[dtype] for dtype in dtypes]
+    if quantization(model) == "int8":
+        roundoffs.append(INT8_ROUNDOFF)
+    return max(1e-5, 3 * max(roundoffs) * math.sqrt(layers))
 
 
 def check(found: Difference, allowed: float, what: str) -> None:

@@ -137,3 +137,17 @@ def test_two_ranks_reuse_a_decomposition_and_start_anew(tmp_path):
     finished = two_ranks("train", config)
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("finished") == 1
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_two_ranks_take_the_same_steps_on_a_quantised_base(quantization, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    records = []
+    for name, launch in (("one", dude), ("two", two_ranks)):
+        config = quickstart_config(tmp_path / name, max_steps="2", rows="16")
+        done = launch("train", config, f"model.quantization={quantization}")
+        assert done.returncode == 0, done.stderr
+        records.append([r for r in read_metrics(tmp_path / name / "run") if "loss" in r])
+    for first, second in zip(*records, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-5)

@@ -137,8 +137,8 @@ def test_a_run_does_not_go_on_with_another_base(unfinished, monkeypatch):
 
     from dude_cli import prepare
 
-    def other_model(config, load=prepare.load_model):
-        model = load(config)
+    def other_model(config, device, load=prepare.load_model):
+        model = load(config, device)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
         return model

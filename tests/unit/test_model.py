@@ -7,7 +7,7 @@ import pytest
 from dude_cli import quickstart
 from dude_cli.config import ModelConfig
 from dude_cli.errors import UsageError
-from dude_cli.model import load_model
+from dude_cli.model import check_quantization, load_model
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,25 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, cause, what, fix):
         load_model(ModelConfig(name_or_path="owner/name"))
     assert what in error.value.what
     assert fix in (error.value.fix or "")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_without_bitsandbytes_a_quantised_base_is_refused_with_what_to_install(monkeypatch, quantization):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_quantization(ModelConfig(name_or_path=quickstart.NAME))
+    with pytest.raises(UsageError, match="needs bitsandbytes") as error:
+        load_model(ModelConfig(name_or_path=quickstart.NAME, quantization=quantization))
+    assert error.value.where == f"model.quantization: {quantization}"
+    assert error.value.fix == "pip install 'dude-cli[quantization]'"
+
+
+def test_files_that_are_quantised_need_bitsandbytes_too(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install ...`")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(UsageError, match="needs bitsandbytes") as error:
+        load_model(ModelConfig(name_or_path=quickstart.NAME))
+    assert error.value.where == f"model.name_or_path: {quickstart.NAME}, whose files are quantised"

@@ -61,6 +61,7 @@ def test_the_start_is_kept_when_only_what_it_does_not_depend_on_changes():
         key(adapter={"rank": 8, "target_modules": ["q_proj"]}),
         key(adapter={"rank": 8, "svd": {"algorithm": "exact"}}),
         key(adapter={"rank": 8}, model={"name_or_path": "m", "dtype": "float32"}),
+        key(adapter={"rank": 8}, model={"name_or_path": "m", "quantization": "nf4"}),
         key(adapter={"rank": 8}, seed=1),
     ]
     assert len({same, *others}) == 1 + len(others)
@@ -88,6 +89,11 @@ def test_the_summary_and_the_card_name_the_step_that_is_kept(tmp_path):
     assert "of step 2, the lowest evaluation loss" in card
     assert "3.0000, 2.5000, 1.5000" in card
     assert "of step 4 |" in model_card(last, run_summary(last))
+    assert 'from_pretrained("m", dtype="bfloat16")' in card
+    quantized = config_in(tmp_path / "run", model={"name_or_path": "m", "quantization": "nf4"})
+    assert 'load_model(ModelConfig(name_or_path="m", dtype="bfloat16", quantization="nf4"))' in model_card(
+        quantized, run_summary(quantized)
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_a_usage_error(monkeypatch):

@@ -61,6 +61,15 @@ def test_a_shrunken_config_can_be_saved_and_read_again(tmp_path: Path) -> None:
     assert load_config(tmp_path / "small.yaml") == small
 
 
+@pytest.mark.parametrize(("is_installed", "kept"), [(True, "nf4"), (False, None)])
+def test_quantisation_is_kept_where_it_can_be_done(
+    is_installed: bool, kept: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if is_installed else None)
+    config = load_config(Path("configs/gsm8k.yaml"), ["model.quantization=nf4"])
+    assert smoke.smoke_config(config).model.quantization == kept
+
+
 @pytest.mark.parametrize(
     ("data", "columns"),
     [
