@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import dude
+from command import dude, dude_here
 from exporting import save_base, save_trained
 from peft import PeftModel
 from quickstart_config import quickstart_config
@@ -25,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run in `run`."""
     folder = tmp_path_factory.mktemp("place")
     config = quickstart_config(folder, max_steps="3", output_dir="run")
-    done = dude("train", config, cwd=folder)
+    done = dude_here("train", config, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -63,12 +63,12 @@ def test_a_run_goes_out_in_every_format_and_comes_back(place, expected):
         AutoTokenizer.from_pretrained(place / "run/adapter")
     )
 
-    done = dude("export", "run", "peft", "--format", "peft", cwd=place)
+    done = dude_here("export", "run", "peft", "--format", "peft", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "largest logit difference" in done.stdout
     assert close(logits(PeftModel.from_pretrained(base(), place / "peft")), expected)
 
-    done = dude("export", "run/adapter", "lora", "--format", "lora", "--rank", "4", "--json", cwd=place)
+    done = dude_here("export", "run/adapter", "lora", "--format", "lora", "--rank", "4", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     low_rank = json.loads(done.stdout)["low_rank"]
     assert 0 < max(low_rank["by_layer"].values()) < 1
@@ -80,14 +80,14 @@ def test_a_run_goes_out_in_every_format_and_comes_back(place, expected):
     model = base()
     load_adapter(model, place / "imported")
     assert close(logits(model), expected)
-    done = dude("eval", "imported", "--task", "quickstart_choices", "--limit", "1", "--json", cwd=place)
+    done = dude_here("eval", "imported", "--task", "quickstart_choices", "--limit", "1", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
 
 
 def refused(place: Path, code: int, message: str, *arguments: object) -> None:
     """An error with its code and all its parts, no traceback, nothing on standard output, and nothing written."""
     before = sorted(place.rglob("*"))
-    done = dude(*arguments, cwd=place)
+    done = dude_here(*arguments, cwd=place)
     assert done.returncode == code, done.stderr
     for part in (message, "where:", "fix:"):
         assert part in done.stderr, done.stderr
@@ -107,7 +107,7 @@ def test_what_an_export_refuses(place):
     refused(place, 2, "at rank 128 nothing is left out", "export", "run", "out", "--format", "lora", "--rank", 999)
     refused(place, 2, "has no adapter to export", "export", "embedded:quickstart", "out", "--format", "merged")
     refused(place, 2, "unknown dtype", "export", "run", "out", "--format", "merged", "--dtype", "half")
-    assert dude("export", "run", "out", "--format", "gguf", cwd=place).returncode == 2
+    assert dude_here("export", "run", "out", "--format", "gguf", cwd=place).returncode == 2
 
 
 def test_what_an_import_refuses(place, tmp_path):
@@ -128,8 +128,8 @@ def test_a_base_may_have_moved_and_another_one_must_be_allowed(tmp_path):
     export = ("export", "adapter", "out", "--format", "peft")
     refused(tmp_path, 2, "does not exist", *export)
     refused(tmp_path, 3, "--allow-other-base", *export, "--base-model", tmp_path / "other")
-    assert dude(*export, "--base-model", tmp_path / "moved", cwd=tmp_path).returncode == 0
+    assert dude_here(*export, "--base-model", tmp_path / "moved", cwd=tmp_path).returncode == 0
     (tmp_path / "out").rename(tmp_path / "first-out")
-    done = dude(*export, "--base-model", tmp_path / "other", "--allow-other-base", cwd=tmp_path)
+    done = dude_here(*export, "--base-model", tmp_path / "other", "--allow-other-base", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     refused(tmp_path, 2, "has no base model", "eval", "moved", "--task", "gsm8k", "--base-model", "other")
