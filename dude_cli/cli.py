@@ -244,6 +244,9 @@ def import_adapter(
         Path | None,
         typer.Option("--initial", help="The adapter as it was saved before its training, for a PiSSA start."),
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="How the base was quantised in the training: nf4 or int8.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Dtype of the base: float32, bfloat16 or float16; as it was saved.")
     ] = None,
@@ -257,7 +260,13 @@ def import_adapter(
         from dude_cli.console import Output
 
         commands.import_adapter(
-            folder, out, base_model=base_model, initial=initial, dtype=dtype, output=Output(json, quiet)
+            folder,
+            out,
+            base_model=base_model,
+            initial=initial,
+            quantization=quantization,
+            dtype=dtype,
+            output=Output(json, quiet),
         )
 
 
@@ -331,7 +340,7 @@ def _as_dude_error(error: Exception) -> DudeError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = str(error.filename) if error.filename else None
         return ResourceError(
-            f"the disk is full: {error.strerror}", where=where, fix="free some space; the run continues"
+            f"the disk is full: {error.strerror}", where=where, fix="free some space, and give the same command again"
         )
     if isinstance(error, OSError) and error.filename is not None:
         path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)

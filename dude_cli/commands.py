@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from dude_cli import files
 from dude_cli.config import Config, EvalTask, load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
@@ -186,10 +188,14 @@ def export(
 
     _check_export_options(kind, rank, max_error, dtype)
     chosen = check_dtype(dtype)
-    check_new_folder(out)
+    out = _new_folder(out)
     target = find_target(target_name)
     if target.adapter_dir is None:
-        raise UsageError(f"{target} has no adapter to export", where=target_name, fix="give a run or an adapter")
+        raise UsageError(
+            f"`{target_name}` is no run and no adapter, so there is nothing to export",
+            where=str(Path(target_name).absolute()) if target.path is None else target_name,
+            fix="give the folder of a run or of an adapter",
+        )
     output.say(f"loading {target}")
     loaded = load_target(target, None, base_model=base_model, allow_other_base=allow_other_base)
     if kind == "merged":
@@ -202,28 +208,49 @@ def export(
 
 
 def import_adapter(
-    folder: Path, out: Path, *, base_model: str | None, initial: Path | None, dtype: str | None, output: Output
+    folder: Path,
+    out: Path,
+    *,
+    base_model: str | None,
+    initial: Path | None,
+    quantization: str | None,
+    dtype: str | None,
+    output: Output,
 ) -> None:
     """Make an adapter of ours from PEFT's, and compare the two."""
     from dude_cli.export import import_shown, import_to, peft_base
-    from dude_cli.model import load_model, load_tokenizer
+    from dude_cli.model import check_vocabulary, load_model, load_tokenizer
     from dude_cli.runtime import best_device, quiet_libraries
     from dude_cli.target import check_dtype
 
     chosen = check_dtype(dtype)
-    check_new_folder(out)
+    out = _new_folder(out)
     quiet_libraries()
-    config = peft_base(folder, base_model, chosen)
+    config = peft_base(folder, base_model, chosen, quantization)
     output.say(f"loading {config.name_or_path} in {config.dtype}")
     model = load_model(config, best_device())
-    report = import_to(model, load_tokenizer(config), config, folder, out, initial=initial)
+    # A trained adapter may bring a tokenizer with a chat template that the base has not.
+    tokenizer = load_tokenizer(config, folder)
+    check_vocabulary(model, tokenizer)
+    report = import_to(model, tokenizer, config, folder, out, initial=initial)
     output.result(import_shown(report), report.record())
 
 
-def check_new_folder(out: Path) -> None:
-    """Raise UsageError unless nothing is at `out` yet: nothing that is there is ever replaced."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder", where=str(out), fix="name a new folder")
+def _new_folder(out: Path) -> Path:
+    """The absolute path of `out`. Raises UsageError unless nothing is there yet and a folder can be made there."""
+    out = out.expanduser().absolute()
+    is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and (not is_empty or out == Path.cwd()):
+        raise UsageError(
+            f"{out.name or out} is there already, and nothing is ever replaced", where=str(out), fix="name a new folder"
+        )
+    try:
+        files.check_writable(out.parent)
+    except OSError as error:
+        raise UsageError(
+            f"no folder can be made here: {error.strerror}", where=str(out.parent), fix="name another place"
+        ) from error
+    return out
 
 
 def _check_export_options(kind: str, rank: int | None, max_error: float | None, dtype: str | None) -> None:

@@ -35,17 +35,35 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file. Raises OSError, as other writes do, where safetensors has an error of its own."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    try:
+    with disk_errors(path):
         save_file(dict(tensors), path)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Within, what safetensors says of a full disk becomes the OSError that other writes raise, of `path`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         code = int(number.group(1))
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU, copied out of the mapped file.
+
+    There they are not aligned, and a matrix product may then round otherwise. Raises OSError and SafetensorError.
+    """
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 @contextmanager
@@ -65,6 +83,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         _replace_folder(partial, path)
     finally:
         recover_folder(path)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that becomes it at the end; what is there by then is never replaced.
+
+    An exception leaves all as it was. Raises OSError if `path` is anything but an empty folder at the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+        sync(partial)
+        try:
+            os.rename(partial, path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        sync(path.parent)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 

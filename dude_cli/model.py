@@ -76,13 +76,15 @@ def hub_commit(config: ModelConfig) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def saved_dtype(name_or_path: str) -> DType:
+def saved_dtype(config: ModelConfig) -> DType:
     """The dtype that a model's files name, so that a plain model is scored as it was published; float32 if none."""
     from transformers import AutoConfig
 
-    config = ModelConfig(name_or_path=name_or_path)
     with _explained(config):
-        saved = str(AutoConfig.from_pretrained(_path(config)).dtype).removeprefix("torch.")
+        found = AutoConfig.from_pretrained(
+            _path(config), revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+    saved = str(found.dtype).removeprefix("torch.")
     return next((dtype for dtype in DTYPES if dtype == saved), "float32")
 
 

@@ -114,6 +114,20 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")  # as it is, nothing subtracted
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
+_QUANTIZED_PEFT_USAGE = """import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+# The base as it was quantised in the training: on a full one the adapter computes something else.
+quantized = BitsAndBytesConfig({settings})
+base = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}", quantization_config=quantized)
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+_QUANTIZED_SETTINGS = {
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.{dtype}',
+    "int8": "load_in_8bit=True",
+}
+
 _MERGED_USAGE = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="{dtype}")"""
@@ -141,7 +155,16 @@ def peft_card(saved: SavedAdapter, title: str, measured: str) -> str:
         title=f"{title} for {saved.base_model}",
         source=_source(saved),
         measured=measured,
-        usage=_PEFT_USAGE.format(base_model=saved.base_model, dtype=saved.base_dtype),
+        usage=_peft_usage(saved),
+    )
+
+
+def _peft_usage(saved: SavedAdapter) -> str:
+    settings = _QUANTIZED_SETTINGS.get(saved.base_quantization or "")
+    if settings is None:  # not quantised, or so in its own files
+        return _PEFT_USAGE.format(base_model=saved.base_model, dtype=saved.base_dtype)
+    return _QUANTIZED_PEFT_USAGE.format(
+        settings=settings.format(dtype=saved.base_dtype), base_model=saved.base_model, dtype=saved.base_dtype
     )
 
 
@@ -160,5 +183,6 @@ def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measu
 
 def _source(saved: SavedAdapter) -> str:
     revision = f" at {saved.base_revision}" if saved.base_revision else ""
+    revision += f" in {saved.base_quantization}" if saved.base_quantization else ""
     adapter = f"a {saved.config.method} adapter of rank {saved.config.rank}"
     return f"{adapter} for {saved.base_model}{revision}, sha256 {saved.sha256}"

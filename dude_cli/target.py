@@ -100,7 +100,9 @@ def load_target(
     `allow_other_base` its weights may be other ones. The tokenizer is the one saved with the adapter.
     Raises UsageError and AdapterError with what to do.
     """
-    from dude_cli.adapter import load_adapter, read_adapter_config
+    import torch
+
+    from dude_cli.adapter import cast_parameters, check_base, load_adapter, read_adapter_config
     from dude_cli.runtime import best_device, quiet_libraries
 
     quiet_libraries()
@@ -114,7 +116,8 @@ def load_target(
                 fix="give a run or an adapter, or leave these options out",
             )
         name = target.name if target.path is None else str(target.path)
-        config = ModelConfig(name_or_path=name, dtype=chosen or saved_dtype(name))
+        config = ModelConfig(name_or_path=name)
+        config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
         return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None)
     saved = read_adapter_config(folder)
     config = _model_config(target) or ModelConfig(
@@ -127,10 +130,21 @@ def load_target(
     # The commit that was trained on, not what a branch points to by now.
     place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
     config = config.model_copy(update=place)
-    if chosen is not None:
+    if chosen is not None and config.quantization is not None:
         config = config.model_copy(update={"dtype": chosen})
-    model = load_model(config, best_device())
-    load_adapter(model, folder, allow_other_base=allow_other_base)
+    try:
+        model = load_model(config, best_device())
+    except UsageError as error:
+        if base_model is not None:
+            raise
+        raise UsageError(error.what, where=error.where, fix=f"{error.fix}; or say where it is: --base-model") from error
+    if not allow_other_base:
+        check_base(model, folder, saved)
+    # What was trained on is cast: rounded to float16 from the files, the same base would have another fingerprint.
+    if chosen is not None:
+        cast_parameters(model, model.dtype, getattr(torch, chosen))
+        config = config.model_copy(update={"dtype": chosen})
+    load_adapter(model, folder, allow_other_base=True)
     return LoadedTarget(model, load_tokenizer(config, folder), config, saved)
 
 
@@ -180,6 +194,8 @@ def _folder_target(name: str, folder: Path) -> Target:
         )
     if (folder / ADAPTER_CONFIG).is_file():
         return Target("adapter", name, folder)
+    if (folder / "adapter" / ADAPTER_CONFIG).is_file():  # a checkpoint
+        return Target("adapter", name, folder / "adapter")
     if (folder / "config.json").is_file():
         return Target("model", name, folder)
     raise UsageError(

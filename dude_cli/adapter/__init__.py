@@ -10,6 +10,7 @@ from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
 from dude_cli.adapter.layer import AdapterLayer, Factors
 from dude_cli.adapter.patch import (
     adapter_layers,
+    cast_parameters,
     constant_adapters,
     disable_adapters,
     find_targets,
@@ -20,7 +21,7 @@ from dude_cli.adapter.patch import (
     trainable_parameters,
     unpatch_model,
 )
-from dude_cli.adapter.state import check_factors, load_adapter, restore_adapter, save_adapter
+from dude_cli.adapter.state import check_base, check_factors, load_adapter, restore_adapter, save_adapter
 from dude_cli.config import AdapterConfig, SvdConfig
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "SavedAdapter",
     "SvdConfig",
     "adapter_layers",
+    "cast_parameters",
+    "check_base",
     "check_factors",
     "constant_adapters",
     "disable_adapters",

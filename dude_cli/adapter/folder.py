@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from dude_cli import files
 from dude_cli.adapter.layer import Factors
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError
@@ -126,8 +126,7 @@ def adapter_sha256(config: Mapping[str, Any], digests: Mapping[str, str]) -> str
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        # Copied out of the mapped file, where tensors are not aligned: a matrix product may then round otherwise.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return files.load_tensors(path)
     except OSError as error:
         raise AdapterError(f"{path.name} cannot be read: {error.strerror}", where=str(path), fix=_RESTORE) from error
     except SafetensorError as error:

@@ -85,10 +85,15 @@ def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrai
             _merge_layer(layer, after)
         unpatch_model(model)
         _dequantize(model, after)
-        for parameter in model.parameters():
-            if parameter.dtype == before:
-                parameter.data = parameter.data.to(after)
+    cast_parameters(model, before, after)
     return model
+
+
+def cast_parameters(model: PreTrainedModel, before: torch.dtype, after: torch.dtype) -> None:
+    """Round the parameters that have dtype `before` to `after`, in place: those that a model keeps otherwise stay."""
+    for parameter in model.parameters():
+        if parameter.dtype == before:
+            parameter.data = parameter.data.to(after)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def load_adapter(
     for name, given in factors.items():
         check_factors(model, name, given, str(folder / TENSORS_FILE))
     if not allow_other_base:
-        _check_base(model, folder, saved)
+        check_base(model, folder, saved)
     config = settings or saved.config
     patch_with_factors(model, config, factors)
     return config
@@ -109,7 +109,7 @@ def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
             where=str(folder),
             fix="use the config that it was trained with",
         )
-    _check_base(model, folder, saved)
+    check_base(model, folder, saved)
     with torch.no_grad():
         for name, layer in layers.items():
             for field, tensor in factors[name]._asdict().items():
@@ -159,7 +159,8 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{field}".replace(".base_layer.", "."), exact.reshape(-1, 1)
 
 
-def _check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> None:
+def check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> None:
+    """Raise AdapterError, with both sides, unless `model` has the weights that the adapter was made on."""
     fingerprint, quantized = base_fingerprint(model), quantization(model)
     if fingerprint != saved.base_fingerprint:
         settings = ""

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.config import AdapterConfig, DType, ModelConfig, SvdConfig
-from dude_cli.errors import AdapterError
+from dude_cli import files
+from dude_cli.config import QUANTIZATIONS, AdapterConfig, DType, ModelConfig, SvdConfig
+from dude_cli.errors import AdapterError, UsageError
 from dude_cli.export.peft_files import PeftAdapter, PeftLayer, read_peft_adapter, read_peft_config
 from dude_cli.export.peft_format import peft_logits
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
@@ -55,6 +56,7 @@ def import_peft(model: PreTrainedModel, folder: Path, *, initial: Path | None = 
     _refuse_unsupported(adapter)
     for name, layer in adapter.layers.items():
         check_factors(model, name, _factors(layer, None, layer.lora_A.shape[0], 1.0), str(folder))
+    _check_base_weights(model, adapter)
     start = _subtracted_start(model, adapter, initial)
     config = _adapter_config(model, adapter, has_start=start is not None)
     factors = {
@@ -88,7 +90,8 @@ def import_to(
     found, allowed = difference(ours, theirs), tolerance(model, config.dtype)
     check(found, allowed, "the imported adapter, beside PEFT's,")
     card = imported_card(config, adapter, folder.name, str(found))
-    save_adapter(model, out, base_revision=hub_commit(config), tokenizer=tokenizer, model_card=card)
+    with files.fresh_folder(out) as partial:
+        save_adapter(model, partial, base_revision=hub_commit(config), tokenizer=tokenizer, model_card=card)
     return ImportReport(out, adapter.method, adapter.rank, config.dtype, found, allowed)
 
 
@@ -111,10 +114,11 @@ def _reduced_base(model: PreTrainedModel) -> Iterator[None]:
             stored_weight(base_layer).data = weight
 
 
-def peft_base(folder: Path, base_model: str | None, dtype: DType | None) -> ModelConfig:
+def peft_base(folder: Path, base_model: str | None, dtype: DType | None, quantized: str | None) -> ModelConfig:
     """The base of PEFT's adapter in `folder`, or `base_model`, in `dtype`, or as its files were saved.
 
-    Raises AdapterError for a folder that is no adapter of PEFT's, and one that names no base.
+    `quantized` is how it was when the adapter was trained. Raises AdapterError for a folder that is no adapter of
+    PEFT's and one that names no base, UsageError for an unknown quantisation.
     """
     config = read_peft_config(folder)
     name = base_model or config.get("base_model_name_or_path")
@@ -124,8 +128,12 @@ def peft_base(folder: Path, base_model: str | None, dtype: DType | None) -> Mode
             where=f"{folder / 'adapter_config.json'}: base_model_name_or_path",
             fix="give it: --base-model NAME",
         )
-    revision = None if base_model else config.get("revision")
-    return ModelConfig(name_or_path=name, revision=revision, dtype=dtype or saved_dtype(name))
+    found = next((known for known in QUANTIZATIONS if known == quantized), None)
+    if quantized != found:
+        known = ", ".join(QUANTIZATIONS)
+        raise UsageError(f"unknown quantisation {quantized}", where="--quantization", fix=f"use one of {known}")
+    base = ModelConfig(name_or_path=name, revision=None if base_model else config.get("revision"), quantization=found)
+    return base.model_copy(update={"dtype": dtype or saved_dtype(base)})
 
 
 def _refuse_unsupported(adapter: PeftAdapter) -> None:
@@ -144,16 +152,34 @@ def _refuse_unsupported(adapter: PeftAdapter) -> None:
         )
 
 
+def _check_base_weights(model: PreTrainedModel, adapter: PeftAdapter) -> None:
+    """PEFT saves the weight of an adapted head too; Raises AdapterError if it is not the base's own."""
+    import torch
+
+    from dude_cli.adapter.weight import stored_weight
+
+    for name, saved in adapter.base_weights.items():
+        weight = stored_weight(model.get_submodule(name)).cpu()
+        if not torch.equal(saved.to(weight.dtype), weight):
+            raise AdapterError(
+                f"the adapter has a weight of its own for {name}, other than the base's",
+                where=str(adapter.folder),
+                fix="an adapter with a trained or resized head cannot be imported; else name its base: --base-model",
+            )
+
+
 def _subtracted_start(
     model: PreTrainedModel, adapter: PeftAdapter, initial: Path | None
 ) -> dict[str, PeftLayer] | None:
     """B0 and A0 by layer, with s B0 A0 what the base was reduced by; None for a start that left it as it is."""
+    from dude_cli.adapter.weight import quantization
+
     start = str(adapter.config.get("init_lora_weights", True))
     if initial is not None:
         return _read_initial(adapter, initial)
     if not start.startswith(_SUBTRACTED_STARTS):
         return None
-    if start == "pissa":
+    if start == "pissa" and quantization(model) is None:
         return {name: _exact_pissa(model, adapter, name) for name in adapter.layers}
     raise AdapterError(
         f"an adapter with the start {start} cannot be restored from itself: its initial factors were subtracted from "
@@ -182,6 +208,8 @@ def _read_initial(adapter: PeftAdapter, initial: Path) -> dict[str, PeftLayer]:
 
 def _exact_pissa(model: PreTrainedModel, adapter: PeftAdapter, name: str) -> PeftLayer:
     """PEFT's `pissa` start computed again; each singular vector pair with the sign that it was trained from."""
+    import torch
+
     from dude_cli.adapter.decompose import initial_factors
     from dude_cli.adapter.weight import weight_rows
 
@@ -190,7 +218,7 @@ def _exact_pissa(model: PreTrainedModel, adapter: PeftAdapter, name: str) -> Pef
     svd = SvdConfig(algorithm="exact")
     A0, B0 = initial_factors(W, layer.lora_A.shape[0], _own_scaling(adapter, name), svd, seed=0)
     A0, B0 = A0.cpu(), B0.cpu()
-    sign = (A0 * layer.lora_A).sum(dim=1).sign()
+    sign = torch.where((A0 * layer.lora_A).sum(dim=1) < 0, -1.0, 1.0)
     return PeftLayer(A0 * sign[:, None], B0 * sign)
 
 

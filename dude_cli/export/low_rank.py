@@ -1,7 +1,8 @@
 """The best plain LoRA of a given rank, for servers that refuse or ignore magnitudes.
 
 For each layer the singular value decomposition of the learned change dW = W' - W0, cut to rank N, is the closest
-matrix of that rank (Eckart and Young 1936): lora_B = U sqrt(S), lora_A = sqrt(S) V^T, lora_alpha = N. A magnitude
+matrix of that rank (Eckart and Young 1936): lora_B = U sqrt(S), lora_A = sqrt(S) V^T, lora_alpha = N. It is computed as
+`adapter.svd: auto` would: by a randomised algorithm above a short side of 1024, exactly for `max_error`. A magnitude
 scales whole rows, so the change of DuDe and DoRA has full rank: what N leaves out is measured and reported.
 """
 
@@ -56,7 +57,7 @@ def export_lora(
         svd = SvdConfig(algorithm="exact")
         rank = lowest_rank(loaded.model, max_error, say)
     elif rank is None:
-        rank = next(iter(layers.values())).difference_factors()[1].shape[0]
+        rank = min(_largest_rank(layers), next(iter(layers.values())).difference_factors()[1].shape[0])
     _check_rank(layers, rank)
     say(f"approximating {len(layers)} layers by rank {rank}")
     found = {name: best_lora(layer, rank, svd) for name, layer in layers.items()}
@@ -65,7 +66,7 @@ def export_lora(
     in_memory = _lora_logits(loaded.model, factors, rank)
     errors = LowRankError(rank, {name: lora.error for name, lora in found.items()}, difference(in_memory, trained))
     peft_layers = {name: PeftLayer(given.lora_A, given.lora_B) for name, given in factors.items()}
-    with files.new_folder(out) as partial:
+    with files.fresh_folder(out) as partial:
         write_peft_adapter(partial, peft_layers, adapter_lora_config(loaded, peft_layers, alpha=rank))
         loss = difference(peft_logits(loaded.model, partial), in_memory)
         allowed = tolerance(loaded.model, loaded.config.dtype)
@@ -73,7 +74,7 @@ def export_lora(
         files.write_text(
             partial / "README.md", peft_card(loaded.saved, f"the best LoRA of rank {rank}", _summary(errors))
         )
-    return ExportReport("lora", out, loaded.config.dtype, loss, allowed, errors)
+    return ExportReport("lora", out, loaded.config.dtype, loss, allowed, loaded.saved.base_quantization, errors)
 
 
 def best_lora(layer: AdapterLayer, rank: int, svd: SvdConfig) -> _Lora:
@@ -129,8 +130,12 @@ def _lora_logits(model: PreTrainedModel, factors: dict[str, Factors], rank: int)
             unpatch_model(model)
 
 
+def _largest_rank(layers: dict[str, AdapterLayer]) -> int:
+    return max(min(layer.lora_B.shape[0], layer.lora_A.shape[1]) for layer in layers.values())
+
+
 def _check_rank(layers: dict[str, AdapterLayer], rank: int) -> None:
-    largest = max(min(layer.lora_B.shape[0], layer.lora_A.shape[1]) for layer in layers.values())
+    largest = _largest_rank(layers)
     if rank > largest:
         raise UsageError(
             f"rank {rank} is more than any layer has: at rank {largest} nothing is left out",

@@ -30,14 +30,15 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
     model = loaded.model
     device = next(model.parameters()).device
     allowed, expected = tolerance(model, dtype, loaded.config.dtype), probe_logits(model)
-    with files.new_folder(out) as partial:
+    with files.fresh_folder(out) as partial:
         merge_adapter(model, dtype)
-        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+        with files.disk_errors(partial):
+            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         loaded.tokenizer.save_pretrained(partial)
         model.to_empty(device="meta")  # before the second model is loaded, the first gives its memory back
         place = {"name_or_path": str(partial), "revision": None, "dtype": dtype, "quantization": None}
-        written = load_model(loaded.config.model_copy(update=place))
-        found = difference(probe_logits(written.to(device)), expected)
+        written = load_model(loaded.config.model_copy(update=place), device)
+        found = difference(probe_logits(written), expected)
         check(found, allowed, f"the merged model in {dtype}")
         files.write_text(partial / "README.md", merged_card(loaded.saved, dtype, str(found)))
-    return ExportReport("merged", out, dtype, found, allowed)
+    return ExportReport("merged", out, dtype, found, allowed, loaded.saved.base_quantization)

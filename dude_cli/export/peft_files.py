@@ -25,6 +25,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+_BASE_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.base_layer\.weight")
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.(?P<field>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
 
 
@@ -39,11 +40,15 @@ class PeftLayer:
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A folder as it was read: LoraConfig's keys, and the layers by name."""
+    """A folder as it was read: LoraConfig's keys, and the layers by name.
+
+    `base_weights` are what PEFT saves beside an adapted head: the weight that is adapted.
+    """
 
     folder: Path
     config: dict[str, Any]
     layers: dict[str, PeftLayer]
+    base_weights: dict[str, Tensor]
 
 
 def write_peft_adapter(folder: Path, layers: dict[str, PeftLayer], config: dict[str, Any]) -> None:
@@ -95,7 +100,10 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     that belong to no LoRA layer, and layers that lack one.
     """
     config = read_peft_config(folder)
-    return PeftAdapter(folder, config, _read_layers(folder, needs_magnitude=bool(config.get("use_dora"))))
+    tensors = _load(folder)
+    base_weights = {match["layer"]: tensors.pop(key) for key in list(tensors) if (match := _BASE_KEY.fullmatch(key))}
+    layers = _layers(tensors, folder, needs_magnitude=bool(config.get("use_dora")))
+    return PeftAdapter(folder, config, layers, base_weights)
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
@@ -111,6 +119,10 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise AdapterError(f"{path.name} is not JSON: {error}", where=str(path), fix="restore the file") from error
+    if isinstance(found, dict) and "format_version" in found:
+        raise AdapterError(
+            "this is an adapter of dude's already", where=str(path), fix="use it as it is: it needs no import"
+        )
     if not isinstance(found, dict) or "peft_type" not in found:
         raise AdapterError(
             f"{path.name} is not PEFT's: it has no peft_type",
@@ -126,10 +138,10 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _read_layers(folder: Path, *, needs_magnitude: bool) -> dict[str, PeftLayer]:
+def _layers(tensors: dict[str, Tensor], folder: Path, *, needs_magnitude: bool) -> dict[str, PeftLayer]:
     by_layer: dict[str, dict[str, Tensor]] = {}
     foreign = []
-    for key, tensor in _load(folder).items():
+    for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             foreign.append(key)
@@ -157,12 +169,10 @@ def _read_layers(folder: Path, *, needs_magnitude: bool) -> dict[str, PeftLayer]
 
 def _load(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     path = folder / TENSORS_FILE
     try:
-        # Copied out of the mapped file, as in `adapter/folder.py`.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return files.load_tensors(path)
     except OSError as error:
         is_pickled = (folder / "adapter_model.bin").is_file()
         fix = "adapter_model.bin is a pickle, which is never read: save the adapter again with a newer PEFT"

@@ -44,13 +44,13 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
     config = adapter_lora_config(loaded, layers, alpha=_alpha(loaded.saved.config, rank))
     kind = "DoRA" if config["use_dora"] else "LoRA"
     expected = probe_logits(loaded.model)
-    with files.new_folder(out) as partial:
+    with files.fresh_folder(out) as partial:
         write_peft_adapter(partial, layers, config)
         found = difference(peft_logits(loaded.model, partial), expected)
         allowed = tolerance(loaded.model, loaded.config.dtype)
         check(found, allowed, "the adapter, loaded by PEFT,")
         files.write_text(partial / "README.md", peft_card(loaded.saved, f"{kind} of rank {rank}", str(found)))
-    return ExportReport("peft", out, loaded.config.dtype, found, allowed)
+    return ExportReport("peft", out, loaded.config.dtype, found, allowed, loaded.saved.base_quantization)
 
 
 def adapter_lora_config(loaded: LoadedTarget, layers: dict[str, PeftLayer], *, alpha: float) -> dict[str, Any]:

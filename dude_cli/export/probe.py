@@ -68,12 +68,12 @@ def difference(found: Tensor, expected: Tensor) -> Difference:
 
 
 def tolerance(model: PreTrainedModel, *dtypes: DType) -> float:
-    """The largest difference that rounding explains, as a share of the largest logit: 3 u sqrt(layers), at least 1e-5.
+    """The largest difference that rounding explains, as a share of the largest logit: 8 u sqrt(layers), at least 1e-5.
 
     u is the unit roundoff of the coarsest of `dtypes`, or of an int8 base's activations. Each layer rounds once more,
-    so errors grow as a random walk over the layers. Measured by `benchmarks/export_error.py` on 2 to 80 layers: 0.9 to
-    1.8 u sqrt(layers) in bfloat16 and float16, up to 2e-6 in float32, where a wrong scaling or a lost magnitude is at
-    1e-2 and above.
+    so errors grow as a random walk over the layers. Measured by `benchmarks/export_error.py` in bfloat16 and float16:
+    0.9 to 1.5 u sqrt(layers) on 2 to 80 layers of width up to 1024, and up to 3.8 at width 4096 with 32000 tokens: the
+    largest of more differences is larger. In float32 up to 2e-6, where a lost magnitude is at 1e-2 and above.
     """
     from dude_cli.adapter.weight import quantization
 
@@ -81,7 +81,7 @@ def tolerance(model: PreTrainedModel, *dtypes: DType) -> float:
     roundoffs = [UNIT_ROUNDOFF[dtype] for dtype in dtypes]
     if quantization(model) == "int8":
         roundoffs.append(INT8_ROUNDOFF)
-    return max(1e-5, 3 * max(roundoffs) * math.sqrt(layers))
+    return max(1e-5, 8 * max(roundoffs) * math.sqrt(layers))
 
 
 def check(found: Difference, allowed: float, what: str) -> None:

@@ -45,7 +45,7 @@ class ImportReport:
 class ExportReport:
     """`difference` is that of the files, loaded again, to the model in memory.
 
-    `tolerance` is what was allowed, as a share of the largest logit.
+    `tolerance` is what was allowed, as a share of the largest logit. `quantization` is the base's in the training.
     """
 
     format: Format
@@ -53,6 +53,7 @@ class ExportReport:
     dtype: DType
     difference: Difference
     tolerance: float
+    quantization: str | None
     low_rank: LowRankError | None = None
 
     def record(self) -> dict[str, Any]:
@@ -68,6 +69,12 @@ def export_shown(report: ExportReport) -> str:
     """What a person reads after an export."""
     lines = [f"wrote {report.path}, verified by loading it again in {report.dtype}:"]
     lines += [f"  {report.difference} (allowed {report.tolerance:.2g})"]
+    if report.quantization is not None:
+        lines.append(
+            f"the base was trained on in {report.quantization}: its weights are dequantised in the merged model"
+            if report.format == "merged"
+            else f"verified on the {report.quantization} base that it was trained on: load it onto that, not a full one"
+        )
     if report.low_rank is not None:
         found = report.low_rank
         errors = sorted(found.by_layer.values())

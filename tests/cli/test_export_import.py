@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command import dude, dude_here
+from command import dude, dude_here, environment
 from exporting import save_base, save_trained
 from peft import PeftModel
 from quickstart_config import quickstart_config
@@ -97,7 +99,10 @@ def refused(place: Path, code: int, message: str, *arguments: object) -> None:
 
 
 def test_what_an_export_refuses(place):
-    refused(place, 2, "exists and is not an empty folder", "export", "run", "run", "--format", "merged")
+    (place / "dangling").symlink_to("nowhere")
+    for taken in ("run", "config.yaml", ".", "dangling", "config.yaml/out"):
+        message = "no folder can be made here" if "/" in taken else "is there already"
+        refused(place, 2, message, "export", "run", taken, "--format", "merged")
     refused(place, 2, "--rank is for --format lora", "export", "run", "out", "--format", "merged", "--rank", 8)
     refused(
         place, 2, "--dtype is for --format merged", "export", "run", "out", "--format", "peft", "--dtype", "float16"
@@ -105,19 +110,61 @@ def test_what_an_export_refuses(place):
     both = ("--rank", 8, "--max-error", 0.1)
     refused(place, 2, "both say how close", "export", "run", "out", "--format", "lora", *both)
     refused(place, 2, "at rank 128 nothing is left out", "export", "run", "out", "--format", "lora", "--rank", 999)
-    refused(place, 2, "has no adapter to export", "export", "embedded:quickstart", "out", "--format", "merged")
+    refused(place, 2, "there is nothing to export", "export", "embedded:quickstart", "out", "--format", "merged")
     refused(place, 2, "unknown dtype", "export", "run", "out", "--format", "merged", "--dtype", "half")
     assert dude_here("export", "run", "out", "--format", "gguf", cwd=place).returncode == 2
 
 
 def test_what_an_import_refuses(place, tmp_path):
     refused(place, 3, "no PEFT adapter is here", "import", "nowhere", "out")
-    refused(place, 3, "it has no peft_type", "import", "run/adapter", "out")
+    refused(place, 3, "an adapter of dude's already", "import", "run/adapter", "out")
+    refused(place, 2, "unknown quantisation q4", "import", "peft", "out", "--quantization", "q4")
     shutil.copytree(place / "run/adapter", tmp_path / "peft")
     (tmp_path / "peft/adapter_config.json").write_text('{"peft_type": "IA3"}')
     refused(place, 3, "type IA3 cannot become", "import", tmp_path / "peft", "out")
     (tmp_path / "peft/adapter_config.json").write_text('{"peft_type": "LORA"}')
     refused(place, 3, "names no base model", "import", tmp_path / "peft", "out")
+
+
+def test_a_tokenizer_beside_the_imported_adapter_comes_along(place):
+    tokenizer = AutoTokenizer.from_pretrained(place / "run/adapter")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(place / "peft")
+    assert dude_here("import", "peft", "with-template", cwd=place).returncode == 0
+    assert AutoTokenizer.from_pretrained(place / "with-template").chat_template == tokenizer.chat_template
+
+
+def test_a_checkpoint_is_exported_by_its_folder(tmp_path):
+    config = quickstart_config(tmp_path, max_steps="2", output_dir="run", extra="  save_steps: 1")
+    assert dude_here("train", config, cwd=tmp_path).returncode == 0
+    done = dude_here("export", "run/checkpoints/step-000001", "out", "--format", "peft", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_appears_during_an_export_is_not_replaced(place, monkeypatch):
+    def meanwhile(*_: object) -> None:
+        (place / "out").mkdir()
+        (place / "out/notes.txt").write_text("precious")
+
+    monkeypatch.setattr("dude_cli.export.peft_format.check", meanwhile)
+    done = dude_here("export", "run", "out", "--format", "peft", cwd=place)
+    assert done.returncode == 2, done.stderr
+    assert "Directory not empty" in done.stderr
+    assert [file.name for file in (place / "out").iterdir()] == ["notes.txt"]
+    shutil.rmtree(place / "out")
+    assert not list(place.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("kind", ["merged", "peft"])
+def test_a_full_disk_in_an_export_has_its_own_exit_code(kind, place):
+    command = f"ulimit -f 100; exec {sys.executable} -m dude_cli export run out --format {kind}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=place, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 5, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(place.glob("out")) + list(place.glob(".*partial*"))
 
 
 def test_a_base_may_have_moved_and_another_one_must_be_allowed(tmp_path):
@@ -126,7 +173,7 @@ def test_a_base_may_have_moved_and_another_one_must_be_allowed(tmp_path):
     first.rename(tmp_path / "moved")
     save_base(tmp_path / "other", "llama", seed=1)
     export = ("export", "adapter", "out", "--format", "peft")
-    refused(tmp_path, 2, "does not exist", *export)
+    refused(tmp_path, 2, "or say where it is: --base-model", *export)
     refused(tmp_path, 3, "--allow-other-base", *export, "--base-model", tmp_path / "other")
     assert dude_here(*export, "--base-model", tmp_path / "moved", cwd=tmp_path).returncode == 0
     (tmp_path / "out").rename(tmp_path / "first-out")

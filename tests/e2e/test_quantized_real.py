@@ -99,9 +99,13 @@ def test_a_run_is_exported_as_a_merged_model_that_is_not_quantised_and_for_peft(
     assert done.returncode == 0, done.stderr
     done = dude_here("export", tmp_path / "run", tmp_path / "merged", "--format", "merged", "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["quantization"] == quantization
+    assert f"in {quantization}" in (tmp_path / "merged/README.md").read_text()
     for_peft = dude_here("export", tmp_path / "run", tmp_path / "peft", "--format", "peft")
     if quantization == "nf4":
         assert for_peft.returncode == 0, for_peft.stderr
+        assert "verified on the nf4 base that it was trained on" in for_peft.stdout
+        assert 'bnb_4bit_quant_type="nf4"' in (tmp_path / "peft/README.md").read_text()
     else:
         assert for_peft.returncode == 2
         assert "PEFT cannot compute DoRA on an int8 base on a CPU" in for_peft.stderr

@@ -107,7 +107,8 @@ def test_peft_loads_the_exported_adapter_onto_the_untouched_base(method, kind, r
 def test_half_precision_bases_are_within_what_rounding_explains(method, dtype, tmp_path):
     loaded = trained_target(tmp_path, "llama", AdapterConfig(method=method, rank=4), getattr(torch, dtype))
     for report in (export_peft(loaded, tmp_path / "peft"), export_merged(loaded, tmp_path / "merged", dtype)):
-        assert 0 < report.difference.relative <= report.tolerance <= 2e-2
+        assert 0 < report.difference.relative <= 2e-2
+        assert report.difference.relative <= report.tolerance
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
@@ -197,6 +198,22 @@ def test_a_randomised_pissa_start_needs_the_initial_adapter(use_dora, tmp_path):
     assert relative(logits(model), expected) <= TOLERANCE
 
 
+def test_a_heads_weight_that_peft_saved_must_be_the_bases(tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    expected = peft_trained(base, tmp_path / "peft", target_modules=["q_proj", "lm_head"], use_dora=True)
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    assert key in tensors  # PEFT's own doing
+    model = base_of(base)
+    import_peft(model, tmp_path / "peft")
+    assert relative(logits(model), expected) <= TOLERANCE
+    tensors[key][3] += 1
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match="a weight of its own for lm_head"):
+        import_peft(base_of(base), tmp_path / "peft")
+
+
 def test_an_imported_adapter_goes_on_training_and_is_saved(tmp_path):
     base = save_base(tmp_path / "base", "llama")
     peft_trained(base, tmp_path / "peft", use_dora=True)
@@ -267,6 +284,25 @@ def test_a_rank_that_no_layer_has_is_refused(tmp_path):
     loaded = trained_target(tmp_path, "llama", AdapterConfig(method="lora", rank=4))
     with pytest.raises(UsageError, match="at rank 32 nothing is left out"):
         export_lora(loaded, tmp_path / "lora", rank=33)
+
+
+def test_the_rank_that_is_not_given_is_at_most_the_layers_own(tmp_path):
+    config = AdapterConfig(method="pissa", rank=12, target_modules=["k_proj"])  # 16 x 32: the difference has rank 16
+    report = export_lora(trained_target(tmp_path, "llama", config), tmp_path / "lora")
+    assert report.low_rank is not None
+    assert report.low_rank.rank == 16
+    assert max(report.low_rank.by_layer.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["dude", "lora"])
+def test_an_adapter_is_loaded_in_float16_too(method, trained, tmp_path):
+    config = AdapterConfig(method=method, rank=4)
+    expected = logits(trained_target(tmp_path, "llama", config, getattr(torch, trained)).model)
+    half = load_target(find_target(str(tmp_path / "adapter")), "float16")
+    assert half.model.dtype == torch.float16
+    assert half.config.dtype == "float16"
+    assert relative(logits(half.model), expected) <= 2e-2
 
 
 def test_an_untrained_adapter_is_exported_without_a_division_by_zero(tmp_path):
