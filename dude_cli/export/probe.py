@@ -72,7 +72,7 @@ def tolerance(model: PreTrainedModel, *dtypes: DType) -> float:
 
     u is the unit roundoff of the coarsest of `dtypes`, or of an int8 base's activations. Each layer rounds once more,
     so errors grow as a random walk over the layers. Measured by `benchmarks/export_error.py` in bfloat16 and float16:
-    0.9 to 1.5 u sqrt(layers) on 2 to 80 layers of width up to 1024, and up to 3.8 at width 4096 with 32000 tokens: the
+    0.9 to 1.5 u sqrt(layers) on 2 to 80 layers of width up to 1024, and up to 4.0 at width 4096 with 32000 tokens: the
     largest of more differences is larger. In float32 up to 2e-6, where a lost magnitude is at 1e-2 and above.
     """
     from dude_cli.adapter.weight import quantization
