@@ -76,10 +76,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync(file)
-        sync(partial)
+        _sync_all(partial)
         _replace_folder(partial, path)
     finally:
         recover_folder(path)
@@ -97,10 +94,7 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync(file)
-        sync(partial)
+        _sync_all(partial)
         try:
             os.rename(partial, path)
         except OSError as error:
@@ -137,6 +131,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            sync(file)
+    sync(folder)
 
 
 def _replace_folder(partial: Path, path: Path) -> None:
