@@ -6,8 +6,9 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
+from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
-from dude_cli.adapter.layer import AdapterLayer, Factors
+from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.adapter.patch import (
     adapter_layers,
     cast_parameters,

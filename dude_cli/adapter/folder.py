@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dude_cli import files
-from dude_cli.adapter.layer import Factors
+from dude_cli.adapter.factors import Factors
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError
 

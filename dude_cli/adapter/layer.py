@@ -12,35 +12,34 @@ m (out,) the magnitude. The adapted weight of DuDe is, per output row i,
 
 which is exactly zero at the start in floating point too, so a freshly patched model is the base model bit for bit.
 With a random start the halves with B0 vanish and P = B, Q = A.
+
+The layer computes that through `product.py`. Its plain form, a few lines of autograd, is what that is tested against,
+and can be switched on to look for a mistake: DUDE_LAYER=plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dude_cli.adapter.weight import squared_row_norms, stored_weight, weight_chunks, weight_rows, weight_shape
+from dude_cli.adapter.factors import Factors
+from dude_cli.adapter.norm import base_product, dense_squared_norms, factored_squared_norms, is_cancelled
+from dude_cli.adapter.product import StepTensors, adapted_product
+from dude_cli.adapter.row_scale import RowScale
+from dude_cli.adapter.weight import squared_row_norms, stored_weight, weight_chunks, weight_shape
 from dude_cli.config import AdapterConfig
 
-# Below this share of the base's squared norm the factored sum has lost digits to cancellation.
-CANCELLATION = 0.25
 
+class RowNorms(NamedTuple):
+    """||V|| of the rows of one layer, without gradient."""
 
-class Factors(NamedTuple):
-    """The trained tensors of one layer and, for an SVD start, where they started. Float32."""
-
-    lora_A: Tensor  # (r, in)
-    lora_B: Tensor  # (out, r)
-    magnitude: Tensor | None = None  # (out,); None for lora and pissa
-    initial_A: Tensor | None = None  # (r, in); None for a random start
-    initial_B: Tensor | None = None  # (out, r)
-
-    def to(self, device: torch.device) -> Factors:
-        return Factors._make(None if tensor is None else tensor.to(device) for tensor in self)
+    norm: Tensor  # (out,), float32
+    has_zero_magnitude: bool  # of a row that is not zero itself
 
 
 class AdapterLayer(nn.Module):
@@ -53,7 +52,8 @@ class AdapterLayer(nn.Module):
     magnitude: nn.Parameter | None
     initial_A: Tensor | None
     initial_B: Tensor | None
-    base_squared_norms: Tensor | None
+    base_squared_norms: Tensor | None  # ||W0_i||^2, (out,)
+    initial_product: Tensor | None  # W0 A0^T, (out, r)
 
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, factors: Factors) -> None:
         super().__init__()
@@ -61,78 +61,108 @@ class AdapterLayer(nn.Module):
         self.config = config
         self.scaling = config.scaling
         self.enabled = True
-        self.holds_norms = False
-        self._held_norms: Tensor | None = None
+        self.is_plain = os.environ.get("DUDE_LAYER") == "plain"
+        self.is_held = False
+        self._held_norms: RowNorms | None = None
+        self._held_step: dict[tuple[torch.dtype, bool], StepTensors] = {}
         self.lora_A = nn.Parameter(factors.lora_A)
         self.lora_B = nn.Parameter(factors.lora_B)
         self.register_buffer("initial_A", factors.initial_A)
         self.register_buffer("initial_B", factors.initial_B)
         self.register_buffer("base_squared_norms", None)
+        self.register_buffer("initial_product", None)
         self.magnitude = None
         if config.has_magnitude:
             self.base_squared_norms = squared_row_norms(base_layer)
+            if factors.initial_A is not None:
+                self.initial_product = base_product(base_layer, factors.initial_A)
             start = self.base_squared_norms.sqrt() if factors.magnitude is None else factors.magnitude
             self.magnitude = nn.Parameter(start.clone())
         self.train(base_layer.training)  # a model in evaluation mode stays in it, dropout too
 
     def forward(self, x: Tensor) -> Tensor:
-        z: Tensor = self.base_layer(x)
         if not self.enabled:
-            return z
-        P, Q = self.difference_factors()
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        norms = None if self.magnitude is None else self.row_norms()
+        if self.is_plain or (norms is not None and norms.has_zero_magnitude):
+            return self.plain_forward(x)
+        # Of (tokens, in) no linear layer returns a view, which could not be overwritten.
+        z: Tensor = self.base_layer(x.view(-1, x.shape[-1]) if x.is_contiguous() else x)
+        dropped = F.dropout(x, self.config.dropout, self.training)
+        # What y - bias is proportional to and the gradient goes through: m, or g where the norm has a gradient too.
+        gain = self.magnitude_ratio() if self._differentiates_norm() else self.magnitude
+        y = adapted_product(
+            z.reshape(-1, z.shape[-1]),
+            dropped.reshape(-1, x.shape[-1]).to(z.dtype),
+            self.lora_A,
+            self.lora_B,
+            gain,
+            self._step_tensors(z.dtype, norms, gain),
+            in_place=self._may_overwrite(z),
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def plain_forward(self, x: Tensor) -> Tensor:
+        """The same y and the same gradients in plain autograd, with more work and memory."""
+        z: Tensor = self.base_layer(x)
+        P, Q = self.factors.difference()
         h = F.linear(F.dropout(x, self.config.dropout, self.training), Q.to(x.dtype))
         difference = F.linear(h, (self.scaling * P).to(h.dtype))
         if self.magnitude is None:
             return z + difference.to(z.dtype)
-        g = self.magnitude_ratio(P, Q)
+        g = self.magnitude_ratio()
         # Added and scaled in float32: in bfloat16 a g of 1.003 would round to 1.
         difference = difference.to(torch.float32)
         bias = self.bias
         y = g * (z + difference) if bias is None else z + (g - 1) * (z - bias) + g * difference
         return y.to(z.dtype)
 
-    def difference_factors(self) -> tuple[Tensor, Tensor]:
-        """P (out, 2r) and Q (2r, in) with V - W0 = s P Q; (out, r) and (r, in) for a random start. Differentiable."""
-        if self.initial_A is None or self.initial_B is None:
-            return self.lora_B, self.lora_A
-        P = torch.cat([self.lora_B - self.initial_B, self.initial_B], dim=1)
-        Q = torch.cat([self.lora_A, self.lora_A - self.initial_A], dim=0)
-        return P, Q
-
-    def magnitude_ratio(self, P: Tensor, Q: Tensor) -> Tensor:
+    def magnitude_ratio(self) -> Tensor:
         """g = m / ||V|| per output row, (out,), float32; 0 for a row of norm 0.
 
         The norm is a constant of the backward pass (DoRA, section 4.3) unless `norm_gradient` is exact. Inside
         `constant_adapters` it is computed once.
         """
-        assert self.magnitude is not None
-        if self.config.norm_gradient == "exact" and torch.is_grad_enabled():
-            squared = self.squared_norms(P, Q)
-        else:
-            with torch.no_grad():
-                squared = self._held_norms if self._held_norms is not None else self.squared_norms(P, Q)
-            if self.holds_norms:
-                self._held_norms = squared
-        is_positive = squared > 0
-        norm = torch.where(is_positive, squared, 1.0).sqrt()
-        return torch.where(is_positive, self.magnitude / norm, 0.0)
+        if self._differentiates_norm():
+            squared = self.squared_norms()
+            return self._ratio(torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0))
+        return self._ratio(self.row_norms().norm)
 
-    def squared_norms(self, P: Tensor, Q: Tensor) -> Tensor:
-        """||W0_i + s P_i Q||^2 per output row, (out,), float32, differentiable, without building W.
+    def squared_norms(self) -> Tensor:
+        """||V_i||^2 per output row, (out,), float32, differentiable; see `norm.py`. Rows that cancel are redone."""
+        return self.without_cancellation(self.factored_squared_norms())
 
-        ||W0_i||^2 + 2 s P_i . (Q W0_i) + s^2 P_i (Q Q^T) P_i^T; rows that cancel are summed densely in float64.
-        """
+    def factored_squared_norms(self) -> Tensor:
+        """||V_i||^2 before the rows that cancel are redone."""
         assert self.base_squared_norms is not None
-        s = self.scaling
-        with torch.autocast(P.device.type, enabled=False):
-            cross: Tensor = _BaseProduct.apply(Q, self.base_layer)  # type: ignore[no-untyped-call]
-            squared = self.base_squared_norms + 2 * s * (P * cross).sum(dim=1)
-            squared = squared + s * s * ((P @ (Q @ Q.T)) * P).sum(dim=1)
-            rows = (squared < CANCELLATION * self.base_squared_norms).nonzero().squeeze(1)
-            if len(rows) > 0:
-                V = weight_rows(self.base_layer, rows).double() + s * P[rows].double() @ Q.double()
-                squared = squared.index_copy(0, rows, V.square().sum(dim=1).float())
-        return squared
+        return factored_squared_norms(
+            self.base_layer, self.factors, self.scaling, self.base_squared_norms, self.initial_product
+        )
+
+    def norm_checks(self, squared: Tensor) -> Tensor:
+        """(2,) booleans on the device: whether a row of `squared` cancels, and whether one has a magnitude of zero."""
+        assert self.base_squared_norms is not None
+        assert self.magnitude is not None
+        has_zero = ((self.magnitude == 0) & (self.base_squared_norms > 0)).any()
+        return torch.stack([is_cancelled(squared, self.base_squared_norms).any(), has_zero])
+
+    def without_cancellation(self, squared: Tensor) -> Tensor:
+        """`squared` with the rows that cancel summed densely."""
+        assert self.base_squared_norms is not None
+        rows = is_cancelled(squared, self.base_squared_norms).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return squared
+        P, Q = self.factors.difference()
+        return squared.index_copy(0, rows, dense_squared_norms(self.base_layer, P, Q, self.scaling, rows))
+
+    def row_norms(self) -> RowNorms:
+        """||V_i|| without gradient: what is held, or computed now, and then held if the layer's norms are."""
+        if self._held_norms is not None:
+            return self._held_norms
+        norms: RowNorms = compute_row_norms([self])[0]
+        if self.is_held:
+            self._held_norms = norms
+        return norms
 
     @torch.no_grad()
     def change_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -141,8 +171,8 @@ class AdapterLayer(nn.Module):
         (g - 1) W0 + g s P Q: what is learned keeps its digits, however small it is beside W0. The norms are computed
         before the first chunk, so W0 may be overwritten chunk by chunk.
         """
-        P, Q = self.difference_factors()
-        g = None if self.magnitude is None else self.magnitude_ratio(P, Q)[:, None]
+        P, Q = self.factors.difference()
+        g = None if self.magnitude is None else self.magnitude_ratio()[:, None]
         for rows, W0 in weight_chunks(self.base_layer):
             difference = self.scaling * (P[rows] @ Q)
             yield rows, difference if g is None else (g[rows] - 1) * W0 + g[rows] * difference, W0
@@ -166,10 +196,30 @@ class AdapterLayer(nn.Module):
         total = float(squared.double().sum())
         return float(S.square().sum()) / total if total > 0 else 1.0
 
-    def hold_norms(self, held: bool) -> None:
-        """Start or stop to reuse the norm of the first forward; for `constant_adapters`."""
-        self.holds_norms = held
+    def hold(self, norms: RowNorms | None = None) -> None:
+        """Reuse `norms`, or those of the next forward, and what else only a step changes, until `release`."""
+        self.is_held = True
+        self._held_norms = norms
+
+    def forget(self) -> None:
+        """Compute what is held anew in the next forward: A, B or m have changed."""
         self._held_norms = None
+        self._held_step.clear()
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self.is_held = False
+        self.forget()
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> None:
+        """Copy `factors`, of the same shapes, into the layer's tensors."""
+        for name, tensor in factors._asdict().items():
+            if tensor is not None:
+                getattr(self, name).copy_(tensor)
+        if self.initial_product is not None and self.initial_A is not None:
+            self.initial_product.copy_(base_product(self.base_layer, self.initial_A))
+        self.forget()
 
     @property
     def factors(self) -> Factors:
@@ -196,6 +246,36 @@ class AdapterLayer(nn.Module):
         sizes = f"out={out_features}, in={in_features}, rank={self.rank}"
         return f"method={self.config.method}, {sizes}, scaling={self.scaling}"
 
+    @torch.no_grad()
+    def _step_tensors(self, dtype: torch.dtype, norms: RowNorms | None, gain: Tensor | None) -> StepTensors:
+        key = (dtype, gain is self.magnitude)
+        held = self._held_step.get(key)
+        if held is not None:
+            return held
+        P, Q = self.factors.difference()
+        step = StepTensors((self.scaling * P).to(dtype), Q.to(dtype), self.scaling)
+        if norms is not None and gain is not None:
+            scale = RowScale.of(self._ratio(norms.norm), self.bias)
+            step = step._replace(scale=scale, inverse_gain=torch.where(gain == 0, 0.0, 1 / gain))
+        if self.is_held:
+            self._held_step[key] = step
+        return step
+
+    def _differentiates_norm(self) -> bool:
+        return self.magnitude is not None and self.config.norm_gradient == "exact" and torch.is_grad_enabled()
+
+    def _ratio(self, norm: Tensor) -> Tensor:
+        assert self.magnitude is not None
+        is_positive = norm > 0
+        return torch.where(is_positive, self.magnitude / torch.where(is_positive, norm, 1.0), 0.0)
+
+    def _may_overwrite(self, z: Tensor) -> bool:
+        """Whether y may take the place of z: nobody has it but us."""
+        # A hook may keep what the base layer gave it; torch.compile sees to memory itself.
+        if torch.compiler.is_compiling() or self.base_layer._forward_hooks:
+            return False
+        return not z._is_view() and z.is_contiguous()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move with the model, but keep float32: `model.to(torch.bfloat16)` would round the learned magnitudes."""
 
@@ -205,24 +285,25 @@ class AdapterLayer(nn.Module):
 
         if recurse:
             self.base_layer._apply(fn)  # type: ignore[no-untyped-call]
-        self._held_norms = None
+        self.forget()
         super()._apply(moved, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
 
-class _BaseProduct(torch.autograd.Function):
-    """W0 Q^T, (out, k), in float32, reading W0 in row chunks in both passes so that no float32 copy of it is kept."""
 
-    @staticmethod
-    def forward(ctx: Any, Q: Tensor, base_layer: nn.Module) -> Tensor:
-        ctx.base_layer = base_layer
-        return torch.cat([chunk @ Q.T for _, chunk in weight_chunks(base_layer)])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,) = grads
-        terms = (grad[rows].T @ chunk for rows, chunk in weight_chunks(ctx.base_layer))
-        total = next(terms)
-        for term in terms:
-            total = total + term
-        return total, None
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what must be redone is read from the device
+@torch.no_grad()
+def compute_row_norms(layers: Sequence[AdapterLayer]) -> list[RowNorms]:
+    """The row norms of layers with a magnitude, with one wait for the device for all of them."""
+    if not layers:
+        return []
+    squared = [layer.factored_squared_norms() for layer in layers]
+    checks = [layer.norm_checks(values).to(squared[0].device) for layer, values in zip(layers, squared, strict=True)]
+    result = []
+    for layer, values, (cancels, has_zero) in zip(layers, squared, torch.stack(checks).tolist(), strict=True):
+        exact = layer.without_cancellation(values) if cancels else values
+        result.append(RowNorms(exact.clamp(min=0).sqrt(), has_zero))
+    return result

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from dude_cli.adapter.decompose import initial_factors, seed_for
-from dude_cli.adapter.layer import AdapterLayer, Factors
+from dude_cli.adapter.factors import Factors
+from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
 from dude_cli.adapter.weight import (
     dequantized,
     in_stored_orientation,
     is_linear,
     is_quantized,
+    is_whole,
     keep_packing,
     stored_weight,
     weight_rows,
@@ -112,17 +115,40 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def constant_adapters(model: nn.Module) -> Iterator[None]:
-    """A promise that A, B and m do not change within, so that each layer computes its row norms once.
+    """A promise that A, B and m do not change within, so that norms and rounded factors are made once.
 
-    For the micro-batches between two optimizer steps, for an evaluation and for generation. The norm is computed by
-    the first forward within. May be nested.
+    For the micro-batches between two optimizer steps, for an evaluation and for generation. The norms are computed
+    here, with one wait for the device; those of a sharded or offloaded weight by its first forward within. May be
+    nested. A step of a torch optimizer, `load_state_dict` and `.to()` within end what is held so far; a write to
+    `parameter.data` cannot be seen and breaks the promise.
     """
-    with ExitStack() as stack:
-        for layer in adapter_layers(model).values():
-            if not layer.holds_norms:
-                layer.hold_norms(True)
-                stack.callback(layer.hold_norms, False)
+    layers = [layer for layer in adapter_layers(model).values() if not layer.is_held]
+    with_norms = [layer for layer in layers if layer.magnitude is not None and is_whole(layer.base_layer)]
+    for layer in layers:
+        layer.hold()
+    try:
+        for layer, norms in zip(with_norms, compute_row_norms(with_norms), strict=True):
+            layer.hold(norms)
+        with _forgetting_after_each_step(layers):
+            yield
+    finally:
+        for layer in layers:
+            layer.release()
+
+
+@contextmanager
+def _forgetting_after_each_step(layers: list[AdapterLayer]) -> Iterator[None]:
+    """Within, a step of any torch optimizer, a fused one included, ends what the layers hold so far."""
+
+    def forget(*_: object) -> None:
+        for layer in layers:
+            layer.forget()
+
+    handle = register_optimizer_step_post_hook(forget)
+    try:
         yield
+    finally:
+        handle.remove()
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

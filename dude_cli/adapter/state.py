@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dude_cli import files
+from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import (
     CONFIG_FILE,
     FORMAT_VERSION,
@@ -22,7 +23,6 @@ from dude_cli.adapter.folder import (
     read_adapter_config,
     read_factors,
 )
-from dude_cli.adapter.layer import Factors
 from dude_cli.adapter.patch import adapter_layers, is_tied, patch_with_factors
 from dude_cli.adapter.weight import is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig
@@ -110,11 +110,8 @@ def restore_adapter(model: PreTrainedModel, folder: Path) -> None:
             fix="use the config that it was trained with",
         )
     check_base(model, folder, saved)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for field, tensor in factors[name]._asdict().items():
-                if tensor is not None:
-                    getattr(layer, field).copy_(tensor)
+    for name, layer in layers.items():
+        layer.set_factors(factors[name])
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -51,6 +51,12 @@ def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         yield rows, weight[rows].to(torch.float32)
 
 
+def is_whole(layer: nn.Module) -> bool:
+    """Whether the weight is here outside of a forward: neither sharded over ranks nor offloaded."""
+    weight = stored_weight(layer)
+    return not weight.is_meta and not hasattr(weight, "device_mesh")
+
+
 def in_stored_orientation(layer: nn.Module, W: Tensor) -> Tensor:
     """A (out, in) weight as the layer stores it: a `Conv1D` transposed. Its own inverse; a view."""
     return W.T if isinstance(layer, Conv1D) else W

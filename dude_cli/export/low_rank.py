@@ -57,7 +57,7 @@ def export_lora(
         svd = SvdConfig(algorithm="exact")
         rank = lowest_rank(loaded.model, max_error, say)
     elif rank is None:
-        rank = min(_largest_rank(layers), next(iter(layers.values())).difference_factors()[1].shape[0])
+        rank = min(_largest_rank(layers), next(iter(layers.values())).factors.difference()[1].shape[0])
     _check_rank(layers, rank)
     say(f"approximating {len(layers)} layers by rank {rank}")
     found = {name: best_lora(layer, rank, svd) for name, layer in layers.items()}

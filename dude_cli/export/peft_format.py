@@ -38,7 +38,7 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
 
     layers = {}
     for name, layer in adapter_layers(loaded.model).items():
-        P, Q = layer.difference_factors()
+        P, Q = layer.factors.difference()
         layers[name] = PeftLayer(Q, P, layer.magnitude)
     rank = next(iter(layers.values())).lora_A.shape[0]
     config = adapter_lora_config(loaded, layers, alpha=_alpha(loaded.saved.config, rank))

@@ -259,7 +259,7 @@ def test_the_error_is_that_of_the_truncated_decomposition(tmp_path):
     assert report.low_rank is not None
     for name, layer in adapter_layers(loaded.model).items():
         W0 = layer.weight.double()
-        P, Q = (factor.detach().double() for factor in layer.difference_factors())
+        P, Q = (factor.detach().double() for factor in layer.factors.difference())
         V = W0 + layer.scaling * P @ Q
         change = (layer.magnitude.detach().double() / V.norm(dim=1))[:, None] * V - W0
         assert torch.allclose(learned_change(layer).double(), change, atol=1e-6)

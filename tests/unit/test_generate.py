@@ -98,8 +98,8 @@ def test_the_base_answers_as_the_model_without_adapters(tuned, tokenizer):
 
 def test_the_norms_are_computed_once_for_an_answer(tuned, tokenizer, monkeypatch):
     calls = []
-    norms = AdapterLayer.squared_norms
-    monkeypatch.setattr(AdapterLayer, "squared_norms", lambda *args: calls.append(1) or norms(*args))
+    norms = AdapterLayer.factored_squared_norms
+    monkeypatch.setattr(AdapterLayer, "factored_squared_norms", lambda *args: calls.append(1) or norms(*args))
     assert generator(tuned, tokenizer).answer(QUESTION).new_tokens > 2
     assert len(calls) == len([layer for layer in tuned.modules() if isinstance(layer, AdapterLayer)])
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DTYPES, KINDS, tiny_batch, tiny_model, train_a_little
 
 from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, read_adapter_config, save_adapter, state
+from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import adapter_sha256, digest
-from dude_cli.adapter.layer import Factors
 from dude_cli.adapter.state import adapter_tensors, base_fingerprint
 from dude_cli.errors import AdapterError
 

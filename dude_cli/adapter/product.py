@@ -1,0 +1,129 @@
+"""The adapter's product as one autograd Function: LoRA's work and memory, with a magnitude.
+
+z = x W0^T + bias comes from the base layer. With the factors P = s [B - B0, B0] (out, 2r) and Q = [A; A - A0] (2r, in),
+and g = m / ||V|| per output row,
+
+    h = x Q^T,   y = g (z - bias + h P^T) + bias
+
+and backwards, for a given dy,
+
+    dz = g dy,   u = dz P,   dx = dz W0 + u Q,   dB = s dz^T h[:, :r],   dA = (u[:, :r] + u[:, r:])^T x,
+    dm_i = sum_t dy_ti (y_ti - bias_i) / m_i
+
+because s dz B = u[:, :r] + u[:, r:]: the frozen half of the factors costs nothing in the weight gradients. A random
+start has P = s B, Q = A and no second half. What is kept for the backward pass is x, h[:, :r] and, with a magnitude, y.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dude_cli.adapter import row_scale
+from dude_cli.adapter.row_scale import RowScale
+
+# DUDE_LAYER=torch turns the kernels off.
+HAS_KERNELS = os.environ.get("DUDE_LAYER") != "torch" and importlib.util.find_spec("triton") is not None
+
+
+class StepTensors(NamedTuple):
+    """What the product needs and only an optimizer step changes, without gradient; k is 2r, or r for a random start."""
+
+    P: Tensor  # (out, k), scaling included, in the product's dtype
+    Q: Tensor  # (k, in), in the product's dtype
+    scaling: float
+    scale: RowScale | None = None  # None without a magnitude
+    inverse_gain: Tensor | None = None  # (out,) float32; 0 where the gain is: a zero row of W0 stays one
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """y (tokens, out) of the head of this module; see `adapted_product`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        gain: Tensor | None,
+        step: StepTensors,
+        in_place: bool,
+    ) -> Tensor:
+        y = z if in_place else z.clone(memory_format=torch.contiguous_format)
+        with _without_autocast(x):
+            h = x @ step.Q.T
+            _add_and_scale_(y, h, step)
+        if in_place:
+            ctx.mark_dirty(z)
+        rank = lora_A.shape[0]
+        # Of h the backward pass needs the trained half alone.
+        h = h if h.shape[1] == rank else h[:, :rank].clone()
+        ctx.step = step
+        ctx.save_for_backward(x, h, None if step.scale is None else y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        step: StepTensors = ctx.step
+        x, h, y = ctx.saved_tensors
+        rank = h.shape[1]
+        dz, d_gain = dy, None
+        if step.scale is not None:
+            passes = _kernels(dy.device.type) or row_scale
+            dz, products = passes.scale_backward(dy.contiguous(), y, step.scale)
+            d_gain = products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
+        with _without_autocast(x):
+            u = dz @ step.P
+            dx = u @ step.Q if ctx.needs_input_grad[1] else None
+            dB = (dz.T @ h).float()
+            dA = (u if u.shape[1] == rank else u[:, :rank] + u[:, rank:]).T @ x
+        if step.scaling != 1.0:
+            dB.mul_(step.scaling)
+        return dz if ctx.needs_input_grad[0] else None, dx, dA.float(), dB, d_gain, None, None
+
+
+def adapted_product(
+    z: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, step: StepTensors, *, in_place: bool
+) -> Tensor:
+    """y = g (z - bias + x Q^T P^T) + bias, with gradients of z, x, A, B and the gain.
+
+    z (tokens, out) is what the base layer computes for x (tokens, in), both in the dtype of P and Q. `step` holds the
+    values of `lora_A`, `lora_B` and `gain`. The gain is what g is proportional to: the magnitude if the norm is a
+    constant, g itself if it is not. `in_place` writes y over z: for a z that is no view and that nobody else keeps.
+    """
+    y: Tensor = AdaptedProduct.apply(z, x, lora_A, lora_B, gain, step, in_place)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _add_and_scale_(z: Tensor, h: Tensor, step: StepTensors) -> None:
+    kernels = _kernels(z.device.type)
+    if step.scale is not None and kernels is not None:
+        kernels.add_and_scale_(z, h, step.P, step.scale)
+        return
+    z.addmm_(h, step.P.T)
+    if step.scale is not None:
+        row_scale.scale_(z, step.scale)
+
+
+def _kernels(device_type: str) -> ModuleType | None:
+    """The Triton kernels, where the product is on a GPU; torch.compile fuses by itself."""
+    if device_type != "cuda" or not HAS_KERNELS or torch.compiler.is_compiling():
+        return None
+    from dude_cli.adapter import kernels
+
+    return kernels
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,336 @@
+"""The layer's autograd Function against its plain form, and what it must not do: be stale, or keep too much."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_adapter_reference import METHODS, TOLERANCE, dense_reference, layer_results, moved_layer, relative_error
+from tiny_models import linear_layer, tiny_batch, tiny_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dude_cli.adapter import AdapterConfig, adapter_layers, constant_adapters, patch_model, trainable_parameters
+from dude_cli.adapter.layer import AdapterLayer
+from dude_cli.adapter.row_scale import RowScale, scale_, scale_backward
+
+# Relative error of one rounding to the dtype, times a small number for the roundings on the way.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def plain_results(layer: AdapterLayer, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
+    layer.is_plain = True
+    try:
+        return layer_results(layer, x, grad_y)
+    finally:
+        layer.is_plain = False
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize(("bias", "conv1d"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("method", METHODS)
+def test_it_gives_what_the_plain_form_gives(method, bias, conv1d, dtype):
+    base = linear_layer(48, 40, bias=bias, conv1d=conv1d, dtype=dtype)
+    layer = moved_layer(base, AdapterConfig(method=method, rank=6, alpha=9.0))
+    x, grad_y = torch.randn(3, 7, 40).to(dtype), torch.randn(3, 7, 48).to(dtype)
+    expected, found = plain_results(layer, x, grad_y), layer_results(layer, x, grad_y)
+    assert set(found) == set(expected)
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        assert relative_error(found[name], expected[name].double()) <= ROUNDING[dtype], name
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(40),
+        torch.randn(1, 40),
+        torch.randn(0, 40),
+        torch.randn(2, 1, 3, 40),
+        torch.randn(5, 40, 3).transpose(1, 2),
+        torch.randn(1, 40).expand(6, 40),
+    ],
+    ids=["one vector", "one token", "no token", "four axes", "transposed", "expanded"],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_any_layout_of_the_input_works(x, bias):
+    layer = moved_layer(linear_layer(48, 40, bias=bias), AdapterConfig(rank=6))
+    grad_y = torch.randn(48).expand(*x.shape[:-1], 48)
+    expected, found = plain_results(layer, x, grad_y), layer_results(layer, x, grad_y)
+    assert all(found[name].shape == expected[name].shape for name in expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 70), st.integers(1, 70), st.booleans(), st.sampled_from(list(ROUNDING)), st.integers(0, 2**31))
+def test_scaling_rows_is_one_rounding_of_the_float64_result(tokens, out, has_bias, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    product, dy = (torch.randn(tokens, out, generator=generator).to(dtype) for _ in range(2))
+    g = torch.randn(out, generator=generator)
+    bias = torch.randn(out, generator=generator) if has_bias else None
+    scale, y = RowScale.of(g, bias), product.clone()
+    scale_(y, scale)
+    centre = torch.zeros(out).double() if bias is None else bias.double()
+    expected = g.double() * (product.double() - centre) + centre
+    u = torch.finfo(dtype).eps
+    assert ((y.double() - expected).abs() <= u * expected.abs() + 1e-6 * (1 + g.double().abs())).all()
+    dz, products = scale_backward(dy, y, scale)
+    assert torch.equal(dz, (dy.float() * g).to(dtype))
+    terms = dy.double() * (y.double() - centre)
+    assert ((products.double() - terms.sum(0)).abs() <= 1e-5 * terms.abs().sum(0) + 1e-30).all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_ratio_of_one_leaves_the_product_as_it_is(dtype):
+    product = torch.randn(9, 33).to(dtype)
+    for bias in (None, torch.randn(33) * 100):
+        y = product.clone()
+        scale_(y, RowScale.of(torch.ones(33), bias))
+        assert torch.equal(y, product)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_no_result(method):
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(method=method, rank=4))
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    expected = layer_results(layer, x, grad_y)
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    with constant_adapters(layer):
+        checkpoint(layer, x, use_reentrant=False).backward(grad_y)
+    assert torch.equal(x.grad, expected["x"])
+    assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in trainable_parameters(layer).items())
+
+
+def test_what_a_hook_keeps_of_the_base_layer_stays_as_it_was():
+    layer = moved_layer(linear_layer(24, 20, bias=False), AdapterConfig(rank=4))
+    x, kept = torch.randn(5, 20), []
+    expected = layer(x)
+    layer.base_layer.register_forward_hook(lambda module, args, output: kept.append(output))
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(kept[0], layer.base_layer(x))
+
+
+# --- never stale ------------------------------------------------------------------------------------------------
+
+
+def reloaded(layer: AdapterLayer) -> None:
+    state = copy.deepcopy(layer.state_dict())
+    for name in ("lora_A", "lora_B", "magnitude"):
+        state[name].mul_(1.5)
+    layer.load_state_dict(state)
+
+
+def stepped(optimizer: type[torch.optim.Optimizer], **options: object) -> Callable[[AdapterLayer], None]:
+    def step(layer: AdapterLayer) -> None:
+        for parameter in trainable_parameters(layer).values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer(trainable_parameters(layer).values(), lr=0.1, **options).step()
+
+    return step
+
+
+def moved_away_and_back(layer: AdapterLayer) -> None:
+    """What `.to(device)` does to a parameter: new data under the same name."""
+    layer._apply(lambda tensor: tensor * 1.5 if tensor.is_floating_point() and tensor.ndim else tensor)
+    layer.base_layer.weight.data /= 1.5
+    layer.base_squared_norms = layer.base_layer.weight.square().sum(dim=1)
+    layer.initial_product = layer.base_layer.weight @ layer.initial_A.T
+
+
+SEEN_CHANGES: dict[str, Callable[[AdapterLayer], None]] = {
+    "AdamW": stepped(torch.optim.AdamW),
+    "fused AdamW": stepped(torch.optim.AdamW, fused=True),
+    "foreach SGD": stepped(torch.optim.SGD, foreach=True),
+    "fused SGD": stepped(torch.optim.SGD, fused=True),
+    "load_state_dict": reloaded,
+    "set_factors": lambda layer: layer.set_factors(
+        layer.factors._replace(**{f: getattr(layer, f).detach() * 1.5 for f in ("lora_A", "lora_B", "initial_A")})
+    ),
+    "moved": moved_away_and_back,
+}
+UNSEEN_CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "in place": lambda parameter: parameter.add_(0.5),
+    "data": lambda parameter: parameter.data.mul_(1.5),
+    "new data": lambda parameter: setattr(parameter, "data", parameter.data * 1.5),
+}
+
+
+@pytest.mark.parametrize("change", SEEN_CHANGES)
+def test_within_the_scope_these_changes_are_seen(change):
+    layer = moved_layer(linear_layer(24, 20, bias=False), AdapterConfig(rank=4))
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    with constant_adapters(layer):
+        before = layer(x)
+        SEEN_CHANGES[change](layer)
+        expected, found = dense_reference(layer, x, grad_y), layer_results(layer, x, grad_y)
+    assert not torch.equal(found["y"], before)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("change", [*SEEN_CHANGES, *UNSEEN_CHANGES])
+def test_after_the_scope_every_change_is_seen(change):
+    layer = moved_layer(linear_layer(24, 20, bias=False), AdapterConfig(rank=4))
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    with constant_adapters(layer):
+        before = layer(x)
+        if change in SEEN_CHANGES:
+            SEEN_CHANGES[change](layer)
+        else:
+            with torch.no_grad():
+                for parameter in trainable_parameters(layer).values():
+                    UNSEEN_CHANGES[change](parameter)
+    expected, found = dense_reference(layer, x, grad_y), layer_results(layer, x, grad_y)
+    assert not torch.equal(found["y"], before)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) <= TOLERANCE, name
+
+
+def test_within_the_scope_each_dtype_has_factors_of_its_own():
+    """Under autocast the product is bfloat16, without it float32; the scope may see both."""
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(rank=4))
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    expected = layer_results(layer, x, grad_y)
+    with constant_adapters(layer):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = layer_results(layer, x, grad_y.bfloat16())
+        found = layer_results(layer, x, grad_y)
+    assert rounded["y"].dtype == torch.bfloat16
+    for name in expected:
+        assert torch.equal(found[name], expected[name])
+        assert relative_error(rounded[name], expected[name].double()) <= 3e-2
+
+
+def test_with_an_exact_norm_an_evaluation_within_the_scope_changes_no_gradient():
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(rank=4, norm_gradient="exact"))
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    expected = layer_results(layer, x, grad_y)
+    with constant_adapters(layer):
+        with torch.no_grad():
+            layer(x)
+        found = layer_results(layer, x, grad_y)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_other_adapters_put_on_within_the_scope_are_used():
+    ids = tiny_batch()
+    base = patch_model(tiny_model("llama"), AdapterConfig(rank=4))
+    expected = patch_model(tiny_model("llama"), AdapterConfig(rank=2))
+    with constant_adapters(base), torch.no_grad():
+        base(input_ids=ids)
+        for name, layer in adapter_layers(expected).items():
+            layer.lora_B.mul_(1.5)
+            base.set_submodule(name, layer)
+        assert torch.equal(base(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+# --- once a step ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def norm_calls(monkeypatch) -> list[AdapterLayer]:
+    calls: list[AdapterLayer] = []
+    norms = AdapterLayer.factored_squared_norms
+    monkeypatch.setattr(AdapterLayer, "factored_squared_norms", lambda layer: calls.append(layer) or norms(layer))
+    return calls
+
+
+@pytest.mark.parametrize("has_checkpointing", [False, True])
+def test_norms_and_rounded_factors_are_made_once_a_step(norm_calls, has_checkpointing):
+    model = patch_model(tiny_model("llama"), AdapterConfig(rank=4)).train()
+    if has_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers, ids = list(adapter_layers(model).values()), tiny_batch()
+    with constant_adapters(model):
+        made = []
+        for _ in range(3):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            made.append([id(step) for layer in layers for step in layer._held_step.values()])
+    assert len(norm_calls) == len(layers)
+    assert made[0] == made[2]
+    assert len(made[0]) == len(layers)
+    assert all(not layer._held_step and layer._held_norms is None for layer in layers)
+
+
+def test_one_wait_for_the_device_tells_which_rows_of_all_layers_to_redo(monkeypatch):
+    model = patch_model(tiny_model("llama"), AdapterConfig(rank=4))
+    waits = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: waits.append(1) or tolist(tensor))
+    monkeypatch.setattr(Tensor, "nonzero", lambda *args: pytest.fail("no row cancels here"))
+    with constant_adapters(model):
+        assert len(waits) == 1
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------
+
+
+def saved_bytes(layer: nn.Module, x: Tensor, *, without: tuple[Tensor, ...] = ()) -> int:
+    """Bytes of the distinct storages that the graph of `layer(x)` holds, parameters, constants and x left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *layer.parameters(), *without)}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    del y
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"), [("lora", 50 * 4), ("pissa", 50 * 4), ("dora", 50 * (4 + 64)), ("dude", 50 * (4 + 64))]
+)
+def test_kept_for_the_backward_pass_are_the_trained_half_and_the_output(method, expected):
+    """x (which the layers beside it keep too), h (tokens, r), and with a magnitude y (tokens, out)."""
+    layer = moved_layer(linear_layer(64, 32, bias=False), AdapterConfig(method=method, rank=4))
+    x = torch.randn(50, 32, requires_grad=True)
+    with constant_adapters(layer):
+        layer(x)
+        assert saved_bytes(layer, x) == 4 * expected
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "norm_gradient"), [(m, "detached") for m in METHODS] + [("dude", "exact")])
+def test_torch_compile_finds_no_graph_break_within_the_scope(method, norm_gradient):
+    layer = moved_layer(
+        linear_layer(24, 20, bias=True), AdapterConfig(method=method, rank=4, norm_gradient=norm_gradient)
+    )
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    expected = layer_results(layer, x, grad_y)
+    torch._dynamo.reset()
+    is_whole = norm_gradient == "detached"  # an exact norm looks for rows to redo in each forward
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=is_whole)
+    with constant_adapters(layer):
+        for _ in range(2):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = compiled(leaf)
+            y.backward(grad_y)
+            found = {"y": y.detach(), "x": leaf.grad} | {n: p.grad for n, p in trainable_parameters(layer).items()}
+            for name in expected:
+                assert relative_error(found[name], expected[name].double()) <= TOLERANCE, name
+
+
+def test_a_low_matmul_precision_does_not_reach_the_norms():
+    layer = moved_layer(linear_layer(256, 256, bias=False), AdapterConfig(rank=16))
+    expected = layer.squared_norms()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(layer.squared_norms(), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
