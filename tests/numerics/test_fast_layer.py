@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dude_cli.adapter import AdapterConfig, adapter_layers, constant_adapters, patch_model, trainable_parameters
 from dude_cli.adapter.layer import AdapterLayer
+from dude_cli.adapter.norm import frozen_products
 from dude_cli.adapter.row_scale import RowScale, scale_, scale_backward
 
 # Relative error of one rounding to the dtype, times a small number for the roundings on the way.
@@ -139,8 +140,9 @@ def moved_away_and_back(layer: AdapterLayer) -> None:
     """What `.to(device)` does to a parameter: new data under the same name."""
     layer._apply(lambda tensor: tensor * 1.5 if tensor.is_floating_point() and tensor.ndim else tensor)
     layer.base_layer.weight.data /= 1.5
-    layer.base_squared_norms = layer.base_layer.weight.square().sum(dim=1)
-    layer.initial_product = layer.base_layer.weight @ layer.initial_A.T
+    layer.base_squared_norms, layer.initial_product, layer.initial_gram = frozen_products(
+        layer.base_layer, layer.initial_A
+    )
 
 
 SEEN_CHANGES: dict[str, Callable[[AdapterLayer], None]] = {
