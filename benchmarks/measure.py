@@ -49,8 +49,7 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     record = _record()
     for number, case in enumerate(chosen, start=1):
         print(f"{name} {number}/{len(chosen)}: {case.name}", file=sys.stderr, flush=True)
-        budget_s = options.seconds / 4 if options.short else options.seconds
-        found = {"settings": case.settings} | record | measure(case, budget_s)
+        found = {"settings": case.settings} | record | measure(case, options.seconds)
         write(path, read(path) | {case.name: found})
         gc.collect()
     return path
@@ -111,11 +110,16 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _parse(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="few cases and a quarter of the time, in results/short/")
+    parser.add_argument("--short", action="store_true", help="few cases and rounds, in results/short/")
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases with TEXT in their names")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20.0, help=f"per case; at least {MIN_ROUNDS} rounds are run")
-    return parser.parse_args()
+    parser.add_argument(
+        "--seconds", type=float, help=f"per case, 60, or 5 with --short; at least {MIN_ROUNDS} rounds run"
+    )
+    options = parser.parse_args()
+    if options.seconds is None:
+        options.seconds = 5.0 if options.short else 60.0
+    return options
 
 
 def _record() -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_live_bytes_know_the_peak_and_the_end():
 
 def test_saved_bytes_are_each_storage_once_without_parameters_and_without_what_is_gone():
     layer = nn.Linear(8, 8)
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 8, requires_grad=True)  # so that the weight is saved too
 
     def forward():
         (layer(2 * x) * 2).exp()  # its graph is gone with it
