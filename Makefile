@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench format config-docs clean
+.PHONY: help setup run test check bench bench-full format config-docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,8 +37,15 @@ format: setup ## Format the code
 config-docs: setup ## Write docs/config.md from the schema
 	$(BIN)/python tools/config_reference.py docs/config.md
 
-bench: setup ## Time an optimizer step beside PEFT's, interleaved
-	$(BIN)/python benchmarks/step.py
+# One after another: two at once would time each other. Another benchmark is another name here.
+BENCHMARKS := layer step memory growth
+
+bench: setup ## The short benchmarks beside PEFT, interleaved: ten minutes on two cores
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --short; done
+
+bench-full: setup ## All benchmarks, in two hours, and the tables of docs/performance.md
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/page.py
 
 clean: ## Delete what the other targets made, the runs excepted
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,154 @@
+"""What the timed benchmarks share: cases, interleaved rounds, the machine's pace and record, the result files.
+
+A benchmark is a list of cases. `results/NAME.json` has one line per case, with the raw seconds, the settings, the
+commit and the machine, so that a case can be measured again alone (`--only`) without losing the others. Medians and
+ratios are not stored: `page.py` computes them from the seconds. `--short` writes to `results/short/` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+MIN_ROUNDS, MAX_ROUNDS = 3, 31
+
+Seconds = dict[str, list[float]]
+
+
+class Case(NamedTuple):
+    """One setting in which all candidates are measured."""
+
+    name: str
+    settings: dict[str, Any]
+    is_short: bool  # part of `--short`
+
+
+def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Case, float], dict[str, Any]]) -> Path:
+    """Measure the cases that the command line asks for and write each as soon as it is done; the result file.
+
+    `measure` gets a case and the seconds that its rounds should take, and returns what is to be stored as JSON.
+    """
+    options = _parse(doc)
+    torch.set_num_threads(options.threads)
+    path = (RESULTS / "short" if options.short else RESULTS) / f"{name}.json"
+    chosen = [case for case in cases if options.only in case.name and (case.is_short or not options.short)]
+    record = _record()
+    for number, case in enumerate(chosen, start=1):
+        print(f"{name} {number}/{len(chosen)}: {case.name}", file=sys.stderr, flush=True)
+        found = {"settings": case.settings} | record | measure(case, options.seconds)
+        write(path, read(path) | {case.name: found})
+        gc.collect()
+    return path
+
+
+def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> Seconds:
+    """Seconds of each candidate in each round, after one round that only warms up.
+
+    Each round runs every candidate once, so that a change of the machine's pace hits all alike, and every second one
+    runs in reverse, so that none always follows the same neighbour. Rounds go on until `budget_s` is spent.
+    """
+    seconds: Seconds = {name: [] for name in candidates}
+    for run_once in candidates.values():
+        run_once()
+    names, started = list(candidates), time.perf_counter()
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
+            break
+        gc.collect()
+        for name in names if number % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            candidates[name]()
+            seconds[name].append(round(time.perf_counter() - start, 7))
+    return seconds
+
+
+def pace(dtype: torch.dtype) -> dict[str, float]:
+    """What this machine reaches now: a plain product's FLOP/s in `dtype`, and a copy's bytes/s, read and written."""
+    left, right = torch.randn(2048, 4096, dtype=dtype), torch.randn(4096, 4096, dtype=dtype)
+    source, target = torch.zeros(2**26), torch.empty(2**26)  # 256 MiB each: past every cache
+    best = {
+        name: min(values)
+        for name, values in interleave(
+            {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, budget_s=1.0
+        ).items()
+    }
+    return {"flop_per_s": 2 * 2048 * 4096 * 4096 / best["product"], "bytes_per_s": 2 * source.nbytes / best["copy"]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The cases in a result file by name; none if it is not there."""
+    cases: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return cases
+
+
+def write(path: Path, cases: dict[str, Any]) -> None:
+    """One case per line, so that a difference in git is a list of the cases that were measured again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
+    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and the others numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _parse(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="few cases and rounds, in results/short/")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases with TEXT in their names")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--seconds", type=float, help=f"per case, 60, or 5 with --short; at least {MIN_ROUNDS} rounds run"
+    )
+    options = parser.parse_args()
+    if options.seconds is None:
+        options.seconds = 5.0 if options.short else 60.0
+    return options
+
+
+def _record() -> dict[str, Any]:
+    """What ran, when, and where."""
+    return {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+        | {package: version(package) for package in ("torch", "peft", "transformers")},
+    }
+
+
+def _commit() -> str:
+    """The commit, with `+changes` if the code differs from it; results that are being written do not count."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "dude_cli", "benchmarks/*.py")
+    return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"

@@ -1,0 +1,239 @@
+"""Write the tables of docs/performance.md from the result files, so that the page and the raw numbers cannot differ.
+
+    python benchmarks/page.py        # fills the text between `<!-- table NAME -->` and `<!-- end -->`
+
+Ratios are of two candidates in the same round; shown are the median over the rounds and half the interquartile range.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import counts
+from measure import REPOSITORY, RESULTS, Seconds, markdown_table, read
+
+PAGE = REPOSITORY / "docs" / "performance.md"
+LORA = "PEFT lora"
+NO_AUTOCAST = "dude, no autocast"
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def layer(path: Path) -> str:
+    """A micro-batch of one layer, in the middle of an optimizer step; what ours do once per step is beside it."""
+    others = ["frozen base", "PEFT dora", "PEFT dora + pissa", "lora", "pissa", "dora", "dude", NO_AUTOCAST]
+    header = [
+        "out x in",
+        f"{LORA}, ms",
+        *others,
+        "PEFT dora + pissa over dude",
+        "dude once per step, ms",
+        "dude, step of 1",
+    ]
+    rows = []
+    for name, case in read(path).items():
+        seconds, once_s = case["seconds"], _once_per_step_s(case, "dude")
+        micro_batch_s = statistics.median(seconds["dude"])
+        step_of_1 = _ratio(seconds, "dude", LORA) * (1 + once_s / micro_batch_s)
+        rows.append(
+            [
+                name,
+                _ms(seconds, LORA),
+                *(_spread(seconds, other, LORA) for other in others),
+                _spread(seconds, "PEFT dora + pissa", "dude"),
+                f"{once_s * 1e3:.1f}",
+                f"{step_of_1:.2f}",
+            ]
+        )
+    return markdown_table(header, rows) + _source(path)
+
+
+def step(path: Path) -> str:
+    """An optimizer step of a whole model."""
+    others = ["PEFT dora", "PEFT dora + pissa", "lora", "pissa", "dora", "dude", NO_AUTOCAST]
+    rows = [
+        [
+            name,
+            _ms(case["seconds"], LORA),
+            *(_spread(case["seconds"], other, LORA) for other in others),
+            _spread(case["seconds"], "PEFT dora + pissa", "dude"),
+        ]
+        for name, case in read(path).items()
+    ]
+    return markdown_table(["", f"{LORA}, ms", *others, "PEFT dora + pissa over dude"], rows) + _source(path)
+
+
+def growth(path: Path) -> str:
+    """The step of DuDe over LoRA's as one size grows."""
+    rows = [
+        [name, _ms(case["seconds"], LORA), _ms(case["seconds"], "dude"), _spread(case["seconds"], "dude", LORA)]
+        for name, case in read(path).items()
+    ]
+    return markdown_table(["", f"{LORA}, ms", "dude, ms", "ratio"], rows) + _source(path)
+
+
+def memory(path: Path) -> str:
+    """What a step takes above what is there between steps, with it, and what is kept for the backward pass."""
+    others = ["PEFT dora", "PEFT dora + pissa", "lora", "pissa", "dora", "dude", NO_AUTOCAST]
+    header = ["", f"{LORA}, MB", *others, "dude over PEFT dora"]
+    parts = [
+        f"{title}:\n\n{markdown_table(header, _memory_rows(read(path), amount, others))}"
+        for title, amount in {
+            "Peak of a step, above what is there between steps": lambda found: found["peak"],
+            "Peak of a step in all, with weights, adapter and optimizer": lambda found: (
+                found["between_steps"] + found["peak"]
+            ),
+            "Live between a forward and its backward pass, above what is there between steps": lambda found: found[
+                "after_forward"
+            ],
+            "Saved for backward by autograd; not known under checkpointing": lambda found: found["saved"],
+        }.items()
+    ]
+    return "\n".join(parts) + _source(path)
+
+
+def limits(path: Path) -> str:
+    """The measured micro-batch of one layer beside the count of its operations and bytes."""
+    header = [
+        "out x in",
+        "GFLOP/s, GB/s",
+        "operations",
+        "at least",
+        "measured",
+        "dude: of its limit",
+        f"{LORA}: of its limit",
+    ]
+    rows = []
+    for name, case in read(path).items():
+        settings, seconds = case["settings"], case["seconds"]
+        sizes = counts.Layer(settings["out"], settings["in"], settings["tokens"], settings["rank"])
+        machine = counts.Machine(**case["pace"])
+        ours = NO_AUTOCAST if NO_AUTOCAST in seconds else "dude"
+        dude, lora = (
+            counts.work(counts.MICRO_BATCH[method](sizes), ELEMENT_BYTES[settings["dtype"]], machine)
+            for method in ("dude", LORA)
+        )
+        rows.append(
+            [
+                name,
+                f"{machine.flop_per_s / 1e9:.0f}, {machine.bytes_per_s / 1e9:.0f}",
+                f"{dude.flops / lora.flops:.3f}",
+                f"{dude.seconds / lora.seconds:.3f}",
+                _spread(seconds, ours, LORA),
+                f"{dude.seconds / statistics.median(seconds[ours]):.0%}",
+                f"{lora.seconds / statistics.median(seconds[LORA]):.0%}",
+            ]
+        )
+    return markdown_table(header, rows) + _source(path)
+
+
+def step_limits(path: Path) -> str:
+    """The measured step of a whole model beside the count for its adapted layers: no attention, head or optimizer."""
+    rows = []
+    for name, case in read(path).items():
+        if case["settings"]["checkpointing"]:  # the count is of one forward pass
+            continue
+        found = {method: _model_work(method, case) for method in ("dude", LORA)}
+        ours = NO_AUTOCAST if NO_AUTOCAST in case["seconds"] else "dude"
+        rows.append(
+            [
+                name,
+                f"{found['dude'].flops / found[LORA].flops:.3f}",
+                f"{found['dude'].seconds / found[LORA].seconds:.3f}",
+                _spread(case["seconds"], ours, LORA),
+            ]
+        )
+    return markdown_table(["", "operations", "at least", "measured"], rows) + _source(path)
+
+
+def render(text: str) -> str:
+    """`text` with each block between `<!-- table NAME -->` and `<!-- end -->` written anew."""
+    return re.sub(
+        r"(?<=<!-- table )(\w+)( -->\n).*?(?=<!-- end -->)",
+        lambda found: f"{found[1]}{found[2]}\n{BLOCKS[found[1]]()}\n",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "layer": lambda: layer(RESULTS / "layer.json"),
+    "step": lambda: step(RESULTS / "step.json"),
+    "memory": lambda: memory(RESULTS / "memory.json"),
+    "growth": lambda: growth(RESULTS / "growth.json"),
+    "limits": lambda: limits(RESULTS / "layer.json"),
+    "step_limits": lambda: step_limits(RESULTS / "step.json"),
+    "operations": counts.operations_table,
+    "llama_2_7b": counts.llama_2_7b_table,
+}
+
+
+def _once_per_step_s(case: dict[str, Any], name: str) -> float:
+    new, held = (statistics.median(case[f"one_token_{scope}_scope"][name]) for scope in ("new", "held"))
+    return float(new - held)
+
+
+def _model_work(method: str, case: dict[str, Any]) -> counts.Work:
+    """The adapted layers' part of a step of `candidates.llama`."""
+    settings, machine = case["settings"], counts.Machine(**case["pace"])
+    hidden, tokens, rank = settings["hidden"], settings["tokens"], settings["rank"]
+    element_bytes, micro_batches = ELEMENT_BYTES[settings["dtype"]], settings["accumulation"]
+    wide = hidden * 11 // 4
+    total = counts.Work(0, 0, 0.0)
+    for (out, in_), count in (((hidden, hidden), 4), ((wide, hidden), 2), ((hidden, wide), 1)):
+        sizes = counts.Layer(out, in_, tokens, rank)
+        total += counts.step_work(method, sizes, micro_batches, element_bytes, machine).times(
+            count * settings["layers"]
+        )
+    return total
+
+
+def _memory_rows(cases: dict[str, Any], amount: Callable[[dict[str, int]], int], others: list[str]) -> list[list[str]]:
+    rows = []
+    for name, case in cases.items():
+        found = {candidate: amount(bytes_) for candidate, bytes_ in case["bytes"].items()}
+        ratios = [f"{found[other] / found[LORA]:.2f}" if other in found else "" for other in others]
+        rows.append([name, f"{found[LORA] / 1e6:.1f}", *ratios, f"{found['dude'] / found['PEFT dora']:.2f}"])
+    return rows
+
+
+def _ms(seconds: Seconds, name: str) -> str:
+    return f"{statistics.median(seconds[name]) * 1e3:.0f}"
+
+
+def _ratio(seconds: Seconds, name: str, reference: str) -> float:
+    return statistics.median(_ratios(seconds, name, reference))
+
+
+def _ratios(seconds: Seconds, name: str, reference: str) -> list[float]:
+    return [value / other for value, other in zip(seconds[name], seconds[reference], strict=True)]
+
+
+def _spread(seconds: Seconds, name: str, reference: str) -> str:
+    """The median ratio and half the interquartile range; nothing for a candidate that was not measured."""
+    if name not in seconds:
+        return ""
+    low, median, high = statistics.quantiles(_ratios(seconds, name, reference), n=4, method="inclusive")
+    return f"{median:.2f} ± {(high - low) / 2:.2f}"
+
+
+def _source(path: Path) -> str:
+    """How the table came about: command, raw numbers, commits, machines."""
+    cases = read(path).values()
+    command = f"`python benchmarks/{path.stem}.py`"
+    if not cases:
+        return f"\nNot measured yet: {command} does it.\n"
+    commits = ", ".join(sorted({f"{case['commit']} ({case['date']})" for case in cases}))
+    machines = {
+        f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']}, "
+        f"PEFT {machine['peft']}, transformers {machine['transformers']}"
+        for machine in (case["machine"] for case in cases)
+    }
+    return f"\n{command}, raw: {path.relative_to(REPOSITORY)}; at {commits}; on {'; '.join(sorted(machines))}.\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
