@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +21,8 @@ from dude_cli.data import PreparedData, prepare_data, token_cache
 from dude_cli.data.encode import Encoded, TextEncoder
 from dude_cli.data.table import TokenTable
 from dude_cli.data.token_cache import encoded_once, token_key
+from dude_cli.errors import DataError
+from dude_cli.runtime import local_main_first
 
 CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 ROWS = [{"prompt": f"How many is {i}?", "completion": f" {i} apples"} for i in range(20)]
@@ -229,6 +234,28 @@ def test_several_at_once_all_have_the_rows_and_leave_one_file(folder):
     assert len({table.sha256() for table in tables}) == 1
     assert [file.name for file in files(folder)] == ["a.safetensors"]
     assert all(line.startswith("these rows were encoded before") for line in said)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_several_ranks_one_encodes_and_none_waits_for_one_that_failed(fails):
+    meeting = Barrier(3)
+
+    def rank(number: int) -> int:
+        accelerator = SimpleNamespace(is_local_main_process=number == 1, wait_for_everyone=lambda: meeting.wait(30))
+        encoded = []
+
+        def encode() -> TokenTable:
+            encoded.append(number)
+            if fails:
+                raise DataError("a row is wrong")
+            return TokenTable.of([Encoded([1, 2], [True, True], 0, 1)], 5)
+
+        with suppress(DataError), local_main_first(accelerator):
+            encoded_once("a", encode, lambda line: None)
+        return len(encoded)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(rank, range(3))) == ([1, 1, 1] if fails else [0, 1, 0])
 
 
 def test_where_it_is(monkeypatch):
