@@ -15,12 +15,12 @@ from dude_cli.errors import UsageError
 
 def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Output) -> None:
     """Check everything, decompose, save the initial adapter, and show what a training would do."""
+    config = _load(config_path, overrides, smoke=smoke)  # before the imports: a mistake in it is told at once
     from dude_cli.init_report import init_report
     from dude_cli.prepare import prepare
     from dude_cli.run_dir import check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator
 
-    config = _load(config_path, overrides, smoke=smoke)
     check_run_dir(config)
     if is_finished_run(config):
         raise UsageError(
@@ -35,6 +35,7 @@ def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Ou
 
 def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool, output: Output) -> None:
     """Prepare what is not prepared, train, and write the adapter."""
+    config = _load(config_path, overrides, smoke=smoke, overwrite=overwrite)  # before the imports, as in `init`
     from dude_cli.init_report import init_report
     from dude_cli.metrics import run_summary
     from dude_cli.prepare import prepare
@@ -42,7 +43,6 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
     from dude_cli.runtime import make_accelerator, stop_signals
     from dude_cli.train import train as run_training
 
-    config = _load(config_path, overrides, smoke=smoke, overwrite=overwrite)
     accelerator = make_accelerator()
     output = output.on_rank(accelerator.is_main_process)
     check_run_dir(config)
@@ -294,9 +294,9 @@ def copy_shipped(name: str, dest: Path, output: Output) -> None:
 
 
 def _load(path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool = False) -> Config:
+    config = load_config(path, overrides)
     from dude_cli.init_from import resolve_init_from
 
-    config = load_config(path, overrides)
     if smoke:
         from dude_cli.runtime import make_accelerator
         from dude_cli.smoke import smoke_config, write_smoke_inputs

@@ -23,10 +23,10 @@ def resolve_init_from(config: Config, *, overwrite: bool = False) -> Config:
     Raises UsageError if there is no such adapter, if it is in the run folder itself, and for values that the config
     states and the adapter has otherwise, all of them at once; AdapterError if it is not an adapter of ours.
     """
-    from dude_cli.adapter import read_adapter_config
-
     if config.adapter.init_from is None:
         return config
+    from dude_cli.adapter import read_adapter_config  # only here: it imports torch and transformers
+
     own = None if overwrite else _own_start(config)
     source = read_adapter_config(source_folder(config)).config if own is None else own
     _refuse_other_values(config.adapter, source)

@@ -41,6 +41,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def run_summary(config: Config) -> dict[str, Any]:
     """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds.
 
+    `first_step_s` is the time from the start of the process to its first step; of the last part of a run in parts.
     `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's.
     """
     records = read_metrics(config.run_dir)
@@ -58,6 +59,7 @@ def run_summary(config: Config) -> dict[str, Any]:
         "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
         "lowest_eval_loss": lowest["eval_loss"] if lowest else None,
         "elapsed_s": last.get("elapsed_s"),
+        "first_step_s": next((record["first_step_s"] for record in reversed(steps) if "first_step_s" in record), None),
     }
 
 

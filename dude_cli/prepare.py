@@ -14,7 +14,7 @@ from dude_cli.data.packing import check_packing
 from dude_cli.metrics import check_trackers
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
 from dude_cli.run_dir import check_writable, clear_run
-from dude_cli.runtime import environment
+from dude_cli.runtime import environment, local_main_first
 from dude_cli.schedule import total_steps, warmup_steps
 from dude_cli.start import Start
 
@@ -111,7 +111,8 @@ def prepare(
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
     tokenizer = load_tokenizer(config.model)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
-    data = prepare_data(config.data, tokenizer, config.seed)
+    with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
+        data = prepare_data(config.data, tokenizer, config.seed, say)
     bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
     model = load_model(config.model, accelerator.device)

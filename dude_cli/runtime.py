@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,28 @@ def make_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
     return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
+
+
+@contextmanager
+def local_main_first(accelerator: Accelerator) -> Iterator[None]:
+    """Within, the main rank of each machine goes first, and the others follow with what it has left for them.
+
+    They follow too when it fails: they meet the same failure, and no rank waits for one that is gone.
+    """
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, the interpreter's own start included."""
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())
 
 
 def best_device() -> str:

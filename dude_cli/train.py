@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
-from dude_cli.data import collate, step_rows
+from dude_cli.data import StepOrder, collate, longest_first
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
 from dude_cli.metrics import MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
 from dude_cli.run_dir import BEST, RESULT, refuse_other_data
-from dude_cli.runtime import StopSignal, seed_everything
+from dude_cli.runtime import StopSignal, process_age_s, seed_everything
 from dude_cli.schedule import learning_rate_at
 from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer, summed_loss
 
@@ -43,6 +43,7 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
         display = run.open(stack)
         if state.step == 0:
             run.evaluate()
+        first_step = {"first_step_s": process_age_s()}
         while state.step < plan.total_steps and not run.is_out_of_patience():
             started = time.perf_counter()
             step = run.step(stop)
@@ -53,7 +54,8 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
             display.step(state.step, step.loss, step.learning_rate, tokens_per_s)
             # An evaluation may be the last thing: its step has a line in the log too.
             if is_evaluated or is_due(config.logging_steps, state.step):
-                run.log(step.record() | {"tokens_per_s": tokens_per_s, "elapsed_s": run.elapsed_s()})
+                run.log(step.record() | {"tokens_per_s": tokens_per_s, "elapsed_s": run.elapsed_s()} | first_step)
+                first_step = {}
             if is_evaluated:
                 run.evaluate()
             if step.stops or is_due(config.save_steps, state.step):
@@ -86,6 +88,13 @@ class _Run:
         self.collate = functools.partial(
             collate, pad_id=pad_id if pad_id is not None else 0, flatten=packs_flat(self.config)
         )
+        self.order = StepOrder(
+            prepared.data.train.lengths,
+            self.config.train.global_batch_size,
+            self.config.seed,
+            shuffle=self.config.data.shuffle,
+            group_by_length=self.config.data.group_by_length,
+        )
         self._metrics: MetricsLog | None = None
         self._started = time.perf_counter()
 
@@ -104,9 +113,7 @@ class _Run:
 
         seed_everything(self.config.seed, self.state.step, self.accelerator.process_index)
         data, step = self.prepared.data.train, self.state.step
-        batch = step_rows(
-            len(data), step, self.config.train.global_batch_size, self.config.seed, self.config.data.shuffle
-        )
+        batch = self.order.rows(step)
         target_tokens = int(data.target_tokens[batch].sum())
         learning_rate = learning_rate_at(step, self.prepared.plan.total_steps, self.config.train)
         for group in self.optimizer.param_groups:
@@ -285,17 +292,19 @@ class _Run:
         )
 
     def _validation_loss(self, rows: EncodedRows) -> float:
+        import numpy as np
         import torch
 
         from dude_cli.adapter import constant_adapters
 
         size = self.state.per_device_batch_size
-        own = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        order = longest_first(np.arange(len(rows)), rows.lengths)  # for the least padding
+        own = order[self.accelerator.process_index :: self.accelerator.num_processes]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         self.model.eval()
         with torch.no_grad(), constant_adapters(self.model):
             for start in range(0, len(own), size):
-                batch = self.collate([rows[row] for row in own[start : start + size]])
+                batch = self.collate([rows[int(row)] for row in own[start : start + size]])
                 on_device = {key: value.to(self.accelerator.device) for key, value in batch.items()}
                 total += summed_loss(self.model, on_device)
         return self._sum_over_ranks(total)[0] / int(rows.target_tokens.sum())

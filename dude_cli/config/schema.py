@@ -166,6 +166,13 @@ class DataConfig(Section):
     packing: bool = Field(False, description="Pack several rows into one sequence; no row attends to another.")
     train_on_inputs: bool = Field(False, description="Learn the prompt's tokens too, not the completion's alone.")
     shuffle: bool = Field(True, description="A new order of the rows each epoch, from the seed; else their own order.")
+    group_by_length: bool = Field(
+        False,
+        description=(
+            "Put rows of similar length into one step: less padding where a step has few rows, but which rows meet "
+            "depends on their length. Within a step they are always sorted."
+        ),
+    )
 
     @field_validator("prompt", "completion")
     @classmethod
@@ -181,6 +188,11 @@ class DataConfig(Section):
             yield (
                 f"`data.prompt` and `data.completion` replace `data.format: {self.format}`: give one or the other",
                 ("completion", "format"),
+            )
+        if self.group_by_length and not self.shuffle:
+            yield (
+                "`data.group_by_length` changes the order of the rows, and `data.shuffle: false` keeps it: give one",
+                ("group_by_length", "shuffle"),
             )
 
 

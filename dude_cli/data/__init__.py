@@ -2,7 +2,7 @@
 
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
 from dude_cli.data.chat import Message
-from dude_cli.data.order import step_rows, steps_per_epoch
+from dude_cli.data.order import StepOrder, longest_first, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.data.prepare import DataReport, PreparedData, prepare_data
 from dude_cli.data.prompt import Prompt, PromptForm, prompt_form
@@ -16,10 +16,11 @@ __all__ = [
     "PreparedData",
     "Prompt",
     "PromptForm",
+    "StepOrder",
     "check_packing",
     "collate",
+    "longest_first",
     "prepare_data",
     "prompt_form",
-    "step_rows",
     "steps_per_epoch",
 ]

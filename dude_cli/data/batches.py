@@ -1,4 +1,4 @@
-"""Encoded rows in memory, and the batches made of them."""
+"""The sequences that are learned from, and the batches made of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+from dude_cli.data.table import TokenTable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,61 +36,48 @@ class EncodedRow:
 
 
 class EncodedRows(Sequence[EncodedRow]):
-    """The sequences of a data set, each of one row or of several packed ones, in flat arrays (5 bytes a token).
+    """The sequences to learn from, each of one row of a table or of several packed ones; the tokens stay in the table.
 
-    `target_tokens[i]` (int64) counts the tokens of sequence i that a prediction is scored on: those learned. The
-    first token of a row is never one, because nothing stands before it to predict it from. `lengths[i]` (int64)
-    counts all its tokens.
+    `target_tokens[i]` (int64) counts the tokens of sequence i that a prediction is scored on: those learned.
+    `lengths[i]` (int64) counts all its tokens.
     """
 
     def __init__(
-        self,
-        rows: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]],
-        source_rows: Sequence[int],
-        groups: Sequence[Sequence[int]] | None = None,
+        self, table: TokenTable, rows: npt.NDArray[np.int64], groups: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """Store `rows`, each of (token ids, learned flags); `groups` says which of them share a sequence."""
-        sizes = np.fromiter((len(ids) for ids, _ in rows), np.int64, len(rows))
-        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._ids = np.empty(self._offsets[-1], np.int32)
-        self._learned = np.empty(self._offsets[-1], np.bool_)
-        for (ids, learned), start, stop in zip(rows, self._offsets, self._offsets[1:], strict=False):
-            self._ids[start:stop] = ids
-            self._learned[start:stop] = learned
-        self._learned[self._offsets[:-1][sizes > 0]] = False
-        self._source_rows = np.asarray(source_rows, np.int64)
-        self._set_groups([[index] for index in range(len(rows))] if groups is None else groups)
+        """Take `rows` of `table`; `groups`, of places in `rows`, says which of them share a sequence."""
+        self._table, self._rows = table, rows
+        if groups is None:
+            self._sizes, self._places = np.ones(len(rows), np.int64), np.arange(len(rows))
+        else:
+            self._sizes = np.fromiter(map(len, groups), np.int64, len(groups))
+            self._places = np.fromiter((place for group in groups for place in group), np.int64)
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self.target_tokens = self._sums(table.target_tokens)
+        self.lengths = self._sums(table.lengths)
 
-    def _set_groups(self, groups: Sequence[Sequence[int]]) -> None:
-        self._groups = [np.asarray(group, np.int64) for group in groups]
-        learned_before = np.concatenate([[0], np.cumsum(self._learned)])
-        row_targets = learned_before[self._offsets[1:]] - learned_before[self._offsets[:-1]]
-        row_lengths = np.diff(self._offsets)
-        count = len(self._groups)
-        self.target_tokens = np.fromiter((row_targets[group].sum() for group in self._groups), np.int64, count)
-        self.lengths = np.fromiter((row_lengths[group].sum() for group in self._groups), np.int64, count)
+    def _sums(self, of_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        before = np.concatenate([[0], np.cumsum(of_rows[self._rows[self._places]])])
+        sums: npt.NDArray[np.int64] = np.diff(before[self._starts])
+        return sums
 
     def packed(self, groups: Sequence[Sequence[int]]) -> EncodedRows:
         """Return the same rows with those of each group in one sequence."""
-        new = object.__new__(EncodedRows)
-        new._offsets, new._ids, new._learned = self._offsets, self._ids, self._learned
-        new._source_rows = self._source_rows
-        new._set_groups(groups)
-        return new
+        return EncodedRows(self._table, self._rows, groups)
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._sizes)
 
     def __getitem__(self, index: int) -> EncodedRow:  # type: ignore[override]  # no slices: a step takes indices
-        group = self._groups[index]
-        spans = [slice(self._offsets[row], self._offsets[row + 1]) for row in group]
-        ids = np.concatenate([self._ids[span] for span in spans])
-        learned = np.concatenate([self._learned[span] for span in spans])
+        table, rows = self._table, self._rows[self._places[self._starts[index] : self._starts[index + 1]]]
+        spans = [slice(table.offsets[row], table.offsets[row + 1]) for row in rows]
+        ids = np.concatenate([table.input_ids[span] for span in spans])
+        learned = np.concatenate([table.learned[span] for span in spans])
         return EncodedRow(
             input_ids=ids.tolist(),
             labels=np.where(learned, ids, NOT_LEARNED).tolist(),
-            segment_lengths=[int(span.stop - span.start) for span in spans],
-            source_rows=self._source_rows[group].tolist(),
+            segment_lengths=table.lengths[rows].tolist(),
+            source_rows=rows.tolist(),
         )
 
     def __iter__(self) -> Iterator[EncodedRow]:
@@ -96,11 +85,13 @@ class EncodedRows(Sequence[EncodedRow]):
 
     def fingerprint(self) -> str:
         """SHA-256 over the tokens, what is learned of them, and how they are grouped into sequences."""
-        digest = hashlib.sha256()
-        sizes = np.fromiter((len(group) for group in self._groups), np.int64, len(self._groups))
-        members: npt.NDArray[np.int64] = np.concatenate([*self._groups, np.empty(0, np.int64)])
-        for array in (self._offsets, self._ids, self._learned, sizes, members):
-            digest.update(array.tobytes())
+        offsets = np.concatenate([[0], np.cumsum(self._table.lengths[self._rows])])
+        digest = hashlib.sha256(offsets.data)
+        for tokens in (self._table.input_ids, self._table.learned):
+            for start, stop in zip(self._table.offsets[self._rows], self._table.offsets[self._rows + 1], strict=True):
+                digest.update(tokens[start:stop].data)
+        digest.update(self._sizes.data)
+        digest.update(self._places.data)
         return digest.hexdigest()
 
 

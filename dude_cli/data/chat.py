@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
@@ -37,6 +38,20 @@ class ChatEncoder:
 
     def encode(self, conversation: Any, *, where: str, learn_all: bool) -> Encoded:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
+        return self.encode_all([conversation], [where], learn_all=learn_all)[0]
+
+    def encode_all(self, conversations: Sequence[Any], wheres: Sequence[str], *, learn_all: bool) -> list[Encoded]:
+        """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
+        rendered = [self._rendered(*pair) for pair in zip(conversations, wheres, strict=True)]
+        texts = [[text, *(text[:border] for turn in turns for border in turn)] for _, text, turns in rendered]
+        ids = iter(self.encoder.raw([text for group in texts for text in group]))
+        return [
+            self._finish(messages, list(islice(ids, len(group))), learn_all)
+            for (messages, _, _), group in zip(rendered, texts, strict=True)
+        ]
+
+    def _rendered(self, conversation: Any, where: str) -> tuple[list[Message], str, list[tuple[int, int]]]:
+        """Return the messages, their text, and the assistant's turns in it, in characters."""
         messages = _checked(conversation, where)
         try:
             text, turns = self._marked_turns(messages) if self.marks_turns else self._grown_turns(messages, where)
@@ -44,7 +59,11 @@ class ChatEncoder:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise _refused(error, where) from error
-        ids, *prefixes = self.encoder.raw([text, *(text[:border] for turn in turns for border in turn)])
+        return messages, text, turns
+
+    def _finish(self, messages: list[Message], encoded: list[list[int]], learn_all: bool) -> Encoded:
+        """Make the row; `encoded` are the ids of the whole text and of its beginnings up to each border of a turn."""
+        ids, *prefixes = encoded
         cuts = [common_prefix(ids, prefix) for prefix in prefixes]
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
         spans = [(start, stop) for start, stop in spans if start < stop]

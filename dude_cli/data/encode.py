@@ -141,7 +141,9 @@ class TextEncoder:
         leading = len(self.leading)
         context = max(common_prefix(whole, prompt), leading)
         first = leading if learn_all else context
-        learned = [index >= first and token != self.eos_id for index, token in enumerate(whole)]
+        learned = [False] * first + [True] * (len(whole) - first)
+        if self.eos_id in whole:
+            learned = [on and token != self.eos_id for on, token in zip(learned, whole, strict=True)]
         return Encoded([*whole, self.eos_id], [*learned, True], leading, context)
 
 
@@ -161,8 +163,9 @@ def truncate(row: Encoded, max_length: int) -> tuple[list[int], list[bool]]:
     """
     if len(row.ids) <= max_length:
         return row.ids, row.learned
-    keep = [*range(row.leading), *range(row.leading + _cut_in_front(row, max_length), len(row.ids))][:max_length]
-    return [row.ids[index] for index in keep], [row.learned[index] for index in keep]
+    front, kept_from = row.leading, row.leading + _cut_in_front(row, max_length)
+    ids, learned = row.ids[:front] + row.ids[kept_from:], row.learned[:front] + row.learned[kept_from:]
+    return ids[:max_length], learned[:max_length]
 
 
 def is_answer_cut(row: Encoded, max_length: int) -> bool:

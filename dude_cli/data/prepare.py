@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy.typing as npt
 from dude_cli.config import DataConfig, DataSource
 from dude_cli.data.batches import EncodedRow, EncodedRows
 from dude_cli.data.chat import ChatEncoder
-from dude_cli.data.encode import Encoded, TextEncoder, format_columns, is_answer_cut, row_texts, truncate
+from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
 from dude_cli.data.row_files import Row
 from dude_cli.data.rows import read_sources
+from dude_cli.data.table import TokenTable
+from dude_cli.data.token_cache import encoded_once, token_key
 from dude_cli.errors import DataError
 
 _CHUNK_ROWS = 1000  # rows given to the tokenizer at once
@@ -71,27 +73,28 @@ class PreparedData:
         return [f"warning: {name}: {line}" for name, report in reports.items() if report for line in report.warnings()]
 
 
-def prepare_data(config: DataConfig, tokenizer: Any, seed: int) -> PreparedData:
+def prepare_data(
+    config: DataConfig, tokenizer: Any, seed: int, say: Callable[[str], None] = lambda line: None
+) -> PreparedData:
     """Read, encode and, if asked, pack the rows of a config; `seed` chooses the rows of a held-out share.
 
+    Rows that an earlier run has encoded are taken from the cache; see `data.token_cache`. `say` tells the user so.
     Raises DataError with what to do about it, for every way in which data can be wrong.
     """
-    encode = _RowEncoder(config, tokenizer)
-    train_rows = _read(config, config.train)
-    train_indices = validation_indices = np.arange(len(train_rows))
+    encoder = _RowEncoder(config, tokenizer)
+    train_table = encoder.table(config.train, "data.train", say)
+    train_rows = validation_rows = np.arange(len(train_table))
     if isinstance(config.validation, float):
-        train_indices, validation_indices = split_rows(len(train_rows), config.validation, seed)
-    train, train_report = encode.rows([train_rows[index] for index in train_indices], train_indices, "data.train")
+        train_rows, validation_rows = split_rows(len(train_table), config.validation, seed)
+    train, train_report = encoder.sequences(train_table, train_rows, "data.train")
     validation, validation_report = None, None
     if config.validation is not None:
-        rows = train_rows if isinstance(config.validation, float) else _read(config, config.validation)
-        indices = validation_indices if isinstance(config.validation, float) else np.arange(len(rows))
-        validation, validation_report = encode.rows([rows[i] for i in indices], indices, "data.validation")
+        table = train_table
+        if not isinstance(config.validation, float):
+            table = encoder.table(config.validation, "data.validation", say)
+            validation_rows = np.arange(len(table))
+        validation, validation_report = encoder.sequences(table, validation_rows, "data.validation")
     return PreparedData(train, validation, train_report, validation_report, train.fingerprint())
-
-
-def _read(config: DataConfig, sources: Sequence[DataSource]) -> list[Row]:
-    return read_sources(sources, format_columns(config))
 
 
 class _RowEncoder:
@@ -102,33 +105,45 @@ class _RowEncoder:
         self.text = TextEncoder(tokenizer)
         self.chat = ChatEncoder(self.text) if config.format == "chat" else None
 
-    def rows(self, rows: Sequence[Row], indices: npt.NDArray[np.int64], name: str) -> tuple[EncodedRows, DataReport]:
-        """Encode `rows`, whose places in the data read are `indices`; `name` is for messages."""
-        config = self.config
-        kept: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
-        sources: list[int] = []
-        truncated = cut_answers = without_target = longest = 0
-        for index, row in zip(indices, self._encode(rows, indices, name), strict=True):
-            longest = max(longest, len(row.ids))
-            truncated += len(row.ids) > config.max_length
-            ids, learned = truncate(row, config.max_length)
-            if any(learned[1:]):
-                kept.append((np.asarray(ids, np.int32), np.asarray(learned, np.bool_)))
-                sources.append(int(index))
-                cut_answers += is_answer_cut(row, config.max_length)
+    def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
+        """Read and encode all rows of `sources`; `name` is for messages."""
+        texts = self.texts(read_sources(sources, format_columns(self.config)))
+        key = token_key(self.tokenizer, texts, self.config)
+        return encoded_once(key, lambda: TokenTable.of(self.encode(texts, name), self.config.max_length), say)
+
+    def texts(self, rows: Sequence[Row]) -> list[Any]:
+        """Return what the tokenizer gets of each row: (prompt, completion), or a conversation."""
+        return [row["messages"] if self.chat is not None else row_texts(self.config, row) for row in rows]
+
+    def encode(self, texts: Sequence[Any], name: str) -> Iterator[Encoded]:
+        """Encode what `texts` gives, in chunks that the tokenizer divides among threads of its own.
+
+        With two cores that is as fast as two processes, which besides have to start and to send what they did.
+        """
+        learn_all = self.config.train_on_inputs
+        for start in range(0, len(texts), _CHUNK_ROWS):
+            chunk = texts[start : start + _CHUNK_ROWS]
+            if self.chat is None:
+                yield from self.text.encode_pairs(chunk, learn_all=learn_all)
             else:
-                without_target += 1
-        if not kept:
-            raise _nothing_to_learn(name, without_target, config.max_length)
-        encoded = EncodedRows(kept, sources)
+                wheres = [f"{name}, row {start + number}, column messages" for number in range(1, len(chunk) + 1)]
+                yield from self.chat.encode_all(chunk, wheres, learn_all=learn_all)
+
+    def sequences(self, table: TokenTable, rows: npt.NDArray[np.int64], name: str) -> tuple[EncodedRows, DataReport]:
+        """Take those of `rows` of a table that there is something to learn of, packed if asked; `name` for messages."""
+        config = self.config
+        kept = rows[table.target_tokens[rows] > 0]
+        if not len(kept):
+            raise _nothing_to_learn(name, len(rows), config.max_length)
+        encoded = EncodedRows(table, kept)
         report = DataReport(
             rows=len(kept),
             tokens=int(encoded.lengths.sum()),
             target_tokens=int(encoded.target_tokens.sum()),
-            truncated_rows=truncated,
-            cut_answers=cut_answers,
-            rows_without_target=without_target,
-            longest_row=longest,
+            truncated_rows=int((table.full_lengths[rows] > config.max_length).sum()),
+            cut_answers=int(table.cut_answers[kept].sum()),
+            rows_without_target=len(rows) - len(kept),
+            longest_row=int(table.full_lengths[rows].max()),
             max_length=config.max_length,
             packed_sequences=None,
             example=_pieces(self.tokenizer, encoded[0]),
@@ -137,17 +152,6 @@ class _RowEncoder:
             return encoded, report
         packed = encoded.packed(pack(encoded.lengths.tolist(), config.max_length))
         return packed, replace(report, packed_sequences=len(packed))
-
-    def _encode(self, rows: Sequence[Row], indices: npt.NDArray[np.int64], name: str) -> Iterator[Encoded]:
-        learn_all = self.config.train_on_inputs
-        if self.chat is not None:
-            for index, row in zip(indices, rows, strict=True):
-                where = f"{name}, row {index + 1}, column messages"
-                yield self.chat.encode(row["messages"], where=where, learn_all=learn_all)
-            return
-        for start in range(0, len(rows), _CHUNK_ROWS):
-            pairs = [row_texts(self.config, row) for row in rows[start : start + _CHUNK_ROWS]]
-            yield from self.text.encode_pairs(pairs, learn_all=learn_all)
 
 
 def _nothing_to_learn(name: str, rows: int, max_length: int) -> DataError:

@@ -39,7 +39,7 @@ def test_a_config_error_needs_no_torch():
     code = (
         "import sys\nsys.argv = ['dude', 'train', 'nowhere.yaml']\nfrom dude_cli.__main__ import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    print('EXIT', stop.code)\n"
-        "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)))"
+        "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'accelerate', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert "EXIT 2" in done.stdout

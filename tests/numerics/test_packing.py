@@ -10,7 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dude_cli.data.batches import EncodedRows, collate
+from dude_cli.data.encode import Encoded
 from dude_cli.data.packing import check_packing
+from dude_cli.data.table import TokenTable
 from dude_cli.errors import DataError
 
 VOCABULARY = 61
@@ -53,8 +55,11 @@ def build_model(kind: str, attention: str) -> torch.nn.Module:
 
 def build_rows(seed: int = 0) -> EncodedRows:
     generator = np.random.default_rng(seed)
-    rows = [(generator.integers(3, VOCABULARY, n).astype(np.int32), generator.random(n) < 0.7) for n in LENGTHS]
-    return EncodedRows(rows, range(len(rows)))
+    rows = [
+        Encoded(generator.integers(3, VOCABULARY, n).tolist(), (generator.random(n) < 0.7).tolist(), 0, 0)
+        for n in LENGTHS
+    ]
+    return EncodedRows(TokenTable.of(rows, max(LENGTHS)), np.arange(len(rows)))
 
 
 def loss_and_gradients(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> tuple[float, torch.Tensor]:

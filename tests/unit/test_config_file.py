@@ -202,6 +202,7 @@ def test_values_that_contradict_each_other(load: Load, text: str, expected: str)
     [
         ("prompt: a", "`data.prompt` needs `data.completion` beside it"),
         ("completion: a, format: chat", "replace `data.format: chat`: give one or the other"),
+        ("group_by_length: true, shuffle: false", "`data.shuffle: false` keeps it: give one"),
         ('prompt: "{a", completion: b', "`data.prompt`: `{` at character 1 has no partner"),
         ('completion: "{a.b}"', "`data.completion`: `{a.b}` at character 1 is more than a column's name"),
     ],

@@ -7,14 +7,17 @@ from hypothesis import strategies as st
 
 from dude_cli.data import packing
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
+from dude_cli.data.encode import Encoded
 from dude_cli.data.packing import pack
+from dude_cli.data.table import TokenTable
 
 row_tokens = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12)
 
 
 def stored(rows: list[list[tuple[int, bool]]]) -> EncodedRows:
-    pairs = [(np.array([t for t, _ in row], np.int32), np.array([on for _, on in row])) for row in rows]
-    return EncodedRows(pairs, range(100, 100 + len(rows)))
+    """The rows of a table from the third on."""
+    encoded = [Encoded([t for t, _ in row], [on for _, on in row], 0, 0) for row in [[(7, True)], [], *rows]]
+    return EncodedRows(TokenTable.of(encoded, 100), np.arange(2, 2 + len(rows)))
 
 
 @given(lengths=st.lists(st.integers(1, 20), max_size=80), window=st.integers(1, 5))
@@ -44,7 +47,7 @@ def test_stored_rows_come_back_with_their_labels(rows):
         assert back.input_ids == [token for token, _ in row]
         assert back.labels == [NOT_LEARNED, *(token if on else NOT_LEARNED for token, on in row[1:])]
         assert back.segment_lengths == [len(row)]
-        assert back.source_rows == [100 + index]
+        assert back.source_rows == [2 + index]
         assert encoded.target_tokens[index] == sum(on for _, on in row[1:])
         assert encoded.lengths[index] == len(row)
 
@@ -58,14 +61,14 @@ def test_packing_conserves_tokens_and_targets_and_predicts_no_row_from_another(r
         start = 0
         assert packed.target_tokens[index] == sum(label != NOT_LEARNED for label in sequence.labels)
         for length, source in zip(sequence.segment_lengths, sequence.source_rows, strict=True):
-            row = single[source - 100]
+            row = single[source - 2]
             assert sequence.input_ids[start : start + length] == row.input_ids
             assert sequence.labels[start : start + length] == row.labels
             assert sequence.labels[start] == NOT_LEARNED
             seen.add(source)
             start += length
         assert start == len(sequence) <= 12
-    assert seen == set(range(100, 100 + len(rows)))
+    assert seen == set(range(2, 2 + len(rows)))
     assert packed.target_tokens.sum() == single.target_tokens.sum()
     assert packed.fingerprint() != single.fingerprint() or len(packed) == len(single)
 

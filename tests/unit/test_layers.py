@@ -40,6 +40,7 @@ LAYERS = [
     "template",
     "runtime",
     "files",
+    "cache_dir",
     "stopping",
     "errors",
     "quickstart",

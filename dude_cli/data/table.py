@@ -1,0 +1,79 @@
+"""The rows of a data set as token ids, in flat arrays that can be kept in a file and mapped from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from dude_cli.data.encode import Encoded, is_answer_cut, truncate
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """All rows of a data set after truncation, those with nothing to learn included, at 5 bytes a token.
+
+    - `offsets` (rows + 1, int64): row i is `input_ids[offsets[i]:offsets[i + 1]]`
+    - `input_ids` (tokens, int32)
+    - `learned` (tokens, bool): which of them are learned. The first of a row never is, because nothing stands before
+      it to predict it from.
+    - `full_lengths` (rows, int64): tokens before truncation
+    - `cut_answers` (rows, bool): whether truncation took the end of what is learned
+    """
+
+    offsets: npt.NDArray[np.int64]
+    input_ids: npt.NDArray[np.int32]
+    learned: npt.NDArray[np.bool_]
+    full_lengths: npt.NDArray[np.int64]
+    cut_answers: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, rows: Iterable[Encoded], max_length: int) -> TokenTable:
+        """Store `rows`, each truncated to `max_length` tokens."""
+        ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
+        learned: list[npt.NDArray[np.bool_]] = [np.empty(0, np.bool_)]
+        full_lengths, cut_answers = [], []
+        for row in rows:
+            row_ids, row_learned = truncate(row, max_length)
+            ids.append(np.array(row_ids, np.int32))
+            learned.append(np.array(row_learned, np.bool_))
+            learned[-1][:1] = False
+            full_lengths.append(len(row.ids))
+            cut_answers.append(is_answer_cut(row, max_length))
+        return cls(
+            offsets=np.cumsum([len(row_ids) for row_ids in ids], dtype=np.int64),
+            input_ids=np.concatenate(ids),
+            learned=np.concatenate(learned),
+            full_lengths=np.array(full_lengths, np.int64),
+            cut_answers=np.array(cut_answers, np.bool_),
+        )
+
+    def __len__(self) -> int:
+        return len(self.full_lengths)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of each row (rows, int64)."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def target_tokens(self) -> npt.NDArray[np.int64]:
+        """The tokens of each row that are learned (rows, int64)."""
+        learned_before = np.concatenate([[0], np.cumsum(self.learned, dtype=np.int64)])
+        return np.diff(learned_before[self.offsets])
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """The arrays by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def sha256(self) -> str:
+        """Over all arrays, in hexadecimal."""
+        digest = hashlib.sha256()
+        for name, array in self.arrays().items():
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+            digest.update(array.data)
+        return digest.hexdigest()
