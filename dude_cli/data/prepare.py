@@ -118,7 +118,7 @@ class _RowEncoder:
     def encode(self, texts: Sequence[Any], name: str) -> Iterator[Encoded]:
         """Encode what `texts` gives, in chunks that the tokenizer divides among threads of its own.
 
-        With two cores that is as fast as two processes, which besides have to start and to send what they did.
+        On two cores two processes are no faster: they have to start, and to send what they did.
         """
         learn_all = self.config.train_on_inputs
         for start in range(0, len(texts), _CHUNK_ROWS):
