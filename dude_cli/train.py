@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dude_cli.data import collate, step_rows
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
+from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.metrics import MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
 from dude_cli.run_dir import BEST, RESULT, refuse_other_data
 from dude_cli.runtime import StopSignal, seed_everything
 from dude_cli.schedule import learning_rate_at
-from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer, summed_loss
+from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,7 +82,9 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
-        self.wrapped: nn.Module = accelerator.prepare_model(self.model)
+        self.summed_loss = SummedLoss(self.model)
+        # The model is where it was loaded, and bitsandbytes' layers cannot be moved from there.
+        self.wrapped: nn.Module = accelerator.prepare_model(self.summed_loss, device_placement=False)
         pad_id = prepared.tokenizer.pad_token_id
         self.collate = functools.partial(
             collate, pad_id=pad_id if pad_id is not None else 0, flatten=packs_flat(self.config)
@@ -295,9 +298,9 @@ class _Run:
         self.model.eval()
         with torch.no_grad(), constant_adapters(self.model):
             for start in range(0, len(own), size):
-                batch = self.collate([rows[row] for row in own[start : start + size]])
+                batch = with_targets(self.collate([rows[row] for row in own[start : start + size]]))
                 on_device = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-                total += summed_loss(self.model, on_device)
+                total += self.summed_loss(on_device)
         return self._sum_over_ranks(total)[0] / int(rows.target_tokens.sum())
 
     def _sum_over_ranks(self, *values: torch.Tensor) -> list[float]:

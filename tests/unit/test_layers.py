@@ -24,6 +24,7 @@ LAYERS = [
     "run_dir",
     "checkpoint",
     "train_step",
+    "loss",
     "metrics",
     "schedule",
     "model_card",
