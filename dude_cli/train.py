@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli import files
 from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dude_cli.data import collate, step_rows
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
 from dude_cli.loss import SummedLoss, with_targets
-from dude_cli.metrics import MetricsLog, TrainDisplay, run_summary
+from dude_cli.metrics import MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
 from dude_cli.run_dir import BEST, RESULT, refuse_other_data
@@ -82,6 +84,7 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
+        prepared.peak_memory.restart()
         self.summed_loss = SummedLoss(self.model)
         # The model is where it was loaded, and bitsandbytes' layers cannot be moved from there.
         self.wrapped: nn.Module = accelerator.prepare_model(self.summed_loss, device_placement=False)
@@ -187,6 +190,7 @@ class _Run:
         if self.config.train.early_stopping_patience is not None:
             restore_adapter(self.model, self.run_dir / BEST)
         if self.accelerator.is_main_process:
+            self._save_memory()
             self._save_adapter(RESULT)
         self.accelerator.wait_for_everyone()
         return run_summary(self.config)
@@ -311,6 +315,18 @@ class _Run:
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _save_memory(self) -> None:
+        """Predicted against measured, of this rank and of the part of the run that this process has done."""
+        peak, forecast = self.prepared.peak_memory, self.prepared.memory
+        record = {
+            "device": str(self.accelerator.device),
+            "predicted": None if forecast is None else forecast.report(),
+            "predicted_training_bytes": None if forecast is None else forecast.training_bytes,
+            "measured_training_bytes": peak.peak_bytes(),
+            "measured": peak.definition,
+        }
+        files.write_text(self.run_dir / MEMORY_FILE, json.dumps(record, indent=2) + "\n")
 
     def _save_adapter(self, name: str) -> None:
         from dude_cli.adapter import save_adapter

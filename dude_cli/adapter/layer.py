@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dude_cli.adapter.autocast import without_autocast
 from dude_cli.adapter.weight import squared_row_norms, stored_weight, weight_chunks, weight_rows, weight_shape
 from dude_cli.config import AdapterConfig
 
@@ -124,7 +125,7 @@ class AdapterLayer(nn.Module):
         """
         assert self.base_squared_norms is not None
         s = self.scaling
-        with torch.autocast(P.device.type, enabled=False):
+        with without_autocast(P.device):
             cross: Tensor = _BaseProduct.apply(Q, self.base_layer)  # type: ignore[no-untyped-call]
             squared = self.base_squared_norms + 2 * s * (P * cross).sum(dim=1)
             squared = squared + s * s * ((P @ (Q @ Q.T)) * P).sum(dim=1)
