@@ -51,20 +51,29 @@ class LiveBytes(TorchDispatchMode):
         self._made: weakref.WeakKeyDictionary[Any, _Storage] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default:
-            return self._answers.get(args[0], False if args[0].dtype == torch.bool else 0)
         kwargs = kwargs or {}
-        if func is aten.nonzero.default:
-            return torch.empty(0, args[0].dim(), dtype=torch.int64, device="meta")
-        if func is aten._to_copy.default and args[0].is_meta and kwargs.get("device", args[0].device).type == "cpu":
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
-        result = func(*args, **kwargs)
+        result = self._answer(func, args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
         if func.overloadpacket is aten.all:
             self._answers[result] = self._all_is
         return result
+
+    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What is said of the values of a tensor without any; NotImplemented for an operation that needs none."""
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return NotImplemented
+        values = args[0]
+        if func is aten._local_scalar_dense.default:
+            return self._answers.get(values, False if values.dtype == torch.bool else 0)
+        if func is aten.nonzero.default:
+            return torch.empty(0, values.dim(), dtype=torch.int64, device="meta")
+        if func is aten._to_copy.default and kwargs.get("device", values.device).type == "cpu":
+            return torch.zeros(values.shape, dtype=kwargs.get("dtype", values.dtype))
+        return NotImplemented
 
     def move(self, tensor: Tensor, category: str) -> None:
         """Count the bytes of `tensor` under another category from now on."""

@@ -1,0 +1,41 @@
+"""The forecast against what a training takes, on a model that is not tiny."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command import dude
+from quickstart_config import quickstart_config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from dude_cli import quickstart
+
+# Of the resident set: kernels have scratch space, and what is freed may stay with the process.
+TOLERANCE = 0.25
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A random Llama of 42 million parameters with the embedded tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
+    sizes = {"hidden_size": 640, "intermediate_size": 1760, "num_hidden_layers": 8, "num_attention_heads": 10}
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model("llama", vocab_size=4096, **sizes, **special)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_the_forecast_is_within_a_quarter_of_what_is_measured(checkpointing, model_folder, tmp_path):
+    config = quickstart_config(tmp_path, max_steps="2", global_batch_size="32", per_device_batch_size="16")
+    changes = [f"model.name_or_path={model_folder}", f"train.gradient_checkpointing={checkpointing}"]
+    estimated = dude("init", config, *changes, "--estimate", "--json")
+    assert estimated.returncode == 0, estimated.stderr
+    trained = dude("train", config, *changes, "--json")
+    assert trained.returncode == 0, trained.stderr
+    memory = json.loads(trained.stdout)["memory"]
+    assert memory["predicted_training_bytes"] == json.loads(estimated.stdout)["training"]["total"]
+    assert memory["measured_training_bytes"] == pytest.approx(memory["predicted_training_bytes"], rel=TOLERANCE)
