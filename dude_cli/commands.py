@@ -47,9 +47,9 @@ def _estimate(config: Config, output: Output) -> None:
 
     accelerator = make_accelerator()
     forecast, length_source = estimate(config, accelerator.num_processes)
-    device = {"device": str(accelerator.device), "device_bytes": device_bytes(accelerator.device)}
-    table = memory_table(forecast, str(accelerator.device), device["device_bytes"], length_source)
-    output.result(table, forecast.report() | {"length_source": length_source} | device)
+    device, size = str(accelerator.device), device_bytes(accelerator.device)
+    document = forecast.report() | {"length_source": length_source, "device": device, "device_bytes": size}
+    output.result(memory_table(forecast, device, size, length_source), document)
 
 
 def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool, output: Output) -> None:

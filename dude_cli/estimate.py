@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dude_cli.adapter import Factors, adapter_layers, constant_adapters, find_targets, patch_with_factors
+from dude_cli.adapter import Factors, constant_adapters, find_targets, patch_with_factors
 from dude_cli.adapter.patch import check_ranks, is_tied
-from dude_cli.adapter.weight import is_linear, weight_shape
+from dude_cli.adapter.weight import is_linear, stored_weight, weight_shape
 from dude_cli.config import Config, Quantization
 from dude_cli.errors import UsageError
 from dude_cli.live_bytes import LiveBytes, counted
@@ -96,8 +96,8 @@ def estimate_memory(config: Config, batch: Batch) -> MemoryEstimate:
             fix="train without a forecast; per_device_batch_size: auto halves the batch when memory runs out",
         ) from error
     if quantization is not None:
-        largest = max(_quantized_layers(model), key=lambda layer: layer.weight.numel())
-        training["dequantized weight"] = largest.weight.numel() * largest.weight.element_size()
+        weights = map(stored_weight, _quantized_layers(model))
+        training["dequantized weight"] = max(weight.numel() * weight.element_size() for weight in weights)
     return MemoryEstimate(batch, init, training)
 
 
@@ -116,7 +116,7 @@ def _init_parts(
     """The larger of what a layer's decomposition or norms hold, and the check of one row's logits at step 0."""
     decomposition = norms
     if config.adapter.has_svd_init and config.adapter.init_from is None:
-        largest = max(layer.weight.numel() for layer in targets.values())
+        largest = max(stored_weight(layer).numel() for layer in targets.values())
         decomposition = max(norms, DECOMPOSITION_COPIES * largest * 4)
     ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
     with torch.no_grad(), counted(model) as live:
@@ -140,6 +140,7 @@ def _training_parts(
     with counted(model, all_is=not config.data.packing) as live:
         held = _run_step(model, batch, trainable, live, packed=config.data.packing)
     peak = live.peak
+    held = min(held, peak["activations"])
     parts = {
         "held in a step": held,
         "gradients": peak["gradients"],
@@ -154,10 +155,10 @@ def _run_step(
     model: PreTrainedModel, batch: Batch, trainable: list[nn.Parameter], live: LiveBytes, *, packed: bool
 ) -> int:
     """Forward and backward of a step's first micro-batches; returns the bytes that it holds until its end."""
-    hooks = [
-        parameter.register_post_accumulate_grad_hook(lambda parameter: live.move(parameter.grad, "gradients"))
-        for parameter in trainable
-    ]
+
+    def accumulated(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        live.move(parameter.grad, "gradients")
 
     def loss_begins(_: nn.Module, __: Any, output: Any) -> None:
         live.category = "loss"
@@ -167,6 +168,7 @@ def _run_step(
         live.category = "activations"
 
     summed_loss = SummedLoss(model)
+    hooks = [parameter.register_post_accumulate_grad_hook(accumulated) for parameter in trainable]  # type: ignore[no-untyped-call]
     hooks.append(model.base_model.register_forward_hook(loss_begins))
     shape = (batch.rows, batch.length)
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64, device="meta")}
@@ -186,11 +188,8 @@ def _run_step(
 
 
 def _storage_bytes(model: nn.Module) -> int:
-    return _unique_bytes((*model.parameters(), *model.buffers()))
-
-
-def _unique_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(storage.nbytes() for storage in {tensor.untyped_storage() for tensor in tensors})
+    storages = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
+    return sum(storage.nbytes() for storage in storages)
 
 
 def _quantized_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -205,9 +204,10 @@ def _saved_by_quantization(model: PreTrainedModel, quantization: Quantization | 
         return 0
     saved = 0
     for layer in _quantized_layers(model):
-        count, out_features = layer.weight.numel(), weight_shape(layer)[0]
+        weight, out_features = stored_weight(layer), weight_shape(layer)[0]
+        count = weight.numel()
         small = count // 2 + 4 * -(-count // NF4_BLOCK) if quantization == "nf4" else count + 4 * out_features
-        saved += count * layer.weight.element_size() - small
+        saved += count * weight.element_size() - small
     return saved
 
 
@@ -226,7 +226,7 @@ class _KeepsInput(torch.autograd.Function):
 
 def _keep_inputs(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
-        layer.register_forward_pre_hook(lambda _, inputs: (_KeepsInput.apply(*inputs),))
+        layer.register_forward_pre_hook(lambda _, inputs: (_KeepsInput.apply(*inputs),))  # type: ignore[no-untyped-call]
 
 
 def _refuse_experts(model: PreTrainedModel, config: Config) -> None:

@@ -50,10 +50,11 @@ def memory_table(estimate: MemoryEstimate, device: str, device_bytes: int, lengt
     fits = "fits" if estimate.peak_bytes <= device_bytes else "does NOT fit"
     return Group(
         table,
-        f"{batch.rows} rows of {batch.length} tokens ({length_source}) a forward, {batch.gradient_accumulation_steps} "
-        f"forwards a step, {batch.world_size} ranks",
+        f"micro-batches of {batch.rows} rows of {batch.length} tokens ({length_source}); in a step "
+        f"{batch.world_size} ranks x {batch.gradient_accumulation_steps} micro-batches",
         f"peak: {human_bytes(estimate.peak_bytes)}, in {estimate.peak_phase}; {device} has "
-        f"{human_bytes(device_bytes)}: it {fits}. Not counted: scratch space inside of kernels, the allocator's reserve",
+        f"{human_bytes(device_bytes)}: it {fits}",
+        "not counted: scratch space inside of kernels, and what the allocator keeps beside",
     )
 
 

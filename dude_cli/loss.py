@@ -150,5 +150,5 @@ def _is_last(model: PreTrainedModel, head: nn.Linear) -> bool:
     if len(seen) != 2:
         return False
     if logits.is_meta:  # a forecast, without values: what was put there must be what comes out
-        return logits.untyped_storage()._cdata == seen[1].untyped_storage()._cdata
+        return bool(logits.untyped_storage()._cdata == seen[1].untyped_storage()._cdata)
     return torch.equal(seen[0], hidden) and torch.equal(logits, seen[1].to(logits.dtype))

@@ -24,22 +24,21 @@ def device_bytes(device: torch.device) -> int:
 
 def human_bytes(count: int) -> str:
     """`1.5 GiB`: three digits in the unit that fits."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000:
-            break
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1000 and len(units) > 1:
         size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        units.pop(0)
+    return f"{size:.3g} {units[0]}"
 
 
 class PeakMemory:
     """The most memory since `restart`, beside what was there when the object was made.
 
     On a GPU these are the bytes of torch's tensors. On any other device it is the resident set of this process; make
-    the object before the model is loaded, so that Python, the imports and the rows do not count. Only Linux can
-    restart that count; elsewhere it goes back to the start of the process, loading and decomposing included.
+    the object before the model is loaded, so that Python, the imports and the rows do not count. What was freed and
+    not given back to the system counts: glibc keeps blocks of up to 32 MiB, which may be more than what is in use.
+    Only Linux can restart the count; elsewhere it goes back to the start of the process, loading and decomposing
+    included.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +47,7 @@ class PeakMemory:
         self.definition = (
             "torch.cuda.max_memory_allocated over the training"
             if device.type == "cuda"
-            else "largest resident set, less the one before the model was loaded"
+            else "largest resident set of the process, less the one before the model was loaded"
         )
 
     def restart(self) -> None:

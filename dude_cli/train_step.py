@@ -60,9 +60,10 @@ def accumulate_gradients(
     """Add to `.grad` this rank's part of the gradient of the mean loss over the global batch; return its summed loss.
 
     `summed_loss` is a `SummedLoss`, or DDP around it. `rows` are this rank's, `target_tokens` the number over the
-    whole global batch and all ranks. Each micro-batch contributes its *summed* loss divided by that number, so the split does not matter, and a rank or a last window
-    with fewer tokens has just its share. DDP averages over ranks, hence the factor `world_size`; it exchanges
-    gradients in the last micro-batch only. A rank without rows takes part with a loss of zero.
+    whole global batch and all ranks. Each micro-batch contributes its *summed* loss divided by that number, so the
+    split does not matter, and a rank or a last window with fewer tokens has just its share. DDP averages over ranks,
+    hence the factor `world_size`; it exchanges gradients in the last micro-batch only. A rank without rows takes part
+    with a loss of zero.
     """
     import torch
 

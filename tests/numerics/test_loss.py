@@ -103,7 +103,7 @@ def test_tied_heads_and_checkpointing(kind, checkpointing):
             assert SummedLoss(model).chunked
             assert_equal_to_plain(model, BATCH, 1e-5)
     finally:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])

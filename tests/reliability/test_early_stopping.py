@@ -10,9 +10,9 @@ from training import train_here
 from dude_cli.adapter import load_adapter
 from dude_cli.config import load_config
 from dude_cli.data import collate, prepare_data
+from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.metrics import read_metrics
 from dude_cli.model import load_model, load_tokenizer
-from dude_cli.loss import SummedLoss, with_targets
 
 
 def validation_loss(config, adapter) -> float:
