@@ -52,6 +52,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def init(
     config: ConfigPath,
     overrides: Overrides = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only predict the memory that a training takes; nothing is loaded.")
+    ] = False,
     smoke: Smoke = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -62,7 +65,7 @@ def init(
         from dude_cli import commands
         from dude_cli.console import Output
 
-        commands.init(config, overrides or [], smoke=smoke, output=Output(json, quiet))
+        commands.init(config, overrides or [], smoke=smoke, estimate=estimate, output=Output(json, quiet))
 
 
 @app.command()

@@ -13,14 +13,20 @@ from dude_cli.console import Output
 from dude_cli.errors import UsageError
 
 
-def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Output) -> None:
-    """Check everything, decompose, save the initial adapter, and show what a training would do."""
+def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, estimate: bool, output: Output) -> None:
+    """Check everything, decompose, save the initial adapter, and show what a training would do.
+
+    With `estimate` only predict the memory that it would take.
+    """
     config = _load(config_path, overrides, smoke=smoke)  # before the imports: a mistake in it is told at once
     from dude_cli.init_report import init_report
     from dude_cli.prepare import prepare
     from dude_cli.run_dir import check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator
 
+    if estimate:
+        _estimate(config, output)
+        return
     check_run_dir(config)
     if is_finished_run(config):
         raise UsageError(
@@ -33,10 +39,23 @@ def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, output: Ou
     output.result(init_report(prepared), prepared.report())
 
 
+def _estimate(config: Config, output: Output) -> None:
+    from dude_cli.init_report import memory_table
+    from dude_cli.memory import device_bytes
+    from dude_cli.prepare import estimate
+    from dude_cli.runtime import make_accelerator
+
+    accelerator = make_accelerator()
+    forecast, length_source = estimate(config, accelerator.num_processes)
+    device, size = str(accelerator.device), device_bytes(accelerator.device)
+    document = forecast.report() | {"length_source": length_source, "device": device, "device_bytes": size}
+    output.result(memory_table(forecast, device, size, length_source), document)
+
+
 def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool, output: Output) -> None:
     """Prepare what is not prepared, train, and write the adapter."""
     config = _load(config_path, overrides, smoke=smoke, overwrite=overwrite)  # before the imports, as in `init`
-    from dude_cli.init_report import init_report
+    from dude_cli.init_report import init_report, memory_line
     from dude_cli.metrics import run_summary
     from dude_cli.prepare import prepare
     from dude_cli.run_dir import check_run_dir, is_finished_run
@@ -59,7 +78,8 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
         with stop_signals() as stop:
             summary = run_training(prepared, accelerator, output.progress, stop)
     if accelerator.is_main_process:
-        output.result(f"adapter: {config.run_dir / 'adapter'}\nscore it: dude eval {config.output_dir}", summary)
+        shown = [f"adapter: {config.run_dir / 'adapter'}", f"score it: dude eval {config.output_dir}"]
+        output.result("\n".join([*shown, *memory_line(summary)]), summary)
 
 
 def evaluate(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from dude_cli.data import DataReport
+from dude_cli.memory import device_bytes, human_bytes
 from dude_cli.prepare import LayerReport, Plan, Prepared
+
+if TYPE_CHECKING:
+    from dude_cli.estimate import MemoryEstimate
 
 
 def init_report(prepared: Prepared) -> RenderableType:
@@ -27,7 +32,48 @@ def init_report(prepared: Prepared) -> RenderableType:
         _example(prepared.data.train_report),
         "",
         _plan_line(prepared.plan, prepared),
+        *([_memory_line(prepared.memory, prepared)] if prepared.memory is not None else []),
     )
+
+
+def memory_table(estimate: MemoryEstimate, device: str, device_bytes: int, length_source: str) -> RenderableType:
+    """The forecast by part, in bytes and in units that can be read, against what the device has."""
+    batch = estimate.batch
+    table = Table(title="predicted memory of one device, at its most", title_justify="left")
+    for name in ("phase", "part", "bytes", ""):
+        table.add_column(name, justify="left" if name in ("phase", "part") else "right")
+    for phase, parts in estimate.phases.items():
+        for number, (part, size) in enumerate(parts.items()):
+            table.add_row("" if number else phase, part, f"{size:,}", human_bytes(size))
+        total = sum(parts.values())
+        table.add_row("", "total", f"{total:,}", human_bytes(total), style="bold", end_section=True)
+    fits = "fits" if estimate.peak_bytes <= device_bytes else "does NOT fit"
+    return Group(
+        table,
+        f"micro-batches of {batch.rows} rows of {batch.length} tokens ({length_source}); in a step "
+        f"{batch.world_size} ranks x {batch.gradient_accumulation_steps} micro-batches",
+        f"peak: {human_bytes(estimate.peak_bytes)}, in {estimate.peak_phase}; {device} has "
+        f"{human_bytes(device_bytes)}: it {fits}",
+        "not counted: scratch space inside of kernels, and what the allocator keeps beside",
+    )
+
+
+def memory_line(summary: dict[str, Any]) -> list[str]:
+    """What a finished training says of its memory; nothing for a run that recorded none."""
+    memory = summary["memory"]
+    if memory is None:
+        return []
+    predicted = memory["predicted_training_bytes"]
+    forecast = "no forecast" if predicted is None else f"predicted {human_bytes(predicted)}"
+    return [f"peak memory of the training: {human_bytes(memory['measured_training_bytes'])}, {forecast}"]
+
+
+def _memory_line(estimate: MemoryEstimate, prepared: Prepared) -> str:
+    size = device_bytes(prepared.peak_memory.device)
+    line = f"memory: {human_bytes(estimate.peak_bytes)} at most, in {estimate.peak_phase}"
+    if estimate.peak_bytes <= size:
+        return line
+    return f"{line}; the device has {human_bytes(size)}: lower train.per_device_batch_size or data.max_length"
 
 
 def _start(prepared: Prepared) -> str:

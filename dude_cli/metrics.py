@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 METRICS_FILE = "metrics.jsonl"
+MEMORY_FILE = "memory.json"
 # Without a terminal there is no live line; a plain one this often instead.
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -42,6 +43,7 @@ def run_summary(config: Config) -> dict[str, Any]:
     """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds.
 
     `first_step_s` is the time from the start of the process to its first step; of the last part of a run in parts.
+    `memory` has the most bytes that the training held, predicted and measured.
     `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's.
     """
     records = read_metrics(config.run_dir)
@@ -60,7 +62,17 @@ def run_summary(config: Config) -> dict[str, Any]:
         "lowest_eval_loss": lowest["eval_loss"] if lowest else None,
         "elapsed_s": last.get("elapsed_s"),
         "first_step_s": next((record["first_step_s"] for record in reversed(steps) if "first_step_s" in record), None),
+        "memory": _read_memory(config.run_dir),
     }
+
+
+def _read_memory(run_dir: Path) -> dict[str, Any] | None:
+    """The most bytes of a finished training, as predicted and as measured; None before its end."""
+    path = run_dir / MEMORY_FILE
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {key: record[key] for key in ("predicted_training_bytes", "measured_training_bytes", "measured")}
 
 
 def check_trackers(report_to: Sequence[str]) -> None:

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, DType, ModelConfig
+from dude_cli.config import DTYPES, DType, ModelConfig, Quantization
 from dude_cli.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -46,6 +46,32 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
     # The name as the user knows it, not where this machine keeps the files.
     model.config._name_or_path = config.name_or_path
     return model.eval()
+
+
+def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Quantization | None]:
+    """The base model on the meta device, without weights, unquantised, and what they would be quantised to.
+
+    Only the model's config is read. Raises UsageError with what to do.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained(config):
+        found = AutoConfig.from_pretrained(
+            _path(config), revision=config.revision or "main", trust_remote_code=config.trust_remote_code
+        )
+        saved = getattr(found, "quantization_config", None) or {}
+        if saved:
+            del found.quantization_config
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                found,
+                dtype=getattr(torch, config.dtype),
+                # A flash kernel may be there only where the training will be; it holds what sdpa holds.
+                attn_implementation="eager" if config.attn_implementation == "eager" else "sdpa",
+                trust_remote_code=config.trust_remote_code,
+            )
+    return model.eval(), config.quantization or _saved_quantization(saved, config)
 
 
 def load_tokenizer(config: ModelConfig, adapter_dir: Path | None = None) -> PreTrainedTokenizerBase:
@@ -140,6 +166,21 @@ def _check_quantized(model: PreTrainedModel, config: ModelConfig) -> None:
             where=f"model.quantization: {config.quantization}",
             fix="leave model.quantization out",
         )
+
+
+def _saved_quantization(saved: dict[str, Any], config: ModelConfig) -> Quantization | None:
+    """What a model's files are quantised to, by the `quantization_config` of its config."""
+    if not saved:
+        return None
+    if saved.get("load_in_4bit"):
+        return "nf4"
+    if saved.get("load_in_8bit"):
+        return "int8"
+    raise UsageError(
+        f"the memory of a model that is saved in {saved.get('quant_method', 'an unknown quantisation')} is not known",
+        where=f"model.name_or_path: {config.name_or_path}",
+        fix="train without a forecast",
+    )
 
 
 def _needs_bitsandbytes(where: str) -> UsageError:

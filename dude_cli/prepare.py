@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_cli import files
-from dude_cli.config import Config, dump_config
+from dude_cli import files, quickstart
+from dude_cli.config import Config, DataSource, TrainConfig, dump_config
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
+from dude_cli.errors import UsageError
+from dude_cli.memory import PeakMemory
 from dude_cli.metrics import check_trackers
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
 from dude_cli.run_dir import check_writable, clear_run
@@ -22,8 +25,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dude_cli.estimate import MemoryEstimate
+
 # Rows times longest row that `per_device_batch_size: auto` starts with.
 AUTO_BATCH_TOKENS = 16_384
+# A forecast reads the rows for their longest one if their file is no larger than this.
+QUICK_DATA_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Prepared:
     all_parameters: int
     reused: bool
     source_sha256: str | None  # of the adapter that the run continues from
+    memory: MemoryEstimate | None  # the forecast, on the main rank; None for a model that has none
+    peak_memory: PeakMemory
 
     def data_fingerprints(self) -> dict[str, str]:
         """What tells other rows under the same names, for a run that continues."""
@@ -88,6 +97,7 @@ class Prepared:
             "all_parameters": self.all_parameters,
             "data": {name: asdict(report) for name, report in reports.items() if report is not None},
             "plan": asdict(self.plan),
+            "memory": self.memory.report() if self.memory is not None else None,
             "reused": self.reused,
             "init_from": self.config.adapter.init_from,
             "init_from_sha256": self.source_sha256,
@@ -113,6 +123,9 @@ def prepare(
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say)
+    plan = make_plan(config, data, accelerator.num_processes)
+    memory = _forecast(config, plan, int(data.train.lengths.max()), say) if accelerator.is_main_process else None
+    peak_memory = PeakMemory(accelerator.device)
     bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
     model = load_model(config.model, accelerator.device)
@@ -120,7 +133,6 @@ def prepare(
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
-    plan = make_plan(config, data, accelerator.num_processes)
     start = Start(config, model, data.train[0].input_ids, model_revision, say)
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     if accelerator.is_main_process:
@@ -143,7 +155,41 @@ def prepare(
         all_parameters=model.num_parameters(),
         reused=reused,
         source_sha256=start.source_sha256(),
+        memory=memory,
+        peak_memory=peak_memory,
     )
+
+
+def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
+    """The memory that a training would take, before anything is loaded, and where its length of rows is from.
+
+    The rows are read for their longest one where that is quick; else each may have `data.max_length` tokens.
+    Raises DudeError as `prepare` does.
+    """
+    from dude_cli.estimate import Batch, estimate_memory
+
+    length, source = config.data.max_length, "data.max_length"
+    if all(map(_is_quick, config.data.train)):
+        data = prepare_data(config.data, load_tokenizer(config.model), config.seed)
+        length, source = int(data.train.lengths.max()), "the longest row"
+    rows, accumulation = split_batch(config.train, length, world_size)
+    return estimate_memory(config, Batch(rows, length, accumulation, world_size)), source
+
+
+def _is_quick(source: DataSource) -> bool:
+    path = Path(source.path).expanduser()
+    return source.path == quickstart.NAME or (path.is_file() and path.stat().st_size <= QUICK_DATA_BYTES)
+
+
+def _forecast(config: Config, plan: Plan, length: int, say: Callable[[str], None]) -> MemoryEstimate | None:
+    from dude_cli.estimate import Batch, estimate_memory
+
+    batch = Batch(plan.per_device_batch_size, length, plan.gradient_accumulation_steps, plan.world_size)
+    try:
+        return estimate_memory(config, batch)
+    except UsageError as error:  # a model without a forecast may well be trained
+        say(f"no forecast: {error.what}")
+        return None
 
 
 def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
@@ -151,21 +197,26 @@ def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
     train = config.train
     per_epoch = steps_per_epoch(len(data.train), train.global_batch_size)
     steps = total_steps(train, per_epoch)
-    rows_per_rank = -(-train.global_batch_size // world_size)
-    if train.per_device_batch_size == "auto":
-        fitting = AUTO_BATCH_TOKENS // int(data.train.lengths.max())
-        per_device = max(1, min(rows_per_rank, fitting))
-    else:
-        per_device = min(train.per_device_batch_size, rows_per_rank)
+    per_device, accumulation = split_batch(train, int(data.train.lengths.max()), world_size)
     return Plan(
         total_steps=steps,
         warmup_steps=warmup_steps(train, steps),
         steps_per_epoch=per_epoch,
         global_batch_size=train.global_batch_size,
         per_device_batch_size=per_device,
-        gradient_accumulation_steps=-(-rows_per_rank // per_device),
+        gradient_accumulation_steps=accumulation,
         world_size=world_size,
     )
+
+
+def split_batch(train: TrainConfig, longest_row: int, world_size: int) -> tuple[int, int]:
+    """The rows of a micro-batch on one device, and how many of them make its part of a global batch."""
+    rows_per_rank = -(-train.global_batch_size // world_size)
+    if train.per_device_batch_size == "auto":
+        per_device = max(1, min(rows_per_rank, AUTO_BATCH_TOKENS // longest_row))
+    else:
+        per_device = min(train.per_device_batch_size, rows_per_rank)
+    return per_device, -(-rows_per_rank // per_device)
 
 
 def layer_reports(model: PreTrainedModel) -> list[LayerReport]:

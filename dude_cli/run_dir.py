@@ -9,7 +9,7 @@ from dude_cli import files
 from dude_cli.checkpoint import CHECKPOINTS, checkpoints
 from dude_cli.config import Config, load_config
 from dude_cli.errors import UsageError
-from dude_cli.metrics import METRICS_FILE
+from dude_cli.metrics import MEMORY_FILE, METRICS_FILE
 
 INITIAL, RESULT, BEST = "initial", "adapter", "best"
 # Settings that may change between two parts of one run: they do not touch what is learned.
@@ -64,7 +64,8 @@ def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
     for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
         shutil.rmtree(config.run_dir / name, ignore_errors=True)
-    (config.run_dir / METRICS_FILE).unlink(missing_ok=True)
+    for name in (METRICS_FILE, MEMORY_FILE):
+        (config.run_dir / name).unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli import files
 from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from dude_cli.data import StepOrder, collate, longest_first
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
-from dude_cli.metrics import MetricsLog, TrainDisplay, run_summary
+from dude_cli.loss import SummedLoss, with_targets
+from dude_cli.metrics import MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
 from dude_cli.run_dir import BEST, RESULT, refuse_other_data
 from dude_cli.runtime import StopSignal, process_age_s, seed_everything
 from dude_cli.schedule import learning_rate_at
-from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer, summed_loss
+from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +86,10 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
-        self.wrapped: nn.Module = accelerator.prepare_model(self.model)
+        prepared.peak_memory.restart()
+        self.summed_loss = SummedLoss(self.model)
+        # The model is where it was loaded, and bitsandbytes' layers cannot be moved from there.
+        self.wrapped: nn.Module = accelerator.prepare_model(self.summed_loss, device_placement=False)
         pad_id = prepared.tokenizer.pad_token_id
         self.collate = functools.partial(
             collate, pad_id=pad_id if pad_id is not None else 0, flatten=packs_flat(self.config)
@@ -191,6 +197,7 @@ class _Run:
         if self.config.train.early_stopping_patience is not None:
             restore_adapter(self.model, self.run_dir / BEST)
         if self.accelerator.is_main_process:
+            self._save_memory()
             self._save_adapter(RESULT)
         self.accelerator.wait_for_everyone()
         return run_summary(self.config)
@@ -304,9 +311,9 @@ class _Run:
         self.model.eval()
         with torch.no_grad(), constant_adapters(self.model):
             for start in range(0, len(own), size):
-                batch = self.collate([rows[int(row)] for row in own[start : start + size]])
+                batch = with_targets(self.collate([rows[int(row)] for row in own[start : start + size]]))
                 on_device = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-                total += summed_loss(self.model, on_device)
+                total += self.summed_loss(on_device)
         return self._sum_over_ranks(total)[0] / int(rows.target_tokens.sum())
 
     def _sum_over_ranks(self, *values: torch.Tensor) -> list[float]:
@@ -317,6 +324,18 @@ class _Run:
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _save_memory(self) -> None:
+        """Predicted against measured, of this rank and of the part of the run that this process has done."""
+        peak, forecast = self.prepared.peak_memory, self.prepared.memory
+        record = {
+            "device": str(self.accelerator.device),
+            "predicted": None if forecast is None else forecast.report(),
+            "predicted_training_bytes": None if forecast is None else forecast.training_bytes,
+            "measured_training_bytes": peak.peak_bytes(),
+            "measured": peak.definition,
+        }
+        files.write_text(self.run_dir / MEMORY_FILE, json.dumps(record, indent=2) + "\n")
 
     def _save_adapter(self, name: str) -> None:
         from dude_cli.adapter import save_adapter

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import TrainConfig
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow
+from dude_cli.loss import with_targets
 
 if TYPE_CHECKING:
     import torch
@@ -45,21 +46,8 @@ class StepResult:
         return record if self.grad_norm is not None else record | {"skipped": True}
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The sum of the cross-entropies of all target tokens of `batch`, in nats, float32, differentiable.
-
-    Token i is predicted from the tokens before it, so labels are compared with the logits one place to the left.
-    """
-    from torch.nn import functional as F
-
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    logits: Tensor = model(**inputs, use_cache=False).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOT_LEARNED, reduction="sum")
-
-
 def accumulate_gradients(
-    model: nn.Module,
+    summed_loss: nn.Module,
     rows: Sequence[EncodedRow],
     *,
     per_device_batch_size: int,
@@ -71,20 +59,21 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add to `.grad` this rank's part of the gradient of the mean loss over the global batch; return its summed loss.
 
-    `rows` are this rank's, `target_tokens` the number over the whole global batch and all ranks. Each micro-batch
-    contributes its *summed* loss divided by that number, so the split does not matter, and a rank or a last window
-    with fewer tokens has just its share. DDP averages over ranks, hence the factor `world_size`; it exchanges
-    gradients in the last micro-batch only. A rank without rows takes part with a loss of zero.
+    `summed_loss` is a `SummedLoss`, or DDP around it. `rows` are this rank's, `target_tokens` the number over the
+    whole global batch and all ranks. Each micro-batch contributes its *summed* loss divided by that number, so the
+    split does not matter, and a rank or a last window with fewer tokens has just its share. DDP averages over ranks,
+    hence the factor `world_size`; it exchanges gradients in the last micro-batch only. A rank without rows takes part
+    with a loss of zero.
     """
     import torch
 
     total = torch.zeros((), device=device)
     micro_batches = list(_micro_batches(rows, per_device_batch_size))
     for number, micro_batch in enumerate(micro_batches, start=1):
-        batch = {key: value.to(device) for key, value in collate(micro_batch).items()}
-        no_sync = getattr(model, "no_sync", None) if number < len(micro_batches) else None
+        batch = {key: value.to(device) for key, value in with_targets(collate(micro_batch)).items()}
+        no_sync = getattr(summed_loss, "no_sync", None) if number < len(micro_batches) else None
         with no_sync() if no_sync is not None else nullcontext():
-            loss = summed_loss(model, batch)
+            loss = summed_loss(batch)
             backward(loss * (world_size / max(1, target_tokens)))
         total += loss.detach()
     return total

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dude_cli.adapter.autocast import without_autocast
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.weight import squared_row_norms, weight_chunks, weight_rows, weight_shape
 
@@ -82,7 +83,7 @@ def full_float32(device: torch.device) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -46,7 +46,7 @@ def patch_model(
             "patch_model makes a new adapter", where="init_from", fix="load_adapter(model, folder) continues from one"
         )
     targets = find_targets(model, config)
-    _check_ranks(targets, config.rank)
+    check_ranks(targets, config.rank)
     keep_packing(model)
     model.requires_grad_(False)
     for number, (name, layer) in enumerate(targets.items(), start=1):
@@ -269,7 +269,8 @@ def _matches_nothing(pattern: str, linear: list[str], where: str) -> UsageError:
     )
 
 
-def _check_ranks(targets: dict[str, nn.Module], rank: int) -> None:
+def check_ranks(targets: dict[str, nn.Module], rank: int) -> None:
+    """Raise UsageError if a layer has a side that is smaller than the rank."""
     for name, layer in targets.items():
         out_features, in_features = weight_shape(layer)
         if rank > min(out_features, in_features):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dude_cli.adapter import row_scale
+from dude_cli.adapter.autocast import without_autocast
 from dude_cli.adapter.row_scale import RowScale
 
 # DUDE_LAYER=torch turns the kernels off.
@@ -58,7 +58,7 @@ class AdaptedProduct(torch.autograd.Function):
         in_place: bool,
     ) -> Tensor:
         y = z if in_place else z.clone(memory_format=torch.contiguous_format)
-        with _without_autocast(x):
+        with without_autocast(x.device):
             h = x @ step.Q.T
             _add_and_scale_(y, h, step)
         if in_place:
@@ -82,7 +82,7 @@ class AdaptedProduct(torch.autograd.Function):
             passes = _kernels(dy.device.type) or row_scale
             dz, products = passes.scale_backward(dy.contiguous(), y, step.scale)
             d_gain = products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
-        with _without_autocast(x):
+        with without_autocast(x.device):
             u = dz @ step.P
             dx = u @ step.Q if ctx.needs_input_grad[1] else None
             dB = (dz.T @ h).float()
@@ -122,8 +122,3 @@ def _kernels(device_type: str) -> ModuleType | None:
     from dude_cli.adapter import kernels
 
     return kernels
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -10,6 +10,7 @@ from tiny_models import VOCABULARY, tiny_model
 
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
+from dude_cli.loss import SummedLoss
 from dude_cli.train_step import accumulate_gradients
 
 ROWS = 13  # no split below divides it: the last micro-batch is short
@@ -34,7 +35,7 @@ def gradients(rows: list[EncodedRow], per_device_batch_size: int, world_size: in
     for rank in range(world_size):
         model = patch_model(tiny_model("llama"), AdapterConfig(method="dude", rank=4)).train()
         accumulate_gradients(
-            model,
+            SummedLoss(model),
             rows[rank::world_size],
             per_device_batch_size=per_device_batch_size,
             target_tokens=targets,

@@ -10,9 +10,9 @@ from training import train_here
 from dude_cli.adapter import load_adapter
 from dude_cli.config import load_config
 from dude_cli.data import collate, prepare_data
+from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.metrics import read_metrics
 from dude_cli.model import load_model, load_tokenizer
-from dude_cli.train_step import summed_loss
 
 
 def validation_loss(config, adapter) -> float:
@@ -20,7 +20,7 @@ def validation_loss(config, adapter) -> float:
     model = load_model(config.model)
     load_adapter(model, adapter)
     with torch.no_grad():
-        return float(summed_loss(model, collate(list(rows), pad_id=0))) / int(rows.target_tokens.sum())
+        return float(SummedLoss(model)(with_targets(collate(list(rows), pad_id=0)))) / int(rows.target_tokens.sum())
 
 
 def test_early_stopping_keeps_the_lowest_evaluations_adapter(tmp_path):

@@ -1,0 +1,15 @@
+"""Products in the dtype of their factors, whatever an autocast around them says."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Within, there is no autocast on `device`. The meta device, where a forecast runs, knows none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    off: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return off
