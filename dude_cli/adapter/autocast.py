@@ -9,7 +9,7 @@ import torch
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Within, there is no autocast on `device`. The meta device, where a forecast runs, knows none."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     off: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
     return off
