@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli import files
 from dude_cli.config import Config, dump_config
+from dude_cli.console import Counter, no_counter
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.metrics import check_trackers
@@ -95,11 +96,17 @@ class Prepared:
 
 
 def prepare(
-    config: Config, accelerator: Accelerator, say: Callable[[str], None], *, overwrite: bool = False
+    config: Config,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    *,
+    counter: Counter = no_counter,
+    overwrite: bool = False,
 ) -> Prepared:
     """Check everything, load, make or reuse `initial/`, and verify that the patched model is the base.
 
-    The main rank decomposes and writes; the others read what it wrote, so all have the same bytes. With `overwrite`
+    Each rank decomposes its share; the main one writes and the others read that, so all have the same bytes. With
+    `overwrite`
     an earlier training in the run folder is deleted, once nothing can be wrong any more.
     Raises DudeError of the kind that fits, before anything is written where that can be known.
     """
@@ -120,7 +127,7 @@ def prepare(
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
     plan = make_plan(config, data, accelerator.num_processes)
-    start = Start(config, model, data.train[0].input_ids, model_revision, say)
+    start = Start(config, model, data.train[0].input_ids, model_revision, say, counter)
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     if accelerator.is_main_process:
         if overwrite:

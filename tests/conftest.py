@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,3 +19,10 @@ def test_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"DUDE_TEST_DATA names {folder}, which is no folder")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this session alone: the tests neither read nor fill the user's."""
+    with mock.patch.dict(os.environ, {"DUDE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}):
+        yield

@@ -6,11 +6,13 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
+from dude_cli.adapter.decomposition_cache import DecompositionCache
 from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
 from dude_cli.adapter.layer import AdapterLayer, Factors
 from dude_cli.adapter.patch import (
     adapter_layers,
     cast_parameters,
+    check_ranks,
     constant_adapters,
     disable_adapters,
     find_targets,
@@ -27,6 +29,7 @@ from dude_cli.config import AdapterConfig, SvdConfig
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
+    "DecompositionCache",
     "Factors",
     "SavedAdapter",
     "SvdConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "cast_parameters",
     "check_base",
     "check_factors",
+    "check_ranks",
     "constant_adapters",
     "disable_adapters",
     "find_targets",
