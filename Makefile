@@ -37,8 +37,9 @@ format: setup ## Format the code
 config-docs: setup ## Write docs/config.md from the schema
 	$(BIN)/python tools/config_reference.py docs/config.md
 
-bench: setup ## Time an optimizer step beside PEFT's, interleaved
+bench: setup ## Time an optimizer step and the decomposition beside those of PEFT
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/decomposition.py --short
 
 clean: ## Delete what the other targets made, the runs excepted
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
