@@ -2,7 +2,7 @@
 
 For each layer the singular value decomposition of the learned change dW = W' - W0, cut to rank N, is the closest
 matrix of that rank (Eckart and Young 1936): lora_B = U sqrt(S), lora_A = sqrt(S) V^T, lora_alpha = N. It is computed as
-`adapter.svd: auto` would: by a randomised algorithm above a short side of 1024, exactly for `max_error`. A magnitude
+`adapter.svd: auto` would: by a randomised algorithm for large layers, exactly for `max_error`. A magnitude
 scales whole rows, so the change of DuDe and DoRA has full rank: what N leaves out is measured and reported.
 """
 

@@ -13,7 +13,7 @@ from dude_cli.console import Output
 def test_progress_is_a_few_plain_lines_without_a_terminal_and_nothing_when_quiet():
     for is_quiet, wanted in ((False, ["layer 1/70", "layer 32/70", "layer 64/70"]), (True, [])):
         output = Output(is_quiet=is_quiet)
-        output.out.file = output.err.file = StringIO()
+        output.out.file, output.err.file = StringIO(), StringIO()
         with output.counter("layer", every=32) as count:
             for number in range(1, 71):
                 count(number, 70)
