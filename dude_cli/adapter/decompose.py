@@ -1,6 +1,6 @@
 """Truncated singular value decomposition of one weight matrix: the start of `dude` and `pissa`.
 
-Both algorithms look at the matrix as (long side m, short side n) and end in the same step: eigenvectors of a Gram
+The matrix is looked at as (long side m, short side n), and everything ends in the same step: eigenvectors of a Gram
 matrix, summed in float64. There an eigenvalue is off by about 1e-16 of the largest, so a singular value by about 1e-8
 of the largest at most: less than the rounding of LAPACK's own decomposition in float32.
 """
@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from dude_cli.adapter.weight import dense_weight
 from dude_cli.config import AdapterConfig, SvdConfig
 from dude_cli.errors import AdapterError
+
+# Up to this short side `exact` always goes through the Gram matrix of the weight itself: no second for it on a CPU.
+GRAM_UP_TO = 2048
+
+# Above it, what the last Krylov steps may still have moved a singular value by, as a share of the largest. The next
+# ones moved it by a tenth of that or less in all spectra that were tried, which is the rounding of float32.
+CONVERGED = 1e-6
 
 # Up to this short side the exact algorithm takes a fraction of a second on a CPU.
 EXACT_UP_TO = 1024
@@ -72,16 +79,17 @@ def principal_factors(W: Tensor, rank: int, config: SvdConfig) -> PrincipalFacto
 def truncated_svd(W: Tensor, rank: int, config: SvdConfig) -> TruncatedSvd:
     """The `rank` largest singular triplets of `W` (out, in), of any floating dtype, on its device.
 
-    `exact`: eigenvectors of the Gram matrix of the short side. `randomized`: the same of the matrix projected onto a
-    block Krylov space (Musco and Musco 2015, arXiv 1504.05477, algorithm 2). Its sketch is always the same: on one
-    machine with one number of threads equal matrices have equal decompositions.
+    `randomized` projects the matrix onto a block Krylov space (Musco and Musco 2015, arXiv 1504.05477, algorithm 2).
+    `exact` is accurate to float32's rounding, about 2e-7 of the largest singular value: by the Gram matrix of the short
+    side, and where that is long, by a Krylov space that grows until nothing moves any more, if that happens early. The
+    sketch is always the same: on one machine with one number of threads equal matrices have equal decompositions.
     Raises AdapterError if `W` has a value that is not finite.
     """
     _check_finite(W)
     is_wide = W.shape[0] < W.shape[1]
     tall = W.T if is_wide else W
     exact = is_exact((W.shape[0], W.shape[1]), rank, config)
-    left, S, right = _gram_svd(tall, rank) if exact else _krylov_svd(tall.to(torch.float32), rank, config.iterations)
+    left, S, right = _exact_svd(tall, rank) if exact else _krylov_svd(tall.to(torch.float32), rank, config.iterations)
     U, V = (right, left) if is_wide else (left, right)
     sign = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
     return TruncatedSvd(U * sign, S, (V * sign).T)
@@ -118,27 +126,73 @@ def _gram_svd(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return (Q * sign)[:, order].float(), S.float(), V[:, order].float()
 
 
-def _krylov_svd(tall: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Approximate largest triplets of `tall` (m, n) float32, as of `_gram_svd`, from a block Krylov space of its rows.
+class _KrylovSpace:
+    """An orthonormal basis of a block Krylov space of the rows of `tall` (m, n) float32, and `tall` times it.
 
-    With a Gaussian X and M = `tall`, the basis spans M^T X, (M^T M) M^T X, ...: all of it is kept, unlike the power
-    iterations of svd_lowrank, which keep the last block. The best triplets in it are those of M basis.
+    With a Gaussian X and M = `tall` it spans M^T X, (M^T M) M^T X, ...: all of it is kept, unlike the power iterations
+    of svd_lowrank, which keep the last block. The best triplets in it are those of M basis.
     """
-    m, n = tall.shape
-    columns = max(rank, min(krylov_dimension(rank, iterations), n))
-    block = min(_block_size(rank), columns)
-    # Columns are contiguous: each step reads and writes whole ones.
-    basis, projected = (torch.empty(columns, side, device=tall.device).T for side in (n, m))
-    # Drawn on the CPU: the sketch is then the same on every device.
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(m, block, generator=generator).to(tall.device)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        basis[:, start:stop] = _next_block(tall.T @ X[:, : stop - start], basis[:, :start], generator)
-        projected[:, start:stop] = tall @ basis[:, start:stop]
-        X = torch.linalg.qr(projected[:, start:stop]).Q
-    U, S, V = _gram_svd(projected, rank)
-    return U, S, basis @ V
+
+    def __init__(self, tall: Tensor, block: int, most_columns: int) -> None:
+        m, n = tall.shape
+        self._tall = tall
+        self._block = min(block, most_columns)
+        self.columns = 0
+        # Columns are contiguous: each step reads and writes whole ones.
+        self._basis, self._projected = (torch.empty(most_columns, side, device=tall.device).T for side in (n, m))
+        # Drawn on the CPU: the sketch is then the same on every device.
+        self._generator = torch.Generator().manual_seed(0)
+        self._left = torch.randn(m, self._block, generator=self._generator).to(tall.device)
+
+    def extend(self, columns: int) -> None:
+        """Add blocks until there are `columns`."""
+        while self.columns < columns:
+            start, stop = self.columns, min(self.columns + self._block, columns)
+            new = self._tall.T @ self._left[:, : stop - start]
+            self._basis[:, start:stop] = _next_block(new, self._basis[:, :start], self._generator)
+            self._projected[:, start:stop] = self._tall @ self._basis[:, start:stop]
+            self._left = torch.linalg.qr(self._projected[:, start:stop]).Q
+            self.columns = stop
+
+    def singular_values(self, count: int) -> Tensor:
+        return _top_eigenvalues(_gram(self._projected[:, : self.columns]), count).sqrt()
+
+    def triplets(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        U, S, V = _gram_svd(self._projected[:, : self.columns], rank)
+        return U, S, self._basis[:, : self.columns] @ V
+
+
+def _krylov_svd(tall: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximate largest triplets of `tall` (m, n) float32, as of `_gram_svd`, from `iterations` Krylov steps."""
+    columns = max(rank, min(krylov_dimension(rank, iterations), tall.shape[1]))
+    space = _KrylovSpace(tall, _block_size(rank), columns)
+    space.extend(columns)
+    return space.triplets(rank)
+
+
+def _exact_svd(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    found = _converged_svd(tall.to(torch.float32), rank) if tall.shape[1] > GRAM_UP_TO else None
+    return found or _gram_svd(tall, rank)
+
+
+def _converged_svd(tall: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The largest triplets of `tall` (m, n) float32 to its rounding, from as many Krylov steps as that takes.
+
+    From six times the rank on it is looked at how far the singular values have moved, which only grow and converge
+    faster than linearly. Blocks are half as wide as the randomized algorithm's: more steps for as many columns.
+    None if half of the short side is not enough: then the Gram matrix costs less.
+    """
+    block = max(MIN_BLOCK, -(-rank // 4))
+    step, most = 4 * block, tall.shape[1] // 2
+    space = _KrylovSpace(tall, block, most)
+    before = None
+    for columns in range(6 * step, most + 1, step):
+        space.extend(columns)
+        S = space.singular_values(rank)
+        if before is not None and float((S - before).abs().max()) <= CONVERGED * float(S[0]):
+            return space.triplets(rank)
+        before = S
+    return None
 
 
 def _next_block(Z: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:

@@ -74,7 +74,7 @@ class SvdConfig(Section):
     algorithm: Literal["auto", "exact", "randomized"] = Field(
         "auto",
         description=(
-            "`exact`: by the Gram matrix in float64; `auto`: exact up to a short side of 1024, or of twice the columns "
+            "`exact`: to the rounding of float32; `auto`: exact up to a short side of 1024, or of twice the columns "
             "that `randomized` would look in, which are 6 times the rank by default."
         ),
     )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dude_cli.adapter.decompose import (
     PrincipalFactors,
+    _converged_svd,
     exact_singular_values,
     is_exact,
     krylov_dimension,
@@ -175,6 +176,28 @@ def test_randomized_reaches_99_8_percent_where_the_power_iterations_of_peft_do_n
     assert float(power_iterations.sum()) / exact < 0.9985
     orthonormal = torch.eye(rank)
     torch.testing.assert_close(found.U.T @ found.U, orthonormal, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "W",
+    [
+        hard_matrix(1100),
+        torch.randn(1300, 1100, generator=torch.Generator().manual_seed(0)),
+        with_spectrum(1100, 1150, powers(1100, 3.0)),
+        torch.cat([torch.eye(1100), torch.zeros(3, 1100)]),
+    ],
+    ids=["like trained", "Gaussian", "fast decay", "identity"],
+)
+def test_a_large_matrix_is_decomposed_to_roundings_by_a_space_that_grows(monkeypatch, W):
+    monkeypatch.setattr("dude_cli.adapter.decompose.GRAM_UP_TO", 1000)
+    assert _converged_svd(W if W.shape[0] >= W.shape[1] else W.T, 8) is not None
+    check(W, 8, EXACT, tolerance=5e-7)
+
+
+def test_one_that_does_not_converge_early_goes_through_the_gram_matrix(monkeypatch):
+    monkeypatch.setattr("dude_cli.adapter.decompose.GRAM_UP_TO", 100)
+    check(torch.randn(500, 400, generator=torch.Generator().manual_seed(0)), 16, EXACT)
+    assert _converged_svd(torch.randn(500, 400, generator=torch.Generator().manual_seed(0)), 16) is None
 
 
 PEAK = """
