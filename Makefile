@@ -38,7 +38,7 @@ config-docs: setup ## Write docs/config.md from the schema
 	$(BIN)/python tools/config_reference.py docs/config.md
 
 # One after another: two at once would time each other. Another benchmark is another name here.
-BENCHMARKS := layer step memory growth
+BENCHMARKS := layer step memory growth decomposition
 
 bench: setup ## The short benchmarks beside PEFT, interleaved: ten minutes on two cores
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --short; done

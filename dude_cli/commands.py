@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from dude_cli import files
@@ -19,6 +20,7 @@ def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, estimate: 
     With `estimate` only predict the memory that it would take.
     """
     config = _load(config_path, overrides, smoke=smoke)  # before the imports: a mistake in it is told at once
+    from dude_cli.decompositions import check_decompositions
     from dude_cli.init_report import init_report
     from dude_cli.prepare import prepare
     from dude_cli.run_dir import check_run_dir, is_finished_run
@@ -34,9 +36,11 @@ def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, estimate: 
             where="output_dir",
             fix="choose another, or `dude train --overwrite`",
         )
-    prepared = prepare(config, make_accelerator(), output.say)
+    prepared = prepare(config, make_accelerator(), output.say, counter=partial(output.counter, every=32))
     output.say(*prepared.data.warnings())
-    output.result(init_report(prepared), prepared.report())
+    checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
+    document = prepared.report() | {"checked_decompositions": [asdict(layer) for layer in checked]}
+    output.result(init_report(prepared, checked), document)
 
 
 def _estimate(config: Config, output: Output) -> None:
@@ -71,7 +75,8 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
         output.say(f"{config.output_dir} holds this run, finished; --overwrite starts anew")
         summary = run_summary(config)
     else:
-        prepared = prepare(config, accelerator, output.say, overwrite=overwrite)
+        counter = partial(output.counter, every=32)
+        prepared = prepare(config, accelerator, output.say, counter=counter, overwrite=overwrite)
         output.say(*prepared.data.warnings())
         if not prepared.reused:
             output.progress.print(init_report(prepared))

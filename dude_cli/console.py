@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, RenderableType
+
+Count = Callable[[int, int], None]  # (done, total)
+Counter = Callable[[str], AbstractContextManager[Count]]
 
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line break
 
@@ -53,15 +56,26 @@ class Output:
         print(_COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text) if self.out.is_terminal else text, end="", flush=True)
 
     @contextmanager
-    def counter(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """Within, a progress bar on a terminal; the yielded function takes (done, total)."""
+    def counter(self, label: str, every: int | None = None) -> Iterator[Count]:
+        """Within, a progress bar on a terminal; elsewhere a line for the first and each `every`-th, if given."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns: list[Any] = [TextColumn(label), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn()]
         console = self.progress
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task(label, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+                if every is not None and not console.is_terminal and (done == 1 or (done > 0 and done % every == 0)):
+                    self.say(f"{label} {done}/{total}")
+
+            yield show
+
+
+def no_counter(label: str) -> AbstractContextManager[Count]:
+    """For one who does not look."""
+    return nullcontext(lambda done, total: None)
 
 
 class _Console(Console):

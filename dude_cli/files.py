@@ -67,6 +67,24 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside `path`, of nobody else, that takes its place at the end.
+
+    An exception leaves all as it was. A reader sees the old file or the new one. It is not synced, so a power cut may
+    leave it damaged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place at the end; an exception leaves all as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dude_cli.data import DataReport
+from dude_cli.decompositions import CheckedLayer
 from dude_cli.memory import device_bytes, human_bytes
 from dude_cli.prepare import LayerReport, Plan, Prepared
 
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from dude_cli.estimate import MemoryEstimate
 
 
-def init_report(prepared: Prepared) -> RenderableType:
-    """The whole report, for a rich console."""
+def init_report(prepared: Prepared, checked: Sequence[CheckedLayer] = ()) -> RenderableType:
+    """The whole report, for a rich console; `checked` are layers whose decomposition was compared with an exact one."""
     share = prepared.trainable_parameters / prepared.all_parameters
     return Group(
         _layer_table(prepared.layers),
         f"trainable: {prepared.trainable_parameters:,} of {prepared.all_parameters:,} parameters ({share:.2%}), "
         f"{prepared.config.adapter.method}, scaling {prepared.config.adapter.scaling:g}; {_start(prepared)}",
+        *_checked_line(checked),
         "",
         _data_table(prepared),
         "",
@@ -81,6 +83,15 @@ def _start(prepared: Prepared) -> str:
         return "at step 0 the patched model is the base model, bit for bit"
     source = f"{prepared.config.adapter.init_from} (sha256 {prepared.source_sha256[:12]})"
     return f"at step 0 it is the adapter of {source}, and with adapters disabled the base model, bit for bit"
+
+
+def _checked_line(checked: Sequence[CheckedLayer]) -> list[str]:
+    if not checked:
+        return []
+    shares = ", ".join(f"{layer.name} {layer.share:.3%}" for layer in checked)
+    return [
+        f"sum of the singular values in the initial factors, of the largest exact ones, in sampled layers: {shares}"
+    ]
 
 
 def _layer_table(layers: list[LayerReport]) -> Table:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli import files, quickstart
 from dude_cli.config import Config, DataSource, TrainConfig, dump_config
+from dude_cli.console import Counter, no_counter
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.errors import UsageError
@@ -105,11 +106,17 @@ class Prepared:
 
 
 def prepare(
-    config: Config, accelerator: Accelerator, say: Callable[[str], None], *, overwrite: bool = False
+    config: Config,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    *,
+    counter: Counter = no_counter,
+    overwrite: bool = False,
 ) -> Prepared:
     """Check everything, load, make or reuse `initial/`, and verify that the patched model is the base.
 
-    The main rank decomposes and writes; the others read what it wrote, so all have the same bytes. With `overwrite`
+    Each rank decomposes its share; the main one writes and the others read that, so all have the same bytes. With
+    `overwrite`
     an earlier training in the run folder is deleted, once nothing can be wrong any more.
     Raises DudeError of the kind that fits, before anything is written where that can be known.
     """
@@ -133,7 +140,7 @@ def prepare(
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)
-    start = Start(config, model, data.train[0].input_ids, model_revision, say)
+    start = Start(config, model, data.train[0].input_ids, model_revision, say, counter)
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     if accelerator.is_main_process:
         if overwrite:

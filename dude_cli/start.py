@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dude_cli import files
+from dude_cli.cache_dir import cache_dir
 from dude_cli.config import Config
+from dude_cli.console import Counter
+from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import AdapterError
 from dude_cli.init_from import keeps_own_start, source_folder, source_sha256
 from dude_cli.run_dir import INITIAL, RESULT, initial_key
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from dude_cli.adapter.decompose import PrincipalFactors
+
 
 @dataclass(frozen=True)
 class Start:
@@ -32,19 +37,25 @@ class Start:
     row_ids: Sequence[int]
     model_revision: str | None
     say: Callable[[str], None]
+    counter: Counter
 
     def on_all_ranks(self, accelerator: Accelerator, *, overwrite: bool) -> bool:
         """Patch with the adapter of `initial/`, made first if it is not there or not of this config.
 
-        Returns whether it was there. The main rank makes and checks it, the others read it.
+        Returns whether it was there. All ranks decompose, the main one makes and checks it, the others read it.
         Raises AdapterError unless the base model is still there, bit for bit; see `_check`.
         """
+        from accelerate.utils import broadcast_object_list
+
         reused = False
         if accelerator.is_main_process:
             base_logits = self._logits()
             reused = self._reuse(overwrite=overwrite)
+        reused = bool(broadcast_object_list([reused])[0])
+        found = {} if reused else self._decompose(accelerator)
+        if accelerator.is_main_process:
             if not reused:
-                self._make()
+                self._make(found)
             self._check(base_logits)
         accelerator.wait_for_everyone()
         if not accelerator.is_main_process:
@@ -72,11 +83,30 @@ class Start:
         self.say(f"reusing the {'decomposition' if self.config.adapter.init_from is None else 'copy'} of {folder}")
         return True
 
-    def _make(self) -> None:
+    def _decompose(self, accelerator: Accelerator) -> dict[str, PrincipalFactors]:
+        """The layers' decompositions, on the main rank; none if the start needs none."""
+        from dude_cli.adapter import DecompositionCache
+
+        adapter = self.config.adapter
+        if adapter.init_from is not None or not adapter.has_svd_init:
+            return {}
+        cache = DecompositionCache(cache_dir("decompositions"), self.say)
+        with self.counter("decomposing layer") as on_layer:
+            found = decompose_on_all_ranks(self.model, adapter, accelerator, cache.decompose, on_layer)
+        if cache.hits:
+            self.say(f"{cache.hits} decompositions were in {cache.folder}")
+        if accelerator.is_local_main_process:
+            cache.prune()
+        return found
+
+    def _make(self, found: dict[str, PrincipalFactors]) -> None:
         from dude_cli.adapter import patch_model, save_adapter
 
         if self.config.adapter.init_from is None:
-            patch_model(self.model, self.config.adapter, seed=self.config.seed, on_layer=self._tell_layers)
+            # Handed over one by one: the layers have copies of their own.
+            patch_model(
+                self.model, self.config.adapter, seed=self.config.seed, decompose=lambda name, *_: found.pop(name)
+            )
             source_logits = None
         else:
             source_logits = self._load_source()
@@ -143,18 +173,14 @@ class Start:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
-    def _tell_layers(self, name: str, number: int, count: int) -> None:
-        what = "decomposing" if self.config.adapter.has_svd_init else "patching"
-        if number == 1 or number % 32 == 0:
-            self.say(f"{what} layer {number}/{count}: {name}")
-
 
 def initial_adapter_key(config: Config) -> str:
     """What the initial adapter depends on, as a hash; the base's weights have their own fingerprint in it."""
     model = config.model.model_dump(mode="json", include={"name_or_path", "revision", "dtype", "quantization"})
     kept = {"method", "rank", "target_modules", "exclude_modules", "svd"}
     adapter = config.adapter.model_dump(mode="json", include=kept)
-    parts = [model, adapter, config.adapter.scaling, config.seed]
+    seed = None if config.adapter.has_svd_init else config.seed
+    parts = [model, adapter, config.adapter.scaling, seed]
     if config.adapter.init_from is not None:
         parts.append(source_sha256(config))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,14 +13,6 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is imported, which transformers may do first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the cache of whoever runs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DUDE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +24,10 @@ def test_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"DUDE_TEST_DATA names {folder}, which is no folder")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this session alone: the tests neither read nor fill the user's."""
+    with mock.patch.dict(os.environ, {"DUDE_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}):
+        yield

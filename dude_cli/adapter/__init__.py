@@ -6,12 +6,14 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
+from dude_cli.adapter.decomposition_cache import DecompositionCache
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
 from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.adapter.patch import (
     adapter_layers,
     cast_parameters,
+    check_ranks,
     constant_adapters,
     disable_adapters,
     find_targets,
@@ -28,6 +30,7 @@ from dude_cli.config import AdapterConfig, SvdConfig
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
+    "DecompositionCache",
     "Factors",
     "SavedAdapter",
     "SvdConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "cast_parameters",
     "check_base",
     "check_factors",
+    "check_ranks",
     "constant_adapters",
     "disable_adapters",
     "find_targets",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
-from dude_cli.adapter.decompose import initial_factors, seed_for
+from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
 from dude_cli.adapter.weight import (
@@ -23,21 +24,25 @@ from dude_cli.adapter.weight import (
     is_whole,
     keep_packing,
     stored_weight,
-    weight_rows,
     weight_shape,
 )
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError, UsageError, nearest
 
-OnLayer = Callable[[str, int, int], None]  # (layer name, its number from 1, how many)
+Decompose = Callable[[str, nn.Module, AdapterConfig], PrincipalFactors]  # of a layer: its name, itself
 
 
 def patch_model(
-    model: PreTrainedModel, config: AdapterConfig, *, seed: int = 0, on_layer: OnLayer | None = None
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    decompose: Decompose = decompose_layer,
 ) -> PreTrainedModel:
     """Freeze `model` and put an adapter on each target layer, in place; only the adapters' tensors are trainable.
 
-    The SVD sketch and the random starts depend on `seed` and the layer's name alone.
+    Random starts depend on `seed` and the layer's name, an SVD start on the layer's weight alone. `decompose` says how
+    to come by that: `DecompositionCache(folder).decompose` keeps it there; as it is, nothing is written to disk.
     Raises UsageError for a pattern without a layer and a rank too large; AdapterError if `model` is patched already.
     """
     _refuse_patched(model)
@@ -49,10 +54,8 @@ def patch_model(
     check_ranks(targets, config.rank)
     keep_packing(model)
     model.requires_grad_(False)
-    for number, (name, layer) in enumerate(targets.items(), start=1):
-        if on_layer is not None:
-            on_layer(name, number, len(targets))
-        factors = start_factors(layer, config, seed_for(seed, name))
+    for name, layer in targets.items():
+        factors = start_factors(layer, config, seed_for(seed, name), name=name, decompose=decompose)
         model.set_submodule(name, AdapterLayer(layer, config, factors))
     return model
 
@@ -198,18 +201,28 @@ def target_names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
     return short if matched == set(layers) else sorted(layers)
 
 
-def start_factors(layer: nn.Module, config: AdapterConfig, seed: int) -> Factors:
-    """The start of one layer's factors, float32, on the layer's device: its SVD, or A Kaiming-uniform and B zero."""
-    out_features, in_features = weight_shape(layer)
+def start_factors(
+    layer: nn.Module, config: AdapterConfig, seed: int, *, name: str = "", decompose: Decompose = decompose_layer
+) -> Factors:
+    """The start of one layer's factors, float32, on the layer's device: its SVD, or A Kaiming-uniform and B zero.
+
+    An SVD start is A0 = sqrt(S_r / s) V_r^T, B0 = U_r sqrt(S_r / s). The seed is of a random start.
+    """
+    device = stored_weight(layer).device
     if config.has_svd_init:
-        W = weight_rows(layer, slice(None))
-        A, B = initial_factors(W, config.rank, config.scaling, config.svd, seed)
+        A, B = decompose(name, layer, config).scaled(config.scaling).to(device)
         return Factors(A, B, initial_A=A.clone(), initial_B=B.clone())
+    out_features, in_features = weight_shape(layer)
     # LoRA's start: nn.Linear's own, kaiming_uniform_(a=sqrt(5)), is uniform within 1 / sqrt(in).
     bound = 1 / math.sqrt(in_features)
     generator = torch.Generator().manual_seed(seed)
     A = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
-    return Factors(A, torch.zeros(out_features, config.rank)).to(stored_weight(layer).device)
+    return Factors(A, torch.zeros(out_features, config.rank)).to(device)
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A seed of its own for each layer, so that the result does not depend on which layers come before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -270,7 +283,7 @@ def _matches_nothing(pattern: str, linear: list[str], where: str) -> UsageError:
 
 
 def check_ranks(targets: dict[str, nn.Module], rank: int) -> None:
-    """Raise UsageError if a layer has a side that is smaller than the rank."""
+    """Raise UsageError unless each layer has the rank."""
     for name, layer in targets.items():
         out_features, in_features = weight_shape(layer)
         if rank > min(out_features, in_features):

@@ -6,6 +6,8 @@ A weight that bitsandbytes has quantised is dequantised when it is read, one lay
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -38,15 +40,34 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
     return out_features, in_features
 
 
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The whole (out, in) weight in its own dtype, without gradient: a view of what is stored, or what it stands for.
+
+    That of a quantised layer is a new tensor, in the dtype that the layer multiplies in.
+    """
+    weight = stored_weight(layer).detach()
+    if not is_quantized(layer):
+        return in_stored_orientation(layer, weight)
+    from bitsandbytes import functional
+
+    if quantization(layer) == "int8":
+        dense = functional.int8_vectorwise_dequant(weight, _int8_scales(layer))
+    else:
+        # In the dtype that the layer itself multiplies in.
+        dense = functional.dequantize_4bit(weight, _four_bit_state(layer))
+    assert isinstance(dense, Tensor)
+    return dense
+
+
 def weight_rows(layer: nn.Module, rows: slice | Tensor) -> Tensor:
     """Rows of the (out, in) weight, float32, without gradient. A float32 `Linear` gives a view: do not write to it."""
-    return _dense_weight(layer)[rows].to(torch.float32)
+    return dense_weight(layer)[rows].to(torch.float32)
 
 
 def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     """The whole weight as (row range, float32 rows), in chunks of bounded memory."""
     out_features, in_features = weight_shape(layer)
-    weight = _dense_weight(layer)
+    weight = dense_weight(layer)
     step = max(1, (CHUNK_VALUES if weight.device.type == "cpu" else GPU_CHUNK_VALUES) // in_features)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
@@ -109,13 +130,25 @@ def quantization_state(layer: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def content_sha256(layer: nn.Module) -> str:
+    """SHA-256 of all that the (out, in) weight is computed from: stored bytes, dtype, layout, quantisation."""
+    weight, kind = stored_weight(layer).detach(), quantization(layer)
+    dtypes = [weight.dtype] if kind != "nf4" and kind != "fp4" else [weight.dtype, _four_bit_state(layer).dtype]
+    meaning = [kind, isinstance(layer, Conv1D), weight_shape(layer), [str(dtype) for dtype in dtypes]]
+    total = hashlib.sha256(json.dumps(meaning).encode())
+    for tensor in (weight, *quantization_state(layer).values()):
+        for values in torch.split(tensor.reshape(-1), CHUNK_VALUES):
+            total.update(values.contiguous().cpu().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
 def dequantized(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A plain frozen layer on the same device with the dequantised weight and the bias, both rounded to `dtype`.
 
     It is of the class that transformers quantised, `nn.Linear` or `Conv1D`, so the model's files keep their layout.
     """
     out_features, in_features = weight_shape(layer)
-    weight, bias = _dense_weight(layer).to(dtype), layer.bias
+    weight, bias = dense_weight(layer).to(dtype), layer.bias
     plain: nn.Module
     with torch.device("meta"):
         if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D):
@@ -137,22 +170,6 @@ def keep_packing(model: nn.Module) -> None:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _dense_weight(layer: nn.Module) -> Tensor:
-    """The (out, in) weight without gradient: what is stored, or a new tensor of what a packed one stands for."""
-    weight = stored_weight(layer).detach()
-    if not is_quantized(layer):
-        return in_stored_orientation(layer, weight)
-    from bitsandbytes import functional
-
-    if quantization(layer) == "int8":
-        dense = functional.int8_vectorwise_dequant(weight, _int8_scales(layer))
-    else:
-        # In the dtype that the layer itself multiplies in.
-        dense = functional.dequantize_4bit(weight, _four_bit_state(layer))
-    assert isinstance(dense, Tensor)
-    return dense
 
 
 def _int8_scales(layer: Any) -> Tensor:

@@ -72,11 +72,19 @@ class ModelConfig(Section):
 
 class SvdConfig(Section):
     algorithm: Literal["auto", "exact", "randomized"] = Field(
-        "auto", description="`auto` is exact up to a short side of 1024 and randomized above."
+        "auto",
+        description=(
+            "`exact`: to the rounding of float32; `auto`: exact up to a short side of 1024, or of twice the columns "
+            "that `randomized` would look in, which are 6 times the rank by default."
+        ),
     )
-    iterations: int = Field(8, ge=0, description="Power iterations of the randomized algorithm, each with a QR.")
-    oversample: int | None = Field(
-        None, ge=0, description="Extra columns of the randomized sketch; as many as the rank if not given."
+    iterations: int = Field(
+        12,
+        ge=2,
+        description=(
+            "Steps of the randomized algorithm, a block Krylov method: each adds half the rank, at least 16 columns, "
+            "to the space in which it looks for the largest singular triplets."
+        ),
     )
 
 
@@ -273,9 +281,7 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig, description="How long, how fast, and what is kept.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="The benchmark scores that `dude eval` takes.")
     output_dir: str = Field("", description="The run folder; runs/<name of the config file> if not given.")
-    seed: int = Field(
-        42, ge=0, lt=2**32, description="Of the row order, the factors' random start, the SVD's sketch, dropout."
-    )
+    seed: int = Field(42, ge=0, lt=2**32, description="Of the row order, the factors' random start, dropout.")
 
     @field_validator("output_dir")
     @classmethod

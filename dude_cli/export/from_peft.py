@@ -210,14 +210,14 @@ def _exact_pissa(model: PreTrainedModel, adapter: PeftAdapter, name: str) -> Pef
     """PEFT's `pissa` start computed again; each singular vector pair with the sign that it was trained from."""
     import torch
 
-    from dude_cli.adapter.decompose import initial_factors
-    from dude_cli.adapter.weight import weight_rows
+    from dude_cli.adapter.decompose import principal_factors
+    from dude_cli.adapter.weight import dense_weight
 
     layer = adapter.layers[name]
-    W = weight_rows(model.get_submodule(name), slice(None))
-    svd = SvdConfig(algorithm="exact")
-    A0, B0 = initial_factors(W, layer.lora_A.shape[0], _own_scaling(adapter, name), svd, seed=0)
-    A0, B0 = A0.cpu(), B0.cpu()
+    found = principal_factors(
+        dense_weight(model.get_submodule(name)), layer.lora_A.shape[0], SvdConfig(algorithm="exact")
+    )
+    A0, B0 = found.scaled(_own_scaling(adapter, name)).to(torch.device("cpu"))
     sign = torch.where((A0 * layer.lora_A).sum(dim=1) < 0, -1.0, 1.0)
     return PeftLayer(A0 * sign[:, None], B0 * sign)
 

@@ -2,7 +2,7 @@
 
 For each layer the singular value decomposition of the learned change dW = W' - W0, cut to rank N, is the closest
 matrix of that rank (Eckart and Young 1936): lora_B = U sqrt(S), lora_A = sqrt(S) V^T, lora_alpha = N. It is computed as
-`adapter.svd: auto` would: by a randomised algorithm above a short side of 1024, exactly for `max_error`. A magnitude
+`adapter.svd: auto` would: by a randomised algorithm for large layers, exactly for `max_error`. A magnitude
 scales whole rows, so the change of DuDe and DoRA has full rank: what N leaves out is measured and reported.
 """
 
@@ -83,11 +83,11 @@ def best_lora(layer: AdapterLayer, rank: int, svd: SvdConfig) -> _Lora:
     from torch.nn import functional as F
 
     from dude_cli.adapter import Factors
-    from dude_cli.adapter.decompose import initial_factors
+    from dude_cli.adapter.decompose import principal_factors
 
     change = learned_change(layer)
     own_rank = min(rank, *change.shape)
-    A, B = initial_factors(change, own_rank, 1.0, svd, seed=0)
+    A, B = principal_factors(change, own_rank, svd)
     size = float(torch.linalg.vector_norm(change, dtype=torch.float64))
     left_out = float(torch.linalg.vector_norm(change - B @ A, dtype=torch.float64))
     missing = rank - own_rank
@@ -104,17 +104,19 @@ def learned_change(layer: AdapterLayer) -> Tensor:
 
 def lowest_rank(model: PreTrainedModel, max_error: float, say: Callable[[str], None]) -> int:
     """The lowest N with ||dW - dW_N||_F <= max_error ||dW||_F in every layer, from all singular values of each."""
-    import torch
+    from torch.nn import functional as F
 
     from dude_cli.adapter import adapter_layers
+    from dude_cli.adapter.decompose import exact_singular_values
 
     layers, lowest = adapter_layers(model), 1
     for number, (name, layer) in enumerate(layers.items(), start=1):
         if number == 1 or number % 32 == 0:
             say(f"singular values of layer {number}/{len(layers)}: {name}")
-        squares = torch.linalg.svdvals(learned_change(layer)).double().square()
+        change = learned_change(layer)
+        squares = exact_singular_values(change, min(change.shape)).square()
         # left_out[k]: what rank k leaves out, summed from the smallest on, so that it keeps its digits.
-        left_out = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
+        left_out = F.pad(squares.flip(0).cumsum(0).flip(0), (0, 1))
         lowest = max(lowest, int((left_out > max_error**2 * left_out[0]).sum()))
     return lowest
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 from command import dude, dude_here, environment
@@ -58,7 +60,8 @@ def runs(tmp_path_factory):
             "max_steps": "6",
         }
         config = quickstart_config(folder, **changes)
-        done = launch("train", config)
+        with mock.patch.dict(os.environ, {"DUDE_CACHE_DIR": str(folder / "cache")}):  # each decomposes for itself
+            done = launch("train", config)
         assert done.returncode == 0, done.stderr
         folders[name] = folder / "run"
     return folders
@@ -78,6 +81,11 @@ def test_losses_and_gradient_norms_are_equal_and_rates_identical(runs):
 def test_evaluation_losses_are_equal(runs):
     one, two = ([r["eval_loss"] for r in read_metrics(runs[name]) if "eval_loss" in r] for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_the_decomposition_of_two_ranks_has_the_bytes_of_one(runs):
+    one, two = ((runs[name] / "initial/adapter/adapter.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 def test_one_rank_writes_and_nothing_is_printed_twice(runs):

@@ -10,6 +10,17 @@ from rich.table import Table
 from dude_cli.console import Output
 
 
+def test_progress_is_a_few_plain_lines_without_a_terminal_and_nothing_when_quiet():
+    for is_quiet, wanted in ((False, ["layer 1/70", "layer 32/70", "layer 64/70"]), (True, [])):
+        output = Output(is_quiet=is_quiet)
+        output.out.file, output.err.file = StringIO(), StringIO()
+        with output.counter("layer", every=32) as count:
+            for number in range(1, 71):
+                count(number, 70)
+        assert output.err.file.getvalue().splitlines() == wanted
+        assert output.out.file.getvalue() == ""
+
+
 def test_names_with_brackets_and_colons_are_shown_as_they_are():
     output = Output()
     output.out.file = output.err.file = StringIO()

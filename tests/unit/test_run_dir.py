@@ -54,6 +54,7 @@ def test_the_start_is_kept_when_only_what_it_does_not_depend_on_changes():
     same = key(adapter={"method": "dude", "rank": 8})
     assert key(adapter={"method": "dude", "rank": 8, "dropout": 0.1, "norm_gradient": "exact", "alpha": 8.0}) == same
     assert key(adapter={"rank": 8}, model={"name_or_path": "m", "attn_implementation": "eager"}) == same
+    assert key(adapter={"rank": 8}, seed=1) == same  # a decomposition has no seed
     others = [
         key(adapter={"rank": 4}),
         key(adapter={"rank": 8, "alpha": 16.0}),
@@ -62,7 +63,8 @@ def test_the_start_is_kept_when_only_what_it_does_not_depend_on_changes():
         key(adapter={"rank": 8, "svd": {"algorithm": "exact"}}),
         key(adapter={"rank": 8}, model={"name_or_path": "m", "dtype": "float32"}),
         key(adapter={"rank": 8}, model={"name_or_path": "m", "quantization": "nf4"}),
-        key(adapter={"rank": 8}, seed=1),
+        key(adapter={"rank": 8, "method": "dora"}),
+        key(adapter={"rank": 8, "method": "dora"}, seed=1),
     ]
     assert len({same, *others}) == 1 + len(others)
 
