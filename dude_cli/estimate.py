@@ -154,7 +154,7 @@ def _training_parts(
 def _run_step(
     model: PreTrainedModel, batch: Batch, trainable: list[nn.Parameter], live: LiveBytes, *, packed: bool
 ) -> int:
-    """Forward and backward of a step's first micro-batches; returns the bytes that it holds until its end."""
+    """Forward and backward of a step's fullest micro-batch; returns the bytes that the step holds until its end."""
 
     def accumulated(parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -177,10 +177,12 @@ def _run_step(
     # At most, every token but a row's first is a target.
     positions = torch.zeros(batch.rows * (batch.length - 1), dtype=torch.int64, device="meta")
     live.peak.clear()
+    if batch.gradient_accumulation_steps > 1:  # from the second micro-batch on, the gradients of the first are there
+        for parameter in trainable:
+            parameter.grad = torch.empty_like(parameter)
+            accumulated(parameter)
     with constant_adapters(model):
-        # From the second micro-batch on, the gradients of the first are there too.
-        for _ in range(min(2, batch.gradient_accumulation_steps)):
-            summed_loss(inputs | {"target_positions": positions, "target_ids": positions}).backward()
+        summed_loss(inputs | {"target_positions": positions, "target_ids": positions}).backward()
         held = live.now["activations"]
     for hook in hooks:
         hook.remove()
