@@ -194,6 +194,15 @@ def test_a_large_matrix_is_decomposed_to_roundings_by_a_space_that_grows(monkeyp
     check(W, 8, EXACT, tolerance=5e-7)
 
 
+def test_the_space_grows_until_the_values_stand_still(monkeypatch):
+    W = hard_matrix(2000)
+    exact = exact_singular_values(W, 64)
+    monkeypatch.setattr("dude_cli.adapter.decompose.GRAM_UP_TO", 1000)
+    error = (truncated_svd(W, 64, EXACT).S.double() - exact).abs().max() / exact[0]
+    after_as_many_steps = (truncated_svd(W, 64, RANDOMIZED).S.double() - exact).abs().max() / exact[0]
+    assert float(error) <= 5e-7 < 1e-4 < float(after_as_many_steps)
+
+
 def test_one_that_does_not_converge_early_goes_through_the_gram_matrix(monkeypatch):
     monkeypatch.setattr("dude_cli.adapter.decompose.GRAM_UP_TO", 100)
     check(torch.randn(500, 400, generator=torch.Generator().manual_seed(0)), 16, EXACT)
@@ -204,8 +213,11 @@ PEAK = """
 import sys
 import torch
 from scipy import linalg  # not the decomposition's own memory
+from dude_cli.adapter import decompose
 from dude_cli.adapter.decompose import decompose_layer
 from dude_cli.config import AdapterConfig
+
+decompose.GRAM_UP_TO = int(sys.argv[5])
 
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
@@ -220,12 +232,18 @@ print((peak() - before) / (4 * out * width))
 """
 
 
-@both
 @pytest.mark.parametrize(
-    ("out", "width", "dtype"), [(2304, 2304, "bfloat16"), (2304, 2304, "float32"), (1536, 4096, "float16")]
+    ("algorithm", "gram_up_to", "out", "width", "dtype"),
+    [
+        ("exact", 9999, 2304, 2304, "float32"),
+        ("exact", 9999, 1536, 4096, "float16"),
+        ("exact", 1000, 2304, 2304, "bfloat16"),
+        ("randomized", 1000, 2304, 2304, "bfloat16"),
+    ],
+    ids=["Gram matrix, square", "Gram matrix, wide", "growing space", "randomized"],
 )
-def test_it_takes_at_most_three_float32_copies_of_the_weight(config, out, width, dtype):
-    arguments = [str(out), str(width), dtype, config.algorithm]
+def test_it_takes_at_most_three_float32_copies_of_the_weight(algorithm, gram_up_to, out, width, dtype):
+    arguments = [str(out), str(width), dtype, algorithm, str(gram_up_to)]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *arguments], env=environment(), capture_output=True, text=True, check=True
     )
