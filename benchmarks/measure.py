@@ -45,7 +45,9 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     options = _parse(doc)
     torch.set_num_threads(options.threads)
     path = (RESULTS / "short" if options.short else RESULTS) / f"{name}.json"
-    chosen = [case for case in cases if options.only in case.name and (case.is_short or not options.short)]
+    chosen = [case for case in cases if case.is_short or not options.short]
+    exact = [case for case in chosen if case.name == options.only]
+    chosen = exact or [case for case in chosen if options.only in case.name]
     record = _record()
     for number, case in enumerate(chosen, start=1):
         print(f"{name} {number}/{len(chosen)}: {case.name}", file=sys.stderr, flush=True)
@@ -111,7 +113,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _parse(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few cases and rounds, in results/short/")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the cases with TEXT in their names")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the case of this name, else all with TEXT in theirs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--seconds", type=float, help=f"per case, 60, or 5 with --short; at least {MIN_ROUNDS} rounds run"

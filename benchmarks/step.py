@@ -22,7 +22,7 @@ SHORT = (
     "r=16 accumulation=1 float32 checkpointing",
 )
 MANY = 8  # from here on a round would take minutes with every candidate
-OF_MANY = ("PEFT lora", "PEFT dora + pissa", "dude", "dude, no autocast")
+OF_MANY = ("PEFT lora", "dude", "dude, no autocast")
 
 
 def cases() -> list[Case]:
