@@ -1,4 +1,4 @@
-"""Time and memory of the loss over a large vocabulary: plain, each chunk recomputed, and as `dude_cli.loss` does it.
+"""Time and memory of a large vocabulary's loss: plain, with each chunk recomputed, and as `dude_cli.loss` has it.
 
     python benchmarks/loss.py --tokens 2048 --hidden 1024 --vocabulary 32000
 

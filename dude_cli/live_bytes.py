@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     count up without a restart, as transformers asks in order to find packed rows.
     """
 
-    def __init__(self, existing: nn.Module, *, all_is: bool = True) -> None:
+    def __init__(self, existing: nn.Module, *, all_is: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.category = "activations"
         self.now: Counter[str] = Counter()
@@ -100,7 +100,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def counted(existing: nn.Module, *, all_is: bool = True) -> Iterator[LiveBytes]:
     """Within, tensors on the meta device are counted; see `LiveBytes`."""
     # Put in its place by name: a TorchFunctionMode is not asked by what checkpointing runs again.
-    original, F.scaled_dot_product_attention = F.scaled_dot_product_attention, _flash_attention
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (_flash_attention if query.is_meta else original)(query, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
     try:
         with LiveBytes(existing, all_is=all_is) as live:
             yield live
@@ -122,6 +127,8 @@ def _flash_attention(
 
     It is a CPU's kernel and keeps what a GPU's keeps: query, key, value, output and a float32 for each row.
     """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # torch adds a mask to the scores
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
     output: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
