@@ -113,7 +113,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _parse(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few cases and rounds, in results/short/")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the case of this name, else all with TEXT in theirs")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="the case of this name, else all with TEXT in theirs"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--seconds", type=float, help=f"per case, 60, or 5 with --short; at least {MIN_ROUNDS} rounds run"

@@ -44,7 +44,6 @@ LAYERS = [
     "template",
     "memory",
     "runtime",
-    "cache_dir",
     "files",
     "cache_dir",
     "stopping",
