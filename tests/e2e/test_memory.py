@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_the_forecast_is_within_a_quarter_of_what_is_measured(checkpointing, model_folder, tmp_path):
     config = quickstart_config(tmp_path, max_steps="2", global_batch_size="16", per_device_batch_size="16")
-    quick = ["data.validation=null", "adapter.svd={algorithm: randomized, iterations: 1}"]
+    quick = ["data.validation=null", "adapter.svd={algorithm: randomized, iterations: 2}"]
     changes = [*quick, f"model.name_or_path={model_folder}", f"train.gradient_checkpointing={checkpointing}"]
     estimated = dude_here("init", config, *changes, "--estimate", "--json")
     assert estimated.returncode == 0, estimated.stderr
