@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from command import dude_here
 from hypothesis import given
 from hypothesis import strategies as st
+from quickstart_config import quickstart_config
 from tiny_models import tiny_model
 from torch import nn
 
@@ -45,3 +49,19 @@ def test_sampled_layers_are_compared_with_the_exact_sum():
 def test_exact_and_random_starts_have_nothing_to_check():
     assert check_decompositions(patch_model(tiny_model("llama"), AdapterConfig(rank=3))) == []
     assert check_decompositions(patch_model(tiny_model("llama"), AdapterConfig(rank=3, method="lora"))) == []
+
+
+def test_init_reports_the_share_and_another_seed_and_alpha_share_the_decomposition(tmp_path):
+    config = quickstart_config(tmp_path, rows="8", max_steps="1")
+    randomized = ("adapter.svd.algorithm=randomized", "adapter.svd.iterations=3")
+    first = dude_here("init", config, "--json", *randomized)
+    assert first.returncode == 0, first.stderr
+    checked = json.loads(first.stdout)["checked_decompositions"]
+    assert len(checked) == 3
+    assert all(0.9 < layer["share"] <= 1 + 1e-6 for layer in checked)
+    other = ("seed=7", "adapter.method=pissa", "adapter.alpha=3", f"output_dir={tmp_path}/other")
+    again = dude_here("init", config, *randomized, *other)
+    assert again.returncode == 0, again.stderr
+    assert f"of the largest exact ones, in sampled layers: {checked[0]['name']}" in " ".join(again.stdout.split())
+    layers = json.loads(first.stdout)["layers"]
+    assert f"{len(layers)} decompositions were in" in again.stderr
