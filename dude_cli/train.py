@@ -15,6 +15,7 @@ from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, 
 from dude_cli.data import StepOrder, collate, longest_first
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
 from dude_cli.loss import SummedLoss, with_targets
+from dude_cli.memory import keep_freed_memory
 from dude_cli.metrics import MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
@@ -86,6 +87,7 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
+        keep_freed_memory(accelerator.device)
         prepared.peak_memory.restart()
         self.summed_loss = SummedLoss(self.model)
         # The model is where it was loaded, and bitsandbytes' layers cannot be moved from there.

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dude_cli.adapter.autocast import product_dtype
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.norm import (
     FrozenProducts,
@@ -35,9 +36,15 @@ from dude_cli.adapter.norm import (
     frozen_products,
     is_cancelled,
 )
-from dude_cli.adapter.product import StepTensors, adapted_product
+from dude_cli.adapter.product import FrozenLinear, StepTensors, adapted_product
 from dude_cli.adapter.row_scale import RowScale
-from dude_cli.adapter.weight import squared_row_norms, stored_weight, weight_chunks, weight_shape
+from dude_cli.adapter.weight import (
+    is_only_a_product,
+    squared_row_norms,
+    stored_weight,
+    weight_chunks,
+    weight_shape,
+)
 from dude_cli.config import AdapterConfig
 
 
@@ -94,20 +101,22 @@ class AdapterLayer(nn.Module):
         norms = None if self.magnitude is None else self.row_norms()
         if self.is_plain or (norms is not None and norms.has_zero_magnitude):
             return self.plain_forward(x)
-        # Of (tokens, in) no linear layer returns a view, which could not be overwritten.
-        z: Tensor = self.base_layer(x.view(-1, x.shape[-1]) if x.is_contiguous() else x)
-        dropped = F.dropout(x, self.config.dropout, self.training)
         # What y - bias is proportional to and the gradient goes through: m, or g where the norm has a gradient too.
         gain = self.magnitude_ratio() if self._differentiates_norm() else self.magnitude
-        y = adapted_product(
-            z.reshape(-1, z.shape[-1]),
-            dropped.reshape(-1, x.shape[-1]).to(z.dtype),
-            self.lora_A,
-            self.lora_B,
-            gain,
-            self._step_tensors(z.dtype, norms, gain),
-            in_place=self._may_overwrite(z),
-        )
+        dtype = product_dtype(x)
+        linear = self._frozen_linear(dtype)
+        if linear is not None:
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            step = self._step_tensors(dtype, norms, gain)
+            y = adapted_product(linear, rows, self.lora_A, self.lora_B, gain, step)
+        else:
+            # Of (tokens, in) no linear layer returns a view.
+            z: Tensor = self.base_layer(x.view(-1, x.shape[-1]) if x.is_contiguous() else x)
+            z = z.reshape(-1, z.shape[-1])
+            rows = F.dropout(x, self.config.dropout, self.training).reshape(-1, x.shape[-1]).to(z.dtype)
+            step = self._step_tensors(z.dtype, norms, gain)
+            in_place = self._may_overwrite(z)
+            y = adapted_product(z, rows, self.lora_A, self.lora_B, gain, step, in_place=in_place)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def plain_forward(self, x: Tensor) -> Tensor:
@@ -275,6 +284,14 @@ class AdapterLayer(nn.Module):
         assert self.magnitude is not None
         is_positive = norm > 0
         return torch.where(is_positive, self.magnitude / torch.where(is_positive, norm, 1.0), 0.0)
+
+    def _frozen_linear(self, dtype: torch.dtype) -> FrozenLinear | None:
+        """The base layer as a product in `dtype`; None if it must be called, or sees another input than the adapter."""
+        base = self.base_layer
+        has_dropout = self.training and self.config.dropout > 0
+        if has_dropout or not is_only_a_product(base) or self.weight.dtype != dtype:
+            return None
+        return FrozenLinear(self.weight, self.bias)
 
     def _may_overwrite(self, z: Tensor) -> bool:
         """Whether y may take the place of z: nobody has it but us."""

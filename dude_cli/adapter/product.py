@@ -1,6 +1,7 @@
 """The adapter's product as one autograd Function: LoRA's work and memory, with a magnitude.
 
-z = x W0^T + bias comes from the base layer. With the factors P = s [B - B0, B0] (out, 2r) and Q = [A; A - A0] (2r, in),
+z = x W0^T + bias is computed here if the base layer is that product and nothing else, or is what a call of it gave
+(quantised, hooked, ...). With the factors P = s [B - B0, B0] (out, 2r) and Q = [A; A - A0] (2r, in),
 and g = m / ||V|| per output row,
 
     h = x Q^T,   y = g (z - bias + h P^T) + bias
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from dude_cli.adapter import row_scale
 from dude_cli.adapter.autocast import without_autocast
@@ -43,13 +45,20 @@ class StepTensors(NamedTuple):
     inverse_gain: Tensor | None = None  # (out,) float32; 0 where the gain is: a zero row of W0 stays one
 
 
+class FrozenLinear(NamedTuple):
+    """A frozen weight (out, in) and its bias, in the product's dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
 class AdaptedProduct(torch.autograd.Function):
     """y (tokens, out) of the head of this module; see `adapted_product`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        z: Tensor,
+        base: Tensor | FrozenLinear,
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -57,17 +66,20 @@ class AdaptedProduct(torch.autograd.Function):
         step: StepTensors,
         in_place: bool,
     ) -> Tensor:
-        y = z if in_place else z.clone(memory_format=torch.contiguous_format)
         with without_autocast(x.device):
+            if isinstance(base, FrozenLinear):
+                y, weight = F.linear(x, base.weight, base.bias), base.weight
+            else:
+                y, weight = base if in_place else base.clone(memory_format=torch.contiguous_format), None
             h = x @ step.Q.T
             _add_and_scale_(y, h, step)
-        if in_place:
-            ctx.mark_dirty(z)
+        if y is base:
+            ctx.mark_dirty(y)
         rank = lora_A.shape[0]
         # Of h the backward pass needs the trained half alone.
         h = h if h.shape[1] == rank else h[:, :rank].clone()
         ctx.step = step
-        ctx.save_for_backward(x, h, None if step.scale is None else y)
+        ctx.save_for_backward(x, h, None if step.scale is None else y, weight)
         return y
 
     @staticmethod
@@ -75,33 +87,42 @@ class AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         step: StepTensors = ctx.step
-        x, h, y = ctx.saved_tensors
+        x, h, y, weight = ctx.saved_tensors
         rank = h.shape[1]
         dz, d_gain = dy, None
         if step.scale is not None:
             passes = _kernels(dy.device.type) or row_scale
             dz, products = passes.scale_backward(dy.contiguous(), y, step.scale)
             d_gain = products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
+        dx = None
         with without_autocast(x.device):
             u = dz @ step.P
-            dx = u @ step.Q if ctx.needs_input_grad[1] else None
             dB = (dz.T @ h).float()
             dA = (u if u.shape[1] == rank else u[:, :rank] + u[:, rank:]).T @ x
+            if ctx.needs_input_grad[1]:
+                dx = u @ step.Q if weight is None else (dz @ weight).addmm_(u, step.Q)
         if step.scaling != 1.0:
             dB.mul_(step.scaling)
         return dz if ctx.needs_input_grad[0] else None, dx, dA.float(), dB, d_gain, None, None
 
 
 def adapted_product(
-    z: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gain: Tensor | None, step: StepTensors, *, in_place: bool
+    base: Tensor | FrozenLinear,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | None,
+    step: StepTensors,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
-    """y = g (z - bias + x Q^T P^T) + bias, with gradients of z, x, A, B and the gain.
+    """y = g (z - bias + x Q^T P^T) + bias, with gradients of z or x W0^T, x, A, B and the gain.
 
-    z (tokens, out) is what the base layer computes for x (tokens, in), both in the dtype of P and Q. `step` holds the
-    values of `lora_A`, `lora_B` and `gain`. The gain is what g is proportional to: the magnitude if the norm is a
-    constant, g itself if it is not. `in_place` writes y over z: for a z that is no view and that nobody else keeps.
+    `base` is z (tokens, out), or what z is to be computed from; x (tokens, in) and it have the dtype of P and Q. `step`
+    holds the values of `lora_A`, `lora_B` and `gain`. The gain is what g is proportional to: the magnitude if the norm
+    is a constant, g itself if it is not. `in_place` writes y over z: for a z that nobody else keeps.
     """
-    y: Tensor = AdaptedProduct.apply(z, x, lora_A, lora_B, gain, step, in_place)  # type: ignore[no-untyped-call]
+    y: Tensor = AdaptedProduct.apply(base, x, lora_A, lora_B, gain, step, in_place)  # type: ignore[no-untyped-call]
     return y
 
 

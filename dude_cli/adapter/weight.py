@@ -80,6 +80,18 @@ def is_whole(layer: nn.Module) -> bool:
     return not weight.is_meta and not hasattr(weight, "device_mesh")
 
 
+def is_only_a_product(layer: nn.Module) -> bool:
+    """Whether calling `layer` is F.linear with its weight and bias and nothing else, and neither is trained."""
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or layer.weight.requires_grad:
+        return False
+    if layer.bias is not None and layer.bias.requires_grad:
+        return False
+    # accelerate moves a weight to its device in a `forward` of the instance.
+    return "forward" not in layer.__dict__ and not (
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    )
+
+
 def in_stored_orientation(layer: nn.Module, W: Tensor) -> Tensor:
     """A (out, in) weight as the layer stores it: a `Conv1D` transposed. Its own inverse; a view."""
     return W.T if isinstance(layer, Conv1D) else W

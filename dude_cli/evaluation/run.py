@@ -16,6 +16,7 @@ from dude_cli.errors import ResourceError, UsageError
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
+from dude_cli.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,7 @@ def evaluate(
         loaded = load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
         lm = harness_model(model, tokenizer, request.batch_size, on_progress)
         lengths = _fit_generation_lengths(lm, loaded, log)
+        keep_freed_memory(model.device)
         with constant_adapters(model):
             tuned = _score(lm, loaded, "", log)
         if request.compare_base:

@@ -108,6 +108,46 @@ def test_gradient_checkpointing_changes_no_result(method):
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in trainable_parameters(layer).items())
 
 
+def brings_its_weight_in_a_forward(base: nn.Linear) -> None:
+    """As accelerate's offloading does."""
+    weight, base.weight.data = base.weight.data, torch.zeros(24, 20)
+    base.forward = lambda x: nn.functional.linear(x, weight, base.bias)
+
+
+def halves_its_input(base: nn.Linear) -> None:
+    base.weight.data *= 2
+    base.register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+
+
+def doubles_its_output(base: nn.Linear) -> None:
+    base.weight.data /= 2
+    base.bias.data /= 2
+    base.register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [brings_its_weight_in_a_forward, halves_its_input, doubles_its_output])
+def test_a_base_layer_that_is_more_than_a_product_is_called(change):
+    base = linear_layer(24, 20, bias=True)
+    # A layer without a norm, which would see the other weight.
+    layer = moved_layer(base, AdapterConfig(method="lora", rank=4))
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    expected = layer_results(layer, x, grad_y)
+    change(base)
+    found = layer_results(layer, x, grad_y)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_layer_that_is_trained_too_gets_its_gradient(name):
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(method="lora", rank=4))
+    trained = getattr(layer.base_layer, name).requires_grad_()
+    x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
+    layer(x).backward(grad_y)
+    expected = grad_y.T @ x if name == "weight" else grad_y.sum(0)
+    torch.testing.assert_close(trained.grad, expected)
+
+
 def test_what_a_hook_keeps_of_the_base_layer_stays_as_it_was():
     layer = moved_layer(linear_layer(24, 20, bias=False), AdapterConfig(rank=4))
     x, kept = torch.randn(5, 20), []
