@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
 from dude_cli.adapter.layer import AdapterLayer, Factors
+from dude_cli.loss import SummedLoss, with_targets
 
 # Four power iterations instead of PiSSA's full SVD: the start's accuracy does not change what a step costs.
 PEFT = {
@@ -29,6 +30,7 @@ PEFT = {
 }
 METHODS = ("lora", "pissa", "dora", "dude")
 NO_AUTOCAST = ", no autocast"
+VOCABULARY = 4096  # the head costs all candidates the same; Llama-2's 32000 would hide much of what differs
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -81,30 +83,34 @@ def layer_candidate(name: str, weight: Tensor, rank: int) -> Candidate:
 
 
 def model_candidate(
-    name: str, dtype: str, rank: int, *, layers: int, hidden: int = 1024, checkpointing: bool = False
+    name: str,
+    dtype: str,
+    rank: int,
+    *,
+    layers: int,
+    hidden: int = 1024,
+    checkpointing: bool = False,
+    vocabulary: int = VOCABULARY,
 ) -> Candidate:
     """An adapter on each linear layer of a Llama of random weights, the head excepted."""
 
     def ours(method: str) -> nn.Module:
         config = AdapterConfig(method=method, rank=rank, svd={"algorithm": "randomized", "iterations": 2})
-        return patch_model(llama(dtype, layers, hidden, checkpointing), config)
+        return patch_model(llama(dtype, layers, hidden, checkpointing, vocabulary), config)
 
     def pefts(name: str) -> nn.Module:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS), **PEFT[name])
-        return get_peft_model(llama(dtype, layers, hidden, checkpointing), config)
+        return get_peft_model(llama(dtype, layers, hidden, checkpointing, vocabulary), config)
 
     return make_candidate(name, dtype, ours, pefts)
 
 
-VOCABULARY = 4096
-
-
-def llama(dtype: str, layers: int, hidden: int, checkpointing: bool) -> PreTrainedModel:
+def llama(dtype: str, layers: int, hidden: int, checkpointing: bool, vocabulary: int) -> PreTrainedModel:
     """A Llama with heads of 64 and an MLP of 11/4 the width; checkpointing as `dude train` turns it on."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama",
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
@@ -125,13 +131,25 @@ def model_loss(candidate: Candidate, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+def own_loss(candidate: Candidate, ids: Tensor) -> Tensor:
+    """The same value as each tool's user gets it: `dude train`'s loss in chunks, or the loss of the model's labels."""
+    with candidate.precision():
+        if candidate.is_ours:
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+            total: Tensor = SummedLoss(candidate.module)(with_targets(batch))
+            return total / (ids.numel() - len(ids))
+        loss: Tensor = candidate.module(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+
 @dataclass(frozen=True)
 class Training:
-    """A candidate with its optimizer and one micro-batch of random tokens."""
+    """A candidate with its optimizer, its loss and one micro-batch of random tokens."""
 
     candidate: Candidate
     optimizer: torch.optim.Optimizer
     ids: Tensor  # (1, tokens)
+    loss_of: Callable[[Candidate, Tensor], Tensor] = model_loss
 
     @classmethod
     def of(cls, candidate: Candidate, tokens: int) -> Training:
@@ -139,11 +157,15 @@ class Training:
         ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
         return cls(candidate, torch.optim.AdamW(trained, lr=1e-5), ids)
 
+    def loss(self) -> Tensor:
+        """Of one forward pass."""
+        return self.loss_of(self.candidate, self.ids)
+
     def step(self, micro_batches: int) -> None:
         """One optimizer step."""
         with self.candidate.step_scope():
             for _ in range(micro_batches):
-                (model_loss(self.candidate, self.ids) / micro_batches).backward()
+                (self.loss() / micro_batches).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

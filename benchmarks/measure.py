@@ -137,6 +137,7 @@ def _record() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": {
             "processor": _processor(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }

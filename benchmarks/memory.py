@@ -13,11 +13,12 @@ import gc
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import page
 import torch
-from candidates import Training, candidate_names, model_candidate, model_loss
+from candidates import VOCABULARY, Training, candidate_names, model_candidate, own_loss
 from measure import Case, run
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -46,6 +47,10 @@ def cases() -> list[Case]:
                     settings = {"hidden": 1024, "layers": 4, "accumulation": 2, "rank": rank, "tokens": tokens}
                     settings |= {"dtype": dtype, "checkpointing": checkpointing}
                     found.append(Case(name, settings, name in SHORT))
+                    if rank == 16 and not checkpointing:
+                        # Llama-2's vocabulary, and the loss that each tool's user gets.
+                        of_users = settings | {"vocabulary": 32000, "own_loss": True}
+                        found.append(Case(f"{name} own loss, vocabulary of 32000", of_users, False))
     return found
 
 
@@ -69,14 +74,17 @@ def measure_candidate(name: str, settings: dict[str, Any]) -> dict[str, int]:
         layers=settings["layers"],
         hidden=settings["hidden"],
         checkpointing=settings["checkpointing"],
+        vocabulary=settings.get("vocabulary", VOCABULARY),
     )
     training = Training.of(candidate, settings["tokens"])
+    if settings.get("own_loss"):
+        training = replace(training, loss_of=own_loss)
     training.step(settings["accumulation"])
     between_steps = tensor_bytes() - before
     with candidate.step_scope():
-        after_forward = live_bytes(lambda: model_loss(candidate, training.ids)).end
+        after_forward = live_bytes(training.loss).end
     with candidate.step_scope():
-        saved = saved_bytes(candidate.module, lambda: model_loss(candidate, training.ids))
+        saved = saved_bytes(candidate.module, training.loss)
     peak = live_bytes(lambda: training.step(settings["accumulation"])).peak
     return {"between_steps": between_steps, "peak": peak, "after_forward": after_forward, "saved": saved}
 

@@ -53,7 +53,7 @@ def layer(path: Path) -> str:
 
 def step(path: Path) -> str:
     """An optimizer step of a whole model."""
-    others = ["PEFT dora", "PEFT dora + pissa", "lora", "pissa", "dora", "dude", NO_AUTOCAST]
+    others = ["PEFT dora", "PEFT dora + pissa", "lora", "dude", NO_AUTOCAST]
     rows = [
         [
             name,
@@ -220,6 +220,10 @@ def _spread(seconds: Seconds, name: str, reference: str) -> str:
     return f"{median:.2f} ± {(high - low) / 2:.2f}"
 
 
+def _instructions(machine: dict[str, Any]) -> str:
+    return f" ({machine['instructions']})" if "instructions" in machine else ""
+
+
 def _source(path: Path) -> str:
     """How the table came about: command, raw numbers, commits, machines."""
     cases = read(path).values()
@@ -228,7 +232,7 @@ def _source(path: Path) -> str:
         return f"\nNot measured yet: {command} does it.\n"
     commits = ", ".join(sorted({f"{case['commit']} ({case['date']})" for case in cases}))
     machines = {
-        f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']}, "
+        f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']}, "
         f"PEFT {machine['peft']}, transformers {machine['transformers']}"
         for machine in (case["machine"] for case in cases)
     }

@@ -23,6 +23,7 @@ SHORT = (
 )
 MANY = 8  # from here on a round would take minutes with every candidate
 OF_MANY = ("PEFT lora", "dude", "dude, no autocast")
+NOT_OF_STEP = ("pissa", "dora")  # beside the others in the table of one layer; without them there are more rounds
 
 
 def cases() -> list[Case]:
@@ -41,7 +42,7 @@ def cases() -> list[Case]:
 def measure(case: Case, budget_s: float) -> dict[str, Any]:
     settings = case.settings
     found: dict[str, Any] = {"pace": pace(getattr(torch, settings["dtype"]))}
-    names = candidate_names(settings["dtype"])
+    names = [name for name in candidate_names(settings["dtype"]) if name not in NOT_OF_STEP]
     if settings["accumulation"] >= MANY:
         names = [name for name in names if name in OF_MANY]
     steps = {}
