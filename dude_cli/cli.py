@@ -14,6 +14,7 @@ import typer
 
 from dude_cli import __version__
 from dude_cli.errors import DudeError, ResourceError, StoppedError, UsageError
+from dude_cli.launch import tell_error
 from dude_cli.stopping import Interrupted, interrupting_signals
 
 app = typer.Typer(
@@ -43,6 +44,10 @@ AllowOtherBase = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
 ]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option("--num-processes", min=1, help="Ranks on this machine; one for each visible GPU if not given."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the result and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -56,6 +61,7 @@ def init(
         bool, typer.Option("--estimate", help="Only predict the memory that a training takes; nothing is loaded.")
     ] = False,
     smoke: Smoke = False,
+    num_processes: NumProcesses = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -65,7 +71,14 @@ def init(
         from dude_cli import commands
         from dude_cli.console import Output
 
-        commands.init(config, overrides or [], smoke=smoke, estimate=estimate, output=Output(json, quiet))
+        commands.init(
+            config,
+            overrides or [],
+            smoke=smoke,
+            estimate=estimate,
+            num_processes=num_processes,
+            output=Output(json, quiet),
+        )
 
 
 @app.command()
@@ -74,6 +87,7 @@ def train(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that has a run.")] = False,
     smoke: Smoke = False,
+    num_processes: NumProcesses = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -83,7 +97,14 @@ def train(
         from dude_cli import commands
         from dude_cli.console import Output
 
-        commands.train(config, overrides or [], smoke=smoke, overwrite=overwrite, output=Output(json, quiet))
+        commands.train(
+            config,
+            overrides or [],
+            smoke=smoke,
+            overwrite=overwrite,
+            num_processes=num_processes,
+            output=Output(json, quiet),
+        )
 
 
 @app.command("eval")
@@ -111,6 +132,7 @@ def evaluate(
     base_model: BaseModelPath = None,
     allow_other_base: AllowOtherBase = False,
     dtype: Dtype = None,
+    num_processes: NumProcesses = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -133,6 +155,7 @@ def evaluate(
             base_model=base_model,
             allow_other_base=allow_other_base,
             dtype=dtype,
+            num_processes=num_processes,
             output=Output(json, quiet),
         )
 
@@ -318,20 +341,13 @@ def _reported(debug: bool, *, if_stopped: str = "") -> Iterator[None]:
         raise typer.Exit(StoppedError.exit_code) from None
     except Exception as error:
         known = _as_dude_error(error)
-        if debug or known is None:
-            traceback.print_exc()
-        _tell(
-            known
-            or f"this is a bug in dude {__version__}: {type(error).__name__}: {error}\nplease report the lines above"
-        )
+        bug = f"this is a bug in dude {__version__}: {type(error).__name__}: {error}\nplease report the lines above"
+        trace = traceback.format_exc() if debug or known is None else ""
+        tell_error(bug if known is None else str(known), trace)
         raise typer.Exit(1 if known is None else known.exit_code) from None
     except (Interrupted, KeyboardInterrupt):
-        _tell(f"stopped; {if_stopped}" if if_stopped else "stopped")
+        tell_error(f"stopped; {if_stopped}" if if_stopped else "stopped")
         raise typer.Exit(StoppedError.exit_code) from None
-
-
-def _tell(message: object) -> None:
-    print(f"error: {message}", file=sys.stderr)
 
 
 def _as_dude_error(error: Exception) -> DudeError | None:

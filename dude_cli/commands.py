@@ -12,58 +12,89 @@ from dude_cli import files
 from dude_cli.config import Config, EvalTask, load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
+from dude_cli.launch import ranks_to_start, run_ranks
 
 
-def init(config_path: Path, overrides: Sequence[str], *, smoke: bool, estimate: bool, output: Output) -> None:
+def init(
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    smoke: bool,
+    estimate: bool,
+    num_processes: int | None,
+    output: Output,
+) -> None:
     """Check everything, decompose, save the initial adapter, and show what a training would do.
 
     With `estimate` only predict the memory that it would take.
     """
-    config = _load(config_path, overrides, smoke=smoke)  # before the imports: a mistake in it is told at once
+    config = load_config(config_path, overrides)  # before the imports: a mistake in it is told at once
+    count = ranks_to_start(num_processes)
+    if count > 1 and not estimate:
+        run_ranks(count)
+    config = _resolved(config, smoke=smoke)
     from dude_cli.decompositions import check_decompositions
     from dude_cli.init_report import init_report
     from dude_cli.prepare import prepare
     from dude_cli.run_dir import check_run_dir, is_finished_run
-    from dude_cli.runtime import make_accelerator
+    from dude_cli.runtime import make_accelerator, part_ranks
 
     if estimate:
-        _estimate(config, output)
+        _estimate(config, count, output)
         return
+    accelerator = make_accelerator()
+    output = output.on_rank(accelerator.is_main_process)
     check_run_dir(config)
-    if is_finished_run(config):
+    is_finished = is_finished_run(config)
+    accelerator.wait_for_everyone()  # before any rank writes, all have looked at the same folder
+    if is_finished:
         raise UsageError(
             f"{config.output_dir} holds a finished run",
             where="output_dir",
             fix="choose another, or `dude train --overwrite`",
         )
-    prepared = prepare(config, make_accelerator(), output.say, counter=partial(output.counter, every=32))
+    prepared = prepare(config, accelerator, output.say, counter=partial(output.counter, every=32))
     output.say(*prepared.data.warnings())
-    checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
-    document = prepared.report() | {"checked_decompositions": [asdict(layer) for layer in checked]}
-    output.result(init_report(prepared, checked), document)
+    if accelerator.is_main_process:
+        checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
+        document = prepared.report() | {"checked_decompositions": [asdict(layer) for layer in checked]}
+        output.result(init_report(prepared, checked), document)
+    part_ranks()
 
 
-def _estimate(config: Config, output: Output) -> None:
+def _estimate(config: Config, count: int, output: Output) -> None:
     from dude_cli.init_report import memory_table
     from dude_cli.memory import device_bytes
     from dude_cli.prepare import estimate
     from dude_cli.runtime import make_accelerator
 
     accelerator = make_accelerator()
-    forecast, length_source = estimate(config, accelerator.num_processes)
+    forecast, length_source = estimate(config, max(count, accelerator.num_processes))
     device, size = str(accelerator.device), device_bytes(accelerator.device)
     document = forecast.report() | {"length_source": length_source, "device": device, "device_bytes": size}
     output.result(memory_table(forecast, device, size, length_source), document)
 
 
-def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool, output: Output) -> None:
+def train(
+    config_path: Path,
+    overrides: Sequence[str],
+    *,
+    smoke: bool,
+    overwrite: bool,
+    num_processes: int | None,
+    output: Output,
+) -> None:
     """Prepare what is not prepared, train, and write the adapter."""
-    config = _load(config_path, overrides, smoke=smoke, overwrite=overwrite)  # before the imports, as in `init`
+    config = load_config(config_path, overrides)  # before the imports, as in `init`
+    count = ranks_to_start(num_processes)
+    if count > 1:
+        run_ranks(count)
+    config = _resolved(config, smoke=smoke, overwrite=overwrite)
     from dude_cli.init_report import init_report, memory_line
     from dude_cli.metrics import run_summary
     from dude_cli.prepare import prepare
     from dude_cli.run_dir import check_run_dir, is_finished_run
-    from dude_cli.runtime import make_accelerator, stop_signals
+    from dude_cli.runtime import make_accelerator, part_ranks, stop_signals
     from dude_cli.train import train as run_training
 
     accelerator = make_accelerator()
@@ -85,6 +116,7 @@ def train(config_path: Path, overrides: Sequence[str], *, smoke: bool, overwrite
     if accelerator.is_main_process:
         shown = [f"adapter: {config.run_dir / 'adapter'}", f"score it: dude eval {config.output_dir}"]
         output.result("\n".join([*shown, *memory_line(summary)]), summary)
+    part_ranks()
 
 
 def evaluate(
@@ -101,15 +133,16 @@ def evaluate(
     base_model: str | None,
     allow_other_base: bool,
     dtype: str | None,
+    num_processes: int | None,
     output: Output,
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, show the table, write the results."""
     from dude_cli.evaluation import EvalRequest, plain_results, results_table, write_results
     from dude_cli.evaluation import evaluate as score
+    from dude_cli.runtime import make_accelerator, part_ranks
     from dude_cli.target import eval_config, find_target, load_target, results_dir
 
     target = find_target(target_name)
-    output.say(f"evaluating {target}")
     settings = eval_config(target)
     tasks = [EvalTask(name=name, num_fewshot=num_fewshot, limit=limit) for name in task_names] or [
         task.model_copy(update=_given(num_fewshot=num_fewshot, limit=limit)) for task in settings.tasks
@@ -120,6 +153,12 @@ def evaluate(
             where=str(target),
             fix="name one, such as --task mmlu, or set eval.tasks in the config",
         )
+    count = ranks_to_start(num_processes)
+    if count > 1:
+        run_ranks(count)
+    accelerator = make_accelerator()
+    output = output.on_rank(accelerator.is_main_process)
+    output.say(f"evaluating {target}")
     request = EvalRequest(
         tasks=tuple(tasks),
         batch_size=batch_size or settings.batch_size,
@@ -133,15 +172,17 @@ def evaluate(
             loaded.model,
             loaded.tokenizer,
             request,
+            accelerator=accelerator,
             adapter_sha256=loaded.adapter_sha256,
             log=output.say,
             on_progress=on_progress,
         )
     folder = output_dir or results_dir(target)
-    if folder is not None:
-        for path in write_results(results, folder):
+    if accelerator.is_main_process:
+        for path in [] if folder is None else write_results(results, folder):
             output.say(f"wrote {path}")
-    output.result(results_table(results), plain_results(results))
+        output.result(results_table(results), plain_results(results))
+    part_ranks()
 
 
 def generate(
@@ -318,8 +359,8 @@ def copy_shipped(name: str, dest: Path, output: Output) -> None:
     output.result(f"copied to {copied}", {"path": str(copied)})
 
 
-def _load(path: Path, overrides: Sequence[str], *, smoke: bool, overwrite: bool = False) -> Config:
-    config = load_config(path, overrides)
+def _resolved(config: Config, *, smoke: bool, overwrite: bool = False) -> Config:
+    """The config on the inputs of `--smoke`, and with what the adapter to continue from fixes."""
     from dude_cli.init_from import resolve_init_from
 
     if smoke:

@@ -17,6 +17,7 @@ from dude_cli.errors import UsageError
 from dude_cli.live_bytes import LiveBytes, counted
 from dude_cli.loss import SummedLoss
 from dude_cli.model import load_shape
+from dude_cli.sharding import blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,8 @@ def estimate_memory(config: Config, batch: Batch) -> MemoryEstimate:
         fixed = {"base weights": base, "adapter": _storage_bytes(model) - before}
         init = fixed | _init_parts(model, config, targets, norms, batch.length)
         training = fixed | _training_parts(model, config, batch, quantization)
+        if config.train.distributed == "fsdp" and batch.world_size > 1:
+            training |= _sharded_parts(model, base, batch.world_size)
     except Exception as error:  # the code of any architecture: what it does on the meta device is not ours to know
         raise UsageError(
             f"the memory of {type(model).__name__} cannot be predicted: {type(error).__name__}: {error}",
@@ -149,6 +152,21 @@ def _training_parts(
         "loss": peak["loss"],
     }
     return parts | ({"gradient buckets": trainable_bytes} if batch.world_size > 1 else {})
+
+
+def _sharded_parts(model: PreTrainedModel, base: int, world_size: int) -> dict[str, int]:
+    """The base's weights on one of the ranks that share them, and those that are whole at the moment of the most.
+
+    Those are what is around the blocks, and two blocks: the next one is gathered while one is used.
+    """
+
+    def frozen_bytes(module: nn.Module) -> int:
+        frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+        return sum(parameter.numel() * parameter.element_size() for parameter in frozen)
+
+    blocks = [frozen_bytes(block) for block in blocks_of(model)]
+    around = frozen_bytes(model) - sum(blocks)
+    return {"base weights": -(-base // world_size), "gathered weights": around + 2 * max(blocks)}
 
 
 def _run_step(

@@ -13,7 +13,14 @@ from dude_cli.metrics import MEMORY_FILE, METRICS_FILE
 
 INITIAL, RESULT, BEST = "initial", "adapter", "best"
 # Settings that may change between two parts of one run: they do not touch what is learned.
-FREE_SETTINGS = {"logging_steps", "save_steps", "save_total_limit", "report_to", "per_device_batch_size"}
+FREE_SETTINGS = {
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "per_device_batch_size",
+    "distributed",
+}
 
 
 def check_run_dir(config: Config) -> None:

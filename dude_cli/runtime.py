@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli.errors import UsageError
 from dude_cli.stopping import SIGNALS, Interrupted
 
 if TYPE_CHECKING:
@@ -78,11 +79,13 @@ def stop_signals() -> Iterator[StopSignal]:
 def make_accelerator() -> Accelerator:
     """accelerate's view of the ranks and devices, with the libraries' own chatter off.
 
-    Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer casts.
+    Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer casts. Raises
+    UsageError if accelerate's own configuration asks for an engine that shards models itself.
     """
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    _refuse_other_engines()
     quiet_libraries()
     # Ranks may run different numbers of micro-batches, so buffers must not be exchanged in each forward. Newer torch
     # has another name for that, which accelerate does not pass on yet.
@@ -90,6 +93,26 @@ def make_accelerator() -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
     return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
+
+
+def _refuse_other_engines() -> None:
+    """Raise UsageError for what `accelerate launch` has put into the environment and we would not follow."""
+    for engine in ("DeepSpeed", "FSDP", "Megatron_LM"):
+        name = f"ACCELERATE_USE_{engine.upper()}"
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise UsageError(
+                f"accelerate is configured to use {engine.replace('_', '-')}, and dude shards the base itself",
+                where=f"{name}={os.environ[name]}",
+                fix="turn it off there, or start without accelerate, and set train.distributed: fsdp",
+            )
+
+
+def part_ranks() -> None:
+    """Take leave of the other ranks, at the end of a command: NCCL warns of those that just go."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -115,11 +138,11 @@ def process_age_s() -> float:
 
 
 def best_device() -> str:
-    """The device of a process that works alone: the GPU if there is one."""
+    """The device of this process: the GPU if there is one, the rank's own of several."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+    return "cpu" if accelerator is None else f"{accelerator.type}:{torch.accelerator.current_device_index()}"
 
 
 def quiet_libraries() -> None:

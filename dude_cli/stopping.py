@@ -21,6 +21,7 @@ def leave_on_signals() -> None:
     """From now on a signal ends the process at once. For the imports before a command, and the way out after it."""
     for number in SIGNALS:
         signal.signal(number, _leave)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came when nobody could answer, a launcher has kept
 
 
 def ignore_signals() -> None:
@@ -64,5 +65,6 @@ def interrupting_signals() -> Iterator[None]:
 
 
 def _leave(*_: Any) -> None:
-    os.write(2, b"error: stopped\n")
+    if os.environ.get("RANK", "0") == "0":  # of several ranks one talks
+        os.write(2, b"error: stopped\n")
     os._exit(StoppedError.exit_code)

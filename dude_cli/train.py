@@ -22,7 +22,8 @@ from dude_cli.prepare import Prepared, packs_flat
 from dude_cli.run_dir import BEST, RESULT, refuse_other_data
 from dude_cli.runtime import StopSignal, process_age_s, seed_everything
 from dude_cli.schedule import learning_rate_at
-from dude_cli.train_step import StepResult, accumulate_gradients, make_loss_scaler, make_optimizer
+from dude_cli.sharding import share_model
+from dude_cli.train_step import StepResult, accumulate_gradients, equal_batches, make_loss_scaler, make_optimizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,8 +91,7 @@ class _Run:
         keep_freed_memory(accelerator.device)
         prepared.peak_memory.restart()
         self.summed_loss = SummedLoss(self.model)
-        # The model is where it was loaded, and bitsandbytes' layers cannot be moved from there.
-        self.wrapped: nn.Module = accelerator.prepare_model(self.summed_loss, device_placement=False)
+        self.wrapped: nn.Module = share_model(self.summed_loss, accelerator, self.config.train.distributed)
         pad_id = prepared.tokenizer.pad_token_id
         self.collate = functools.partial(
             collate, pad_id=pad_id if pad_id is not None else 0, flatten=packs_flat(self.config)
@@ -126,8 +126,8 @@ class _Run:
         learning_rate = learning_rate_at(step, self.prepared.plan.total_steps, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        own = [data[int(row)] for row in batch[self.accelerator.process_index :: self.accelerator.num_processes]]
-        own_loss = self._gradients(own, target_tokens)
+        own = [data[int(row)] for row in self._share(batch)]
+        own_loss = self._gradients(own, self._most(batch), target_tokens)
         # Each rank has its own signals, and all must stop at one step: the ranks share them with the loss.
         total_loss, stopped_ranks = self._sum_over_ranks(own_loss, own_loss.new_tensor(float(bool(stop))))
         loss = total_loss / target_tokens
@@ -243,7 +243,15 @@ class _Run:
             found = [newest_checkpoint(self.run_dir, self.console.print)]
         return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
 
-    def _gradients(self, rows: list[EncodedRow], target_tokens: int) -> torch.Tensor:
+    def _share(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """This rank's part of `rows`, which all ranks share."""
+        return rows[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _most(self, rows: npt.NDArray[np.int64]) -> int:
+        """How many of `rows` the rank with the most of them has."""
+        return -(-len(rows) // int(self.accelerator.num_processes))
+
+    def _gradients(self, rows: list[EncodedRow], most_rows: int, target_tokens: int) -> torch.Tensor:
         """This rank's summed loss, with the gradients in place; `auto` halves its batch when memory runs out."""
         import torch
 
@@ -258,6 +266,7 @@ class _Run:
                         self.wrapped,
                         rows,
                         per_device_batch_size=self.state.per_device_batch_size,
+                        most_rows=most_rows,
                         target_tokens=target_tokens,
                         collate=self.collate,
                         device=self.accelerator.device,
@@ -308,12 +317,12 @@ class _Run:
 
         size = self.state.per_device_batch_size
         order = longest_first(np.arange(len(rows)), rows.lengths)  # for the least padding
-        own = order[self.accelerator.process_index :: self.accelerator.num_processes]
+        own = [rows[int(row)] for row in self._share(order)]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         self.model.eval()
         with torch.no_grad(), constant_adapters(self.model):
-            for start in range(0, len(own), size):
-                batch = with_targets(self.collate([rows[int(row)] for row in own[start : start + size]]))
+            for some in equal_batches(own, size, self._most(order)):
+                batch = with_targets(self.collate(some))
                 on_device = {key: value.to(self.accelerator.device) for key, value in batch.items()}
                 total += self.summed_loss(on_device)
         return self._sum_over_ranks(total)[0] / int(rows.target_tokens.sum())

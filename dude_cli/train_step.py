@@ -56,19 +56,21 @@ def accumulate_gradients(
     device: torch.device,
     backward: Callable[[Tensor], None],
     world_size: int = 1,
+    most_rows: int = 0,
 ) -> Tensor:
     """Add to `.grad` this rank's part of the gradient of the mean loss over the global batch; return its summed loss.
 
     `summed_loss` is a `SummedLoss`, or DDP around it. `rows` are this rank's, `target_tokens` the number over the
     whole global batch and all ranks. Each micro-batch contributes its *summed* loss divided by that number, so the
     split does not matter, and a rank or a last window with fewer tokens has just its share. DDP averages over ranks,
-    hence the factor `world_size`; it exchanges gradients in the last micro-batch only. A rank without rows takes part
-    with a loss of zero.
+    hence the factor `world_size`; it exchanges gradients in the last micro-batch only. All ranks have as many
+    micro-batches as `most_rows` take, the rows of the rank with most of them, because a sharded base is gathered in
+    each; those for which a rank has no rows have a loss of zero.
     """
     import torch
 
     total = torch.zeros((), device=device)
-    micro_batches = list(_micro_batches(rows, per_device_batch_size))
+    micro_batches = list(equal_batches(rows, per_device_batch_size, most_rows))
     for number, micro_batch in enumerate(micro_batches, start=1):
         batch = {key: value.to(device) for key, value in with_targets(collate(micro_batch)).items()}
         no_sync = getattr(summed_loss, "no_sync", None) if number < len(micro_batches) else None
@@ -79,12 +81,11 @@ def accumulate_gradients(
     return total
 
 
-def _micro_batches(rows: Sequence[EncodedRow], size: int) -> Iterator[Sequence[EncodedRow]]:
-    if not rows:
-        nothing = EncodedRow(input_ids=[0, 0], labels=[NOT_LEARNED] * 2, segment_lengths=[2], source_rows=[])
-        yield [nothing]
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def equal_batches(rows: Sequence[EncodedRow], size: int, most_rows: int) -> Iterator[Sequence[EncodedRow]]:
+    """`rows` in batches of up to `size`: as many as `most_rows` would take, the last ones with nothing to learn."""
+    nothing = EncodedRow(input_ids=[0, 0], labels=[NOT_LEARNED] * 2, segment_lengths=[2], source_rows=[])
+    for start in range(0, max(1, len(rows), most_rows), size):
+        yield rows[start : start + size] or [nothing]
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -24,7 +24,14 @@ from dude_cli.adapter.patch import (
     trainable_parameters,
     unpatch_model,
 )
-from dude_cli.adapter.state import check_base, check_factors, load_adapter, restore_adapter, save_adapter
+from dude_cli.adapter.state import (
+    check_base,
+    check_factors,
+    keep_fingerprint,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+)
 from dude_cli.config import AdapterConfig, SvdConfig
 
 __all__ = [
@@ -42,6 +49,7 @@ __all__ = [
     "constant_adapters",
     "disable_adapters",
     "find_targets",
+    "keep_fingerprint",
     "load_adapter",
     "merge_adapter",
     "patch_model",

@@ -230,10 +230,13 @@ class AdapterLayer(nn.Module):
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
         """Copy `factors`, of the same shapes, into the layer's tensors."""
+        before, after = self.initial_A, factors.initial_A
+        # The same start needs no look at the base, whose weight may be sharded by now.
+        is_new_start = before is not None and after is not None and not torch.equal(before, after.to(before.device))
         for name, tensor in factors._asdict().items():
             if tensor is not None:
                 getattr(self, name).copy_(tensor)
-        if self.magnitude is not None and factors.initial_A is not None:
+        if self.magnitude is not None and is_new_start:
             _, self.initial_product, self.initial_gram = frozen_products(self.base_layer, self.initial_A)
         self.forget()
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from dude_cli.errors import AdapterError
 
 # Values of one parameter that the fingerprint reads: all of a small one; of a 7B model, in all, a quarter of a GB.
 FINGERPRINT_VALUES = 2**19
+
+_kept_fingerprints: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 def save_adapter(
@@ -132,6 +135,8 @@ def base_fingerprint(model: nn.Module) -> str:
     patched model and its base agree. The rounding makes one model in float32 and in bfloat16 the same base.
     A quantised weight is read as the bytes that it is packed into, and the scales beside it without rounding.
     """
+    if model in _kept_fingerprints:
+        return _kept_fingerprints[model]
     digest = hashlib.sha256()
     for name, tensor in _base_tensors(model):
         digest.update(f"{name}:{tuple(tensor.shape)};".encode())
@@ -141,6 +146,11 @@ def base_fingerprint(model: nn.Module) -> str:
             chosen = chosen.to(torch.bfloat16)
         digest.update(chosen.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def keep_fingerprint(model: nn.Module) -> None:
+    """Let the base's fingerprint of now stand from here on: its weights are about to be sharded over the ranks."""
+    _kept_fingerprints[model] = base_fingerprint(model)
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -23,6 +23,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 Quantization = Literal["nf4", "int8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
+Distributed = Literal["ddp", "fsdp"]
 Contradiction = tuple[str, tuple[str, ...]]  # a message, and the dotted keys that it is about, from its section on
 
 
@@ -235,6 +236,13 @@ class TrainConfig(Section):
     early_stopping_patience: PositiveInt | None = Field(
         None, description="Stop after so many evaluations without a new lowest loss; the lowest one's adapter is kept."
     )
+    distributed: Distributed = Field(
+        "ddp",
+        description=(
+            "What several ranks share: `ddp` the rows; `fsdp` the frozen base's weights too (FSDP2), of which each "
+            "block is gathered when it is needed."
+        ),
+    )
     report_to: list[Literal["tensorboard"]] = Field(default_factory=list, description="Trackers beside metrics.jsonl.")
 
     def contradictions(self) -> Iterator[Contradiction]:
@@ -292,6 +300,11 @@ class Config(Section):
         for key in ("eval_steps", "early_stopping_patience"):
             if getattr(self.train, key) is not None and self.data.validation is None:
                 yield f"`train.{key}` needs `data.validation`", (f"train.{key}", "data.validation")
+        if self.train.distributed == "fsdp" and self.model.quantization is not None:
+            yield (
+                "`train.distributed: fsdp` cannot shard the packed weights of `model.quantization`: give one",
+                ("train.distributed", "model.quantization"),
+            )
         if self.train.early_stopping_patience is not None and self.train.eval_steps is None:
             yield (
                 "`train.early_stopping_patience` counts evaluations: give `train.eval_steps` too",

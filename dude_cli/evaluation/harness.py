@@ -6,15 +6,22 @@ import contextlib
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 OnProgress = Callable[[int, int], None]  # (requests done, requests in all)
 
 
-def harness_model(model: Any, tokenizer: Any, batch_size: int, on_progress: OnProgress) -> Any:
+def harness_model(
+    model: Any, tokenizer: Any, batch_size: int, on_progress: OnProgress, accelerator: Accelerator | None = None
+) -> Any:
     """An lm-eval HFLM on a model in memory that reports progress and remembers the prompts that it cuts.
 
+    The ranks of `accelerator` share the questions, and each has all the answers. lm-eval does not know of them: had it
+    given each rank its own documents, the examples that it draws at random would depend on the number of ranks.
     `cut_prompts` holds each prompt that did not fit and lost its start: for an answer to score, when prompt and
     answer are longer than the context; for an answer to generate, when the prompt is longer than the context less
     `max_gen_toks`. lm-eval itself only logs a warning.
@@ -36,21 +43,18 @@ def harness_model(model: Any, tokenizer: Any, batch_size: int, on_progress: OnPr
             on_progress(self._done, self._total)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self._done, self._total = 0, len(requests)
-            return super().loglikelihood(requests, disable_tqdm=True)
+            return self._answered(super().loglikelihood, requests)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self._done, self._total = 0, len(requests)
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            return self._answered(super().loglikelihood_rolling, requests)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            self._done, self._total = 0, len(requests)
             for request in requests:
                 prompt, settings = request.args
                 room = self.max_length - max_gen_tokens(settings)
                 if len(self.tok_encode(prompt)) > room:
                     self.cut_prompts.add(prompt)
-            return super().generate_until(requests, disable_tqdm=True)
+            return self._answered(super().generate_until, requests)
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
@@ -61,12 +65,41 @@ def harness_model(model: Any, tokenizer: Any, batch_size: int, on_progress: OnPr
                     self.cut_prompts.add(texts[0])
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+        def _answered(self, answer: Callable[..., Any], requests: list[Any]) -> list[Any]:
+            """The answers to all `requests`, of which this rank gives its share."""
+            if accelerator is None or accelerator.num_processes == 1:
+                self._done, self._total = 0, len(requests)
+                return list(answer(requests, disable_tqdm=True))
+            from accelerate.utils import gather_object
+
+            own = shared_out(requests, accelerator.num_processes)[accelerator.process_index]
+            self._done, self._total = 0, len(own)
+            answers = answer([requests[number] for number in own], disable_tqdm=True) if own else []
+            found: dict[int, Any] = {}
+            for numbers, answered, cut in gather_object([(own, list(answers), self.cut_prompts)]):
+                found |= dict(zip(numbers, answered, strict=True))
+                self.cut_prompts |= cut
+            return [found[number] for number in range(len(requests))]
+
     def max_gen_tokens(settings: dict[str, Any]) -> int:
         return int(normalize_gen_kwargs(settings, HarnessModel.max_gen_toks.fget(None))["max_gen_toks"])
 
     lm = HarnessModel()
     lm.max_gen_tokens = max_gen_tokens
     return lm
+
+
+def shared_out(requests: Sequence[Any], count: int) -> list[list[int]]:
+    """The numbers of the requests that each of `count` ranks answers: all of one document's go to one.
+
+    The model reads what they have in common once.
+    """
+    owners: dict[tuple[str, int], int] = {}
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for number, request in enumerate(requests):
+        owner = owners.setdefault((request.task_name, request.doc_id), len(owners) % count)
+        shares[owner].append(number)
+    return shares
 
 
 def fit_generation_length(lm: Any, task: Any) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harne
 from dude_cli.evaluation.results import BY_TASK, differences
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
 from dude_cli.memory import keep_freed_memory
+from dude_cli.runtime import local_main_first
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # lm-eval's own settings, so that a score here is a score there.
@@ -46,6 +49,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     request: EvalRequest,
     *,
+    accelerator: Accelerator | None = None,
     adapter_sha256: str | None = None,
     log: Callable[[str], None] = lambda message: None,
     on_progress: OnProgress = lambda done, total: None,
@@ -58,6 +62,9 @@ def evaluate(
     the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
     `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and `difference` tuned minus base with
     the paired standard error (see `results.paired_difference`).
+
+    The ranks of `accelerator` share the questions, each with the whole model; all of them return the same but for
+    standard errors that are bootstrapped, which the main one alone has.
 
     The model's modes, the tokenizer and the environment are left as they were; Python's, numpy's and torch's global
     random generators are seeded as lm-eval does. `log` receives one line for each stage, `on_progress` the requests
@@ -78,15 +85,17 @@ def evaluate(
         if request.data_dir is not None or is_offline():
             stack.enter_context(offline())
         _seed()
-        loaded = load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
-        lm = harness_model(model, tokenizer, request.batch_size, on_progress)
+        with nullcontext() if accelerator is None else local_main_first(accelerator):  # it fills the cache of datasets
+            loaded = load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
+        lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator)
+        bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
         lengths = _fit_generation_lengths(lm, loaded, log)
         keep_freed_memory(model.device)
         with constant_adapters(model):
-            tuned = _score(lm, loaded, "", log)
+            tuned = _score(lm, loaded, "", log, bootstrap_iters)
         if request.compare_base:
             with disable_adapters(model):
-                base = _score(lm, loaded, " (base)", log)
+                base = _score(lm, loaded, " (base)", log, bootstrap_iters)
             tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
             tuned["difference"] = differences(base, tuned, _weighting(loaded))
         return tuned | {
@@ -100,7 +109,9 @@ def evaluate(
         }
 
 
-def _score(lm: Any, loaded: list[LoadedTask], suffix: str, log: Callable[[str], None]) -> dict[str, Any]:
+def _score(
+    lm: Any, loaded: list[LoadedTask], suffix: str, log: Callable[[str], None], bootstrap_iters: int
+) -> dict[str, Any]:
     """lm-eval's results for all requested tasks, merged, and what we add to each task's."""
     import lm_eval
 
@@ -117,7 +128,7 @@ def _score(lm: Any, loaded: list[LoadedTask], suffix: str, log: Callable[[str], 
                 lm=lm,
                 task_dict={"tasks": found.tasks, "groups": found.groups},
                 limit=limit,
-                bootstrap_iters=BOOTSTRAP_ITERS,
+                bootstrap_iters=bootstrap_iters,
             )
         results |= _prompt_facts(results["samples"], lm.cut_prompts)
         results["n-shot"] |= _group_num_fewshot(found)

@@ -52,9 +52,15 @@ def test_the_output_folder_may_be_in_the_home_folder(load: Load, monkeypatch: py
     assert load(MINIMAL + "output_dir: ~/run").output_dir == "/home/me/run"
 
 
-def test_other_tools_ways_to_start_several_ranks_name_one_that_exists(load: Load) -> None:
+def test_other_tools_ways_to_shard_name_the_one_that_exists(load: Load) -> None:
     (found,) = problems(load, MINIMAL + "deepspeed: ds.json\n")
-    assert "torchrun --nproc-per-node N -m dude_cli train" in found
+    assert "`train.distributed` (`fsdp` shards the base over the GPUs)" in found
+
+
+def test_quantised_weights_cannot_be_sharded(load: Load) -> None:
+    text = MINIMAL.replace("model: {", "model: {quantization: nf4, ") + "train: {distributed: fsdp}\n"
+    (found,) = problems(load, text)
+    assert "cannot shard the packed weights" in found
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "1E-4", ".0001", "0.0001", "+1e-4"])
