@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
+import torch
 from command import dude, dude_here, environment
 from quickstart_config import quickstart_config
+from safetensors.torch import load_file
 
 from dude_cli.checkpoint import checkpoints, is_valid
 from dude_cli.metrics import read_metrics
 
 
 def two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return dude(*arguments, "--num-processes", "2")
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dude_cli"]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, arguments)],
@@ -28,23 +36,6 @@ def two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=300,
     )
-
-
-def start_ranks(*arguments: object) -> list[subprocess.Popen[str]]:
-    """The same without a launcher, which would pass on a signal to all and hide the exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "dude_cli", *map(str, arguments)],
-            env=environment(**world, RANK=rank, LOCAL_RANK=rank),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -93,30 +84,151 @@ def test_one_rank_writes_and_nothing_is_printed_twice(runs):
     assert len(lines) == len(set(lines))
 
 
-def test_a_signal_to_one_rank_stops_both_at_one_step(tmp_path):
-    """Then the newest checkpoint is damaged: the ranks agree on an older one and go on to the end."""
-    config, run_dir = quickstart_config(tmp_path, max_steps="30", extra="  save_steps: 1"), tmp_path / "run"
-    ranks = start_ranks("train", config)
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(r["step"] >= step and "loss" in r for r in read_metrics(run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def killed_after_step(config: Path, run_dir: Path, step: int, number: int, rank: int | None) -> tuple[int, str]:
+    """Train on two ranks and send a signal to the launcher, or to a rank; what it returned and said. None is left."""
+    command = [sys.executable, "-m", "dude_cli", "train", str(config), "--num-processes", "2"]
+    launcher = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while len(read_metrics(run_dir)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        ranks[1].send_signal(signal.SIGTERM)
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+        wait_for_step(run_dir, step)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        own = {child.environ()["RANK"]: child for child in ranks}
+        os.kill(launcher.pid if rank is None else own[str(rank)].pid, number)
+        stderr = launcher.communicate(timeout=30)[1]
+        assert not any(child.is_running() for child in ranks)
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [75, 75], errors
-    assert "stopped by a signal to another rank" in errors[0]
-    assert "stopped by SIGTERM" in errors[1]
+        launcher.kill()
+    return launcher.returncode, stderr
+
+
+def test_signals_and_deaths_lose_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
+    """A signal to one rank stops both at one step; a damaged checkpoint; a signal to the launcher; a rank that dies."""
+    config, run_dir = quickstart_config(tmp_path, max_steps="40", extra="  save_steps: 1"), tmp_path / "run"
+    code, stderr = killed_after_step(config, run_dir, 3, signal.SIGTERM, rank=1)
+    assert code == 75, stderr
+    assert "error: stopped by a signal to another rank" in stderr
+    assert "error: rank 1: stopped by SIGTERM" in stderr
     saved = checkpoints(run_dir)
     assert all(is_valid(folder) for folder in saved)
     (saved[0] / "state.json").write_text("{}")
-    again = two_ranks("train", config)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("is damaged") == 1
-    assert again.stderr.count(f"continuing after step {int(saved[1].name[5:])}") == 1
-    assert [r["step"] for r in read_metrics(run_dir) if "loss" in r] == list(range(1, 31))
+
+    code, stderr = killed_after_step(config, run_dir, step_of(saved[0]) + 2, signal.SIGINT, rank=None)
+    assert code == 75, stderr
+    assert stderr.count("is damaged") == 1
+    assert stderr.count(f"continuing after step {step_of(saved[1])}") == 1
+    assert stderr.count("error: stopped by SIGINT") == 1
+    saved = checkpoints(run_dir)
+    assert is_valid(saved[0])
+
+    code, stderr = killed_after_step(config, run_dir, step_of(saved[0]) + 2, signal.SIGKILL, rank=1)
+    assert code == 128 + signal.SIGKILL, stderr
+    assert "error: rank 1 was killed by SIGKILL" in stderr
+    assert "Traceback" not in stderr
+    assert stderr.count(f"continuing after step {step_of(saved[0])}") == 1
+    steps = [r["step"] for r in read_metrics(run_dir) if "loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+SHARDED = """
+import json, os, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from rich.console import Console
+from training import StopAfter, init_here, train_here
+
+from dude_cli.adapter import adapter_layers
+from dude_cli.cli import app
+from dude_cli.errors import StoppedError
+from dude_cli.runtime import make_accelerator, StopSignal
+from dude_cli.train import train
+
+config, overrides, arguments = Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+try:
+    train_here(config, *overrides, stop=StopAfter(3))
+except StoppedError:
+    accelerator = make_accelerator()
+    prepared = init_here(config, *overrides, accelerator=accelerator)
+    train(prepared, accelerator, Console(quiet=True), StopSignal())
+    weights = [layer.base_layer.weight for layer in adapter_layers(prepared.model).values()]
+    sharded = sum(hasattr(weight, "device_mesh") for weight in weights)
+    if accelerator.is_main_process:
+        print(json.dumps({"sharded": sharded, "layers": len(weights), "own": weights[0].to_local().numel()}))
+app(arguments)
+"""
+
+# Examples that are drawn at random, one draw after the other.
+DRAWN = """
+task: drawn
+custom_dataset: !function dude_cli.quickstart.documents.choice_splits
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+num_fewshot: 1
+doc_to_text: "{{question.strip()}} {{choices[0]}}, {{choices[1]}}, {{choices[2]}} or {{choices[3]}}? Answer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded(runs, tmp_path_factory, request):
+    """The run `two` once more with its base sharded, stopped and resumed, then scored, by two ranks of one launch.
+
+    With gradient checkpointing, and with early stopping, which puts the best adapter back at the end.
+    """
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "script.py").write_text(SHARDED)
+    (folder / "drawn.yaml").write_text(DRAWN)
+    overrides = [f"output_dir={folder / 'run'}", "train.distributed=fsdp", "train.gradient_checkpointing=true"]
+    overrides += ["train.eval_steps=3", "train.early_stopping_patience=5"]
+    score = ["eval", str(folder / "run"), "--task", "drawn", "--task", "quickstart_problems", "--limit", "3"]
+    score += ["--base", "--batch-size", "2", "--include-path", str(folder)]
+    script = [folder / "script.py", request.config.rootpath / "tests", runs["two"].parent / "config.yaml"]
+    command = [*map(str, script), json.dumps(overrides), json.dumps([*score, "--quiet"])]
+    start = f"import sys; from dude_cli.launch import run_ranks; run_ranks(2, [sys.executable, *{command!r}])"
+    done = subprocess.run([sys.executable, "-c", start], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    alone = dude_here(*score, "--output", folder / "alone")
+    assert alone.returncode == 0, alone.stderr
+    return folder, done.stdout
+
+
+def test_a_sharded_base_trains_saves_resumes_and_gives_the_adapter_of_ddp(runs, sharded):
+    folder, printed = sharded
+    found = json.loads(printed.splitlines()[0])
+    assert found["sharded"] == found["layers"] > 0
+    assert found["own"] == 128 * 128 // 2
+    one, two = (load_file(run / "adapter/adapter.safetensors") for run in (runs["two"], folder / "run"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
+    losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in (runs["two"], folder / "run")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert is_valid(folder / "run/checkpoints/step-000003")
+
+
+def test_an_evaluation_that_two_ranks_share_has_the_prompts_and_scores_of_one(sharded):
+    folder, printed = sharded
+    assert printed.count("quickstart_problem") == 1
+    for task in ("drawn", "quickstart_problems"):
+        file = f"{task}.limit-3.json"
+        two, one = (json.loads((place / file).read_text()) for place in (folder / "run/eval", folder / "alone"))
+        for key in ("results", "prompt_hashes", "task_hashes", "prompts_cut", "n-samples", "base", "difference"):
+            assert two[key] == one[key], key
+    samples = (folder / "run/eval/samples_drawn.limit-3.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc_id"] for line in samples] == [0, 1, 2]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(tmp_path):
@@ -148,9 +260,10 @@ def test_two_ranks_reuse_a_decomposition_and_start_anew(tmp_path):
 
 
 def test_two_ranks_take_the_same_steps_on_a_quantised_base(tmp_path):
+    """Started by torchrun, which is what the ranks of several machines are started with."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     records = []
-    for name, launch in (("one", dude_here), ("two", two_ranks)):
+    for name, launch in (("one", dude_here), ("two", torchrun)):
         config = quickstart_config(tmp_path / name, max_steps="2", rows="16")
         done = launch("train", config, "model.quantization=nf4")
         assert done.returncode == 0, done.stderr
