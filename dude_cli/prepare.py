@@ -20,6 +20,7 @@ from dude_cli.model import check_quantization, check_vocabulary, hub_commit, loa
 from dude_cli.run_dir import check_writable, clear_run
 from dude_cli.runtime import environment, local_main_first
 from dude_cli.schedule import total_steps, warmup_steps
+from dude_cli.sharding import blocks_of
 from dude_cli.start import Start
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def prepare(
     say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
     model = load_model(config.model, accelerator.device)
     check_vocabulary(model, tokenizer)
+    if config.train.distributed == "fsdp":
+        blocks_of(model)  # that cannot be sharded is better known before an hour of decomposing
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
     model_revision = hub_commit(config.model)

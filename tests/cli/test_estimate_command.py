@@ -38,6 +38,14 @@ def test_its_batch_is_the_one_that_the_training_takes(tmp_path):
     assert prepared["memory"]["training"] == found["training"]
 
 
+def test_it_is_for_as_many_ranks_as_the_training_has(tmp_path):
+    done = dude_here(
+        "init", quickstart_config(tmp_path, global_batch_size="8"), "--estimate", "--num-processes", "4", "--json"
+    )
+    batch = json.loads(done.stdout)["batch"]
+    assert (batch["rows"], batch["world_size"]) == (2, 4)
+
+
 def test_rows_on_the_hub_are_not_downloaded_and_weights_not_needed(tmp_path):
     tiny_model("llama").config.save_pretrained(tmp_path / "shape")
     changes = ["data.train=[{path: meta-math/MetaMathQA}]", "data.validation=null"]

@@ -110,6 +110,20 @@ LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layer
 LLAMA_2_7B_PARAMETERS = 6_738_415_616
 
 
+def test_of_a_sharded_base_a_part_stays_and_two_blocks_and_what_is_around_them_are_gathered(tmp_path):
+    folder, batch = shape_of(tmp_path, **LLAMA_2_7B | {"vocab_size": 32000}), Batch(1, 128, 1, world_size=8)
+    shared, whole = (
+        estimate_memory(run_config(folder, model={"dtype": "bfloat16"}, train={"distributed": strategy}), batch)
+        for strategy in ("fsdp", "ddp")
+    )
+    block = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    around = 2 * 32000 * 4096 + 4096
+    assert shared.training["base weights"] == -(-whole.training["base weights"] // 8)
+    assert shared.training["gathered weights"] == 2 * (around + 2 * block)
+    assert shared.init == whole.init  # each rank loads all of it
+    assert {part for part in whole.training if shared.training[part] != whole.training[part]} == {"base weights"}
+
+
 def test_a_large_model_needs_its_config_alone(tmp_path):
     shape_of(tmp_path, vocab_size=32000, **LLAMA_2_7B)
     train = {"gradient_checkpointing": True}
