@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -102,18 +103,41 @@ class Launched:
         assert self.left() == []
         return os.waitstatus_to_exitcode(status), self.stderr.read_text()
 
+    def close(self) -> None:
+        """Whatever a test has found: neither launcher nor ranks are left."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(self.pid)
+            for process in [launcher, *launcher.children()]:
+                process.kill()
+        for pid in self.left():
+            os.kill(pid, signal.SIGKILL)
+
     def left(self) -> list[int]:
-        pids = [int((self.folder / f"pid-{rank}").read_text()) for rank in (0, 1)]
+        pids = [int(file.read_text()) for file in self.folder.glob("pid-*")]
         return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
 
 
-def test_an_error_of_all_ranks_is_printed_once_and_gives_its_code(tmp_path):
-    assert Launched(tmp_path, "agree").end() == (4, "error: the loss is nan\n")
+@pytest.fixture
+def launched(tmp_path):
+    """Starts a launcher in a mode of RANK, in tmp_path."""
+    started: list[Launched] = []
+
+    def start(mode: str) -> Launched:
+        started.append(Launched(tmp_path, mode))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
 
 
-def test_an_error_of_one_rank_names_it_and_what_follows_from_it_is_left_out(tmp_path):
-    launched = Launched(tmp_path, "differ")
-    assert launched.end() == (5, "error: rank 1: the disk is full\n")
+def test_an_error_of_all_ranks_is_printed_once_and_gives_its_code(launched):
+    assert launched("agree").end() == (4, "error: the loss is nan\n")
+
+
+def test_an_error_of_one_rank_names_it_and_what_follows_from_it_is_left_out(launched, tmp_path):
+    ranks = launched("differ")
+    assert ranks.end() == (5, "error: rank 1: the disk is full\n")
     first, second = (json.loads((tmp_path / f"environment-{rank}").read_text()) for rank in (0, 1))
     assert [first["RANK"], second["RANK"], first["LOCAL_RANK"], second["LOCAL_RANK"]] == ["0", "1", "0", "1"]
     assert first["WORLD_SIZE"] == second["LOCAL_WORLD_SIZE"] == "2"
@@ -122,50 +146,50 @@ def test_an_error_of_one_rank_names_it_and_what_follows_from_it_is_left_out(tmp_
     assert first["OMP_NUM_THREADS"] == str(max(1, cores // 2))
 
 
-def test_a_signal_reaches_each_rank_once_and_the_launcher_waits_for_them_to_save(tmp_path):
-    launched = Launched(tmp_path, "saves")
-    launched.wait_for("ready")
-    os.kill(launched.pid, signal.SIGUSR2)
+def test_a_signal_reaches_each_rank_once_and_the_launcher_waits_for_them_to_save(launched, tmp_path):
+    ranks = launched("saves")
+    ranks.wait_for("ready")
+    os.kill(ranks.pid, signal.SIGUSR2)
     time.sleep(0.3)
-    os.kill(launched.pid, signal.SIGTERM)  # as from a batch system that has waited
-    assert launched.end() == (75, "error: stopped; a checkpoint is saved\n")
+    os.kill(ranks.pid, signal.SIGTERM)  # as from a batch system that has waited
+    assert ranks.end() == (75, "error: stopped; a checkpoint is saved\n")
     assert {(tmp_path / f"seen-{rank}").read_text() for rank in (0, 1)} == {"SIGUSR2"}
 
 
-def test_a_signal_waits_for_ranks_that_cannot_answer_yet(tmp_path):
-    launched = Launched(tmp_path, "starts")
-    launched.wait_for("pid")
-    os.kill(launched.pid, signal.SIGINT)
-    assert launched.end() == (75, "error: stopped\n")
+def test_a_signal_waits_for_ranks_that_cannot_answer_yet(launched):
+    ranks = launched("starts")
+    ranks.wait_for("pid")
+    os.kill(ranks.pid, signal.SIGINT)
+    assert ranks.end() == (75, "error: stopped\n")
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_with_it(tmp_path):
-    launched = Launched(tmp_path, "saves")
-    launched.wait_for("ready")
-    os.kill(launched.pid, signal.SIGKILL)
-    os.waitpid(launched.pid, 0)
+def test_a_launcher_that_is_killed_takes_its_ranks_with_it(launched, tmp_path):
+    ranks = launched("saves")
+    ranks.wait_for("ready")
+    os.kill(ranks.pid, signal.SIGKILL)
+    os.waitpid(ranks.pid, 0)
     for _ in range(200):
-        if not launched.left():
+        if not ranks.left():
             break
         time.sleep(0.05)
-    assert launched.left() == []
+    assert ranks.left() == []
     assert (tmp_path / "seen-1").read_text().startswith("SIGTERM")  # one from each of the launcher's threads
 
 
-def test_a_rank_that_is_killed_ends_one_that_waits_for_it(tmp_path):
-    code, stderr = Launched(tmp_path, "dies").end()
+def test_a_rank_that_is_killed_ends_one_that_waits_for_it(launched):
+    code, stderr = launched("dies").end()
     assert code == 128 + signal.SIGKILL
     assert stderr.startswith("error: rank 1 was killed by SIGKILL; the other ranks were stopped\n")
     assert launch.GRACE_S + launch.TERMINATE_S < 20  # seconds, where it is not the fork of a test
 
 
-def test_a_second_interrupt_ends_ranks_that_do_not_answer(tmp_path):
-    launched = Launched(tmp_path, "hangs")
-    launched.wait_for("ready")
-    os.kill(launched.pid, signal.SIGINT)
+def test_a_second_interrupt_ends_ranks_that_do_not_answer(launched):
+    ranks = launched("hangs")
+    ranks.wait_for("ready")
+    os.kill(ranks.pid, signal.SIGINT)
     time.sleep(0.3)
-    os.kill(launched.pid, signal.SIGINT)
-    assert launched.end()[0] == 75
+    os.kill(ranks.pid, signal.SIGINT)
+    assert ranks.end()[0] == 75
 
 
 def test_how_many_ranks_are_started(monkeypatch):
