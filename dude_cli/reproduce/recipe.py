@@ -161,11 +161,6 @@ class Recipe(Section):
                 "is reported",
                 ("selection.task", "evaluation.tasks"),
             )
-        if any(task.limit is not None for task in self.evaluation.tasks) and self.numbers:
-            yield (
-                "`limit` scores a part of a task, which no number can be compared with",
-                ("evaluation.tasks", "numbers"),
-            )
         for index, block in enumerate(self.matrix):
             for name in set(block.tasks) - tasks:
                 yield f"the task {name} is not in `evaluation.tasks`", (f"matrix.{index}.tasks", "evaluation.tasks")

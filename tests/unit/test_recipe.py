@@ -86,7 +86,6 @@ def test_every_problem_of_a_recipe_is_reported_at_once_with_its_line(tmp_path: P
         ("    tolerance: 1.0\n", "", "needs a `tolerance`"),
         ("    tolerance: 1.0\n", "    protocol: unknown\n", "with `protocol: unknown` a number cannot be met"),
         ("    metric: exact", "    metric: eval_loss #", "`metric: eval_loss` has no task"),
-        ("num_fewshot: 0}", "num_fewshot: 0, limit: 5}", "`limit` scores a part of a task"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
