@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -23,7 +23,9 @@ from dude_cli.stopping import Interrupted, interrupting_signals
 
 # What a run imports, once for all of them: the server process of multiprocessing does it, and each run is a copy of it.
 PRELOAD = ["dude_cli.commands", "dude_cli.train", "dude_cli.prepare", "dude_cli.target", "dude_cli.start"]
-PRELOAD += ["dude_cli.decompositions", "dude_cli.evaluation", "peft", "lm_eval", "lm_eval.models.huggingface"]
+PRELOAD += ["dude_cli.decompositions", "dude_cli.estimate", "dude_cli.init_report", "dude_cli.evaluation", "datasets"]
+PRELOAD += ["peft", "transformers.models.llama.modeling_llama"]
+PRELOAD += ["lm_eval", "lm_eval.evaluator", "lm_eval.tasks", "lm_eval.models.huggingface"]
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,9 @@ def _child_main(job: Job, place: Slot, work: Work, answer: Connection, environme
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    answer.send(_outcome(job, place, work))
-    answer.close()
+    outcome = _outcome(job, place, work)
+    with suppress(BrokenPipeError):  # the command is gone
+        answer.send(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and libraries' clean-ups at exit may wait for threads that a copy has not

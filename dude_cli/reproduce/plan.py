@@ -119,7 +119,13 @@ def make_plan(recipe: Recipe, file: Path, folder: Path, *, smoke: bool = False) 
         )
     plan = Plan(recipe, file.stem, folder, tuple(settings), smoke)
     for number in recipe.numbers:
-        plan.setting_of(number)
+        setting = plan.setting_of(number)
+        if number.task is not None and number.task not in {task.name for task in setting.tasks}:
+            raise ConfigError(
+                f"the number `{number.name}` needs the task {number.task}, on which its runs are not scored",
+                where=f"{file}: the entry of `matrix` for {setting.name}",
+                fix="add it to that entry's `tasks`",
+            )
     return plan
 
 

@@ -25,7 +25,7 @@ matrix:
   - {method: [lora, dude], learning_rate: [1e-3, 2e-3, 4e-3]}
 selection: {seed: 1}
 seeds: [1, 2, 3]
-evaluation: {tasks: [{name: quickstart_problems, num_fewshot: 0}]}
+evaluation: {tasks: [{name: quickstart_problems, num_fewshot: 0}, {name: quickstart_choices}]}
 numbers:
   - name: LoRA
     of: {method: lora}
@@ -100,10 +100,16 @@ def test_a_recipe_that_contradicts_itself_is_refused(tmp_path: Path, old: str, n
         ("of: {method: lora}", "of: {method: dora}", "is of none of the recipe's settings"),
         ("of: {method: lora}", "of: {}", "is of 2 of the recipe's settings"),
         ("learning_rate: [1e-3", "set: [train.max_stops=3], learning_rate: [1e-3", "did you mean `max_steps`"),
+        (
+            "learning_rate: [1e-3",
+            "tasks: [quickstart_choices], learning_rate: [1e-3",
+            "`LoRA` needs the task quickstart_problems",
+        ),
         ("selection:", "  - {method: [lora]}\nselection:", "two entries of the matrix have the same runs: lora-r16"),
     ],
 )
 def test_a_recipe_that_does_not_fit_its_configs_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TEXT
     with pytest.raises(ConfigError, match=message):
         plan_of(tmp_path, TEXT.replace(old, new))
 
@@ -122,7 +128,7 @@ def test_the_runs_have_their_whole_config_and_names_that_say_what_they_are(tmp_p
     assert (run.name, run.folder) == ("dude-r16-lr0.002-seed3", tmp_path / "out" / "dude-r16-lr0.002-seed3")
     config = run.config
     assert (config.adapter.method, config.train.learning_rate, config.seed) == ("dude", 0.002, 3)
-    assert [task.name for task in config.eval.tasks] == ["quickstart_problems"]
+    assert [task.name for task in config.eval.tasks] == ["quickstart_problems", "quickstart_choices"]
     assert plan_document(plan)["runs"] == 2 * (3 + 2)  # the seed of the search is one of the three
 
 
@@ -199,9 +205,7 @@ def test_no_rate_is_chosen_while_a_run_is_missing_and_one_that_diverged_is_none_
 
 def test_a_development_task_is_chosen_by_its_highest_score(tmp_path: Path) -> None:
     selection = 'selection: {seed: 1, task: quickstart_problems, metric: "exact_match,strict-match"}'
-    text = TEXT.replace("selection: {seed: 1}", selection).replace(
-        "name: quickstart_problems", "name: quickstart_choices"
-    )
+    text = TEXT.replace("selection: {seed: 1}", selection).replace("{name: quickstart_problems, num_fewshot: 0}, ", "")
     text = text.replace("    task: quickstart_problems", "    task: quickstart_choices")
     plan = plan_of(tmp_path, text)
     setting = plan.settings[0]
