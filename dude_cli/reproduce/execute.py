@@ -195,9 +195,6 @@ def _child_main(job: Job, place: Slot, work: Work, answer: Connection, environme
     outcome = _outcome(job, place, work)
     with suppress(BrokenPipeError):  # the command is gone
         answer.send(outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nothing is left to do, and libraries' clean-ups at exit may wait for threads that a copy has not
 
 
 def _outcome(job: Job, place: Slot, work: Work) -> tuple[int, str]:
