@@ -328,7 +328,7 @@ def reproduce(
     output.say(recipes.plan_summary(plan))
     places = recipes.slots(jobs, recipe.threads)
     result = recipes.reproduce(plan, places, reproduce_run, data_dir=data_dir, say=output.say)
-    output.result(recipes.verdict_table(result), result.document())
+    output.result(recipes.result_table(result), result.document())
     output.say(f"wrote {folder / 'report.md'} and report.json")
     recipes.check_result(result)
 

@@ -3,7 +3,7 @@
 from dude_cli.reproduce.execute import Job, Slot, slots
 from dude_cli.reproduce.plan import Plan, make_plan
 from dude_cli.reproduce.recipe import Recipe, load_recipe
-from dude_cli.reproduce.report import Result, plan_document, plan_summary, plan_table, verdict_table
+from dude_cli.reproduce.report import Result, plan_document, plan_summary, plan_table, result_table
 from dude_cli.reproduce.run import check_result, reproduce
 from dude_cli.reproduce.smoke import smoke_recipe
 
@@ -20,7 +20,7 @@ __all__ = [
     "plan_summary",
     "plan_table",
     "reproduce",
+    "result_table",
     "slots",
     "smoke_recipe",
-    "verdict_table",
 ]

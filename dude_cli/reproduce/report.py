@@ -27,6 +27,7 @@ class Result:
     plan: Plan
     choices: dict[str, Choice]
     verdicts: list[Verdict]
+    scores: dict[str, dict[str, Summary]]
     failures: Failures
 
     @property
@@ -57,6 +58,7 @@ class Result:
             "at_edge": choice.at_edge,
             "development": {f"{rate:g}": value for rate, value in choice.values.items()},
             "runs": [run.name for run in runs],
+            "scores": {name: asdict(summary) for name, summary in self.scores[setting.name].items()},
         }
 
     def markdown(self) -> str:
@@ -80,12 +82,28 @@ class Result:
             seed = recipe.selection.seed if recipe.selection is not None else ""
             parts += [f"## Learning rates, by development {what} (seed {seed})", ""]
             parts += [*_markdown_table(*self._rates(searched)), ""]
+        parts += ["## Scores at the chosen rate", "", *_markdown_table(*self.score_rows()), ""]
         if self.failures.messages:
             parts += ["## Failed runs", ""]
             parts += [f"- {name}: {message}" for name, message in sorted(self.failures.messages.items())] + [""]
         if recipe.notes:
             parts += ["## Notes", "", *(f"- {note}" for note in recipe.notes), ""]
         return "\n".join(parts)
+
+    def score_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows of every figure of every setting, as lm-eval gives it."""
+        rows = []
+        for setting in self.plan.settings:
+            rate = self.choices[setting.name].rate
+            label = [setting.name, "-" if rate is None else f"{rate:g}"]
+            for name, summary in self.scores[setting.name].items() or [("-", None)]:
+                cells = ["-"] * 4
+                if summary is not None:
+                    spreads = [summary.mean, summary.sd, summary.stderr]
+                    mean, sd, stderr = ("-" if value is None else f"{value:.4f}" for value in spreads)
+                    cells = [mean, sd, str(summary.n), stderr]
+                rows.append([*label, name, *cells])
+        return ["setting", "rate", "figure", "mean", "sd", "n", "question se"], rows
 
     def _rates(self, settings: list[Setting]) -> tuple[list[str], list[list[str]]]:
         rates = sorted({rate for setting in settings for rate in setting.rates})
@@ -134,16 +152,19 @@ def verdict_cells(verdict: Verdict) -> list[str]:
     ]
 
 
-def verdict_table(result: Result) -> Table:
-    """The verdicts on the screen."""
+def result_table(result: Result) -> Table:
+    """The verdicts on the screen; the scores of a recipe that has no numbers."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    shown = VERDICT_COLUMNS[:9]
-    for column in shown:
+    columns, rows = result.score_rows()
+    if result.verdicts:
+        columns = VERDICT_COLUMNS[:9]
+        rows = [verdict_cells(verdict)[: len(columns)] for verdict in result.verdicts]
+    for column in columns:
         table.add_column(column, overflow="fold")
-    for verdict in result.verdicts:
-        table.add_row(*verdict_cells(verdict)[: len(shown)])
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

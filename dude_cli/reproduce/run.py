@@ -12,7 +12,7 @@ from dude_cli.errors import NumberNotMetError
 from dude_cli.reproduce.execute import Failures, Job, Slot, Work, run_jobs
 from dude_cli.reproduce.plan import Plan, Run
 from dude_cli.reproduce.report import Result
-from dude_cli.reproduce.verdict import choose_rate, judge
+from dude_cli.reproduce.verdict import choose_rate, judge, setting_scores
 
 
 def reproduce(
@@ -50,7 +50,8 @@ def reproduce(
     run_jobs(final, places, work, failures, say)
 
     verdicts = [judge(plan, number, choices[plan.setting_of(number).name]) for number in recipe.numbers]
-    result = Result(plan, choices, verdicts, failures)
+    scores = {setting.name: setting_scores(setting, choices[setting.name]) for setting in plan.settings}
+    result = Result(plan, choices, verdicts, scores, failures)
     files.write_text(plan.folder / "report.md", result.markdown())
     files.write_text(plan.folder / "report.json", json.dumps(result.document(), indent=2, ensure_ascii=False) + "\n")
     return result

@@ -10,10 +10,11 @@ from typing import Literal
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
+from dude_cli.evaluation.results import scores
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Plan, Run, Setting
 from dude_cli.reproduce.recipe import EVAL_LOSS, Number, Recipe
-from dude_cli.reproduce.scores import Measured, eval_loss, task_score
+from dude_cli.reproduce.scores import Measured, eval_loss, task_results, task_score
 
 Word = Literal["reproduced", "differs", "not run", "not comparable", "smoke"]
 
@@ -128,6 +129,24 @@ def judge(plan: Plan, number: Number, choice: Choice) -> Verdict:
     # As decimals: 0.1 + 0.2 is not further from 0.3 than a tolerance of 0.
     is_within = abs(measured.mean - number.value) <= number.tolerance + 1e-9
     return Verdict(number, "reproduced" if is_within else "differs", measured, beside)
+
+
+def setting_scores(setting: Setting, choice: Choice) -> dict[str, Summary]:
+    """Every figure of a setting's runs at the chosen rate, as lm-eval gives it: by task, metric and filter."""
+    runs = () if choice.rate is None else setting.final[choice.rate]
+    figures: dict[str, list[Measured]] = {}
+    for run in runs:
+        loss = eval_loss(run)
+        if loss is not None:
+            figures.setdefault("development loss", []).append(loss)
+        for task in setting.tasks:
+            results = task_results(run, task)
+            for metric, filter_name, _ in scores(results["results"][task.name] if results else {}):
+                key = f"{metric},{filter_name}"
+                measured = _score(run, task, key)
+                if measured is not None:
+                    figures.setdefault(f"{task.name} {key}", []).append(measured)
+    return {name: summarise(measured) for name, measured in figures.items()}
 
 
 def _over(

@@ -16,7 +16,7 @@ from dude_cli.reproduce import Plan, Recipe, Result, check_result, load_recipe, 
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, number_of_steps
 from dude_cli.reproduce.scores import Measured
-from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, summarise
+from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, setting_scores, summarise
 
 RECIPES = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
 TEXT = """\
@@ -226,6 +226,9 @@ def test_mean_and_standard_deviation_are_scipys_and_lm_evals_error_is_kept_apart
     assert summarise([Measured(0.5, 0.1), Measured(0.5)]).stderr is None
 
 
+SCORES: dict[str, Any] = {"lora-r16": {}, "dude-r16": {}}
+
+
 def judged(tmp_path: Path, scores: list[float | None], text: str = TEXT) -> Verdict:
     plan = plan_of(tmp_path, text)
     setting = plan.settings[0]
@@ -270,14 +273,28 @@ def test_results_of_another_adapter_or_prompt_do_not_count(tmp_path: Path, chang
 def test_the_exit_is_6_and_names_what_was_not_met(tmp_path: Path) -> None:
     verdict = judged(tmp_path, [0.6, 0.6, 0.6])
     plan = plan_of(tmp_path)
-    result = Result(plan, {setting.name: Choice(0.002, {}) for setting in plan.settings}, [verdict], Failures())
+    result = Result(plan, {setting.name: Choice(0.002, {}) for setting in plan.settings}, [verdict], SCORES, Failures())
     with pytest.raises(NumberNotMetError, match=r"LoRA: differs by \+10") as error:
         check_result(result)
     assert error.value.exit_code == 6
-    failed = Result(plan, result.choices, [], Failures({"lora-r16-lr0.002-seed1": "out of memory"}))
+    failed = Result(plan, result.choices, [], SCORES, Failures({"lora-r16-lr0.002-seed1": "out of memory"}))
     with pytest.raises(NumberNotMetError, match=r"lora-r16-lr0\.002-seed1: failed, out of memory"):
         check_result(failed)
-    check_result(Result(plan, result.choices, [], Failures()))
+    check_result(Result(plan, result.choices, [], SCORES, Failures()))
+
+
+def test_the_report_has_every_score_of_the_chosen_rate_also_without_numbers(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, TEXT.partition("numbers:")[0] + TEXT[TEXT.index("budget:") :])
+    for setting in plan.settings:
+        for run, score in zip(setting.final[0.002], (0.2, 0.3, 0.4), strict=True):
+            finish(run, eval_loss=0.1, score=score)
+        finish(setting.final[0.004][0], eval_loss=0.3, score=0.9)
+    choices = {setting.name: Choice(0.002, {}) for setting in plan.settings}
+    scores = {setting.name: setting_scores(setting, choices[setting.name]) for setting in plan.settings}
+    page = Result(plan, choices, [], scores, Failures()).markdown()
+    row = "| lora-r16 | 0.002 | quickstart_problems exact_match,strict-match | 0.3000 | 0.1000 | 3 | 0.0200 |"
+    assert row in page
+    assert "0.9" not in page
 
 
 @pytest.mark.parametrize("name", RECIPES)
