@@ -232,8 +232,8 @@ def _source(path: Path) -> str:
         return f"\nNot measured yet: {command} does it.\n"
     commits = ", ".join(sorted({f"{case['commit']} ({case['date']})" for case in cases}))
     machines = {
-        f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} cores, torch {machine['torch']}, "
-        f"PEFT {machine['peft']}, transformers {machine['transformers']}"
+        f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} cores, "
+        f"torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
         for machine in (case["machine"] for case in cases)
     }
     return f"\n{command}, raw: {path.relative_to(REPOSITORY)}; at {commits}; on {'; '.join(sorted(machines))}.\n"

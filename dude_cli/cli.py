@@ -296,6 +296,44 @@ def import_adapter(
         )
 
 
+@app.command()
+def reproduce(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, or a shipped name: see `dude ls`.")],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only show the runs and the estimated hours; nothing is read from the hub.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The whole recipe on tiny random models and generated rows, offline.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Runs at once: one per GPU, or what a CPU has threads for.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the runs and the report; runs/reproduce/NAME.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Local copies of the tasks' data, as for `dude eval`.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make the runs of a recipe that are missing, score them, and judge the published numbers."""
+    with _reported(debug, if_stopped="the same command continues"):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.reproduce(
+            recipe,
+            plan_only=plan,
+            smoke=smoke,
+            jobs=jobs,
+            output_dir=output,
+            data_dir=data_dir,
+            output=Output(json, quiet),
+        )
+
+
 @app.command("ls")
 def list_shipped(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the shipped configs and recipes."""

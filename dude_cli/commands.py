@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dude_cli import files
 from dude_cli.config import Config, EvalTask, load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.launch import ranks_to_start, run_ranks
+
+if TYPE_CHECKING:
+    from dude_cli.reproduce import Job
 
 
 def init(
@@ -335,6 +339,62 @@ def _check_export_options(kind: str, rank: int | None, max_error: float | None, 
     if rank is not None and max_error is not None:
         raise UsageError(
             "--rank and --max-error both say how close the LoRA is to be", where="--rank, --max-error", fix="give one"
+        )
+
+
+def reproduce(
+    recipe_path: Path,
+    *,
+    plan_only: bool,
+    smoke: bool,
+    jobs: int | None,
+    output_dir: Path | None,
+    data_dir: Path | None,
+    output: Output,
+) -> None:
+    """Plan a recipe's runs, make those that are missing, score them, and judge the numbers."""
+    from dude_cli import reproduce as recipes
+
+    recipe, file = recipes.load_recipe(recipe_path)
+    folder = output_dir or Path("runs") / "reproduce" / file.stem
+    if smoke:
+        recipe, folder = recipes.smoke_recipe(recipe), folder.with_name(f"{folder.name}-smoke")
+    plan = recipes.make_plan(recipe, file, folder, smoke=smoke)
+    if plan_only:
+        from rich.console import Group
+
+        shown = Group(recipes.plan_table(plan), "", recipes.plan_summary(plan))
+        output.result(shown, recipes.plan_document(plan))
+        return
+    output.say(recipes.plan_summary(plan))
+    places = recipes.slots(jobs, recipe.threads)
+    result = recipes.reproduce(plan, places, reproduce_run, data_dir=data_dir, say=output.say)
+    output.result(recipes.result_table(result), result.document())
+    output.say(f"wrote {folder / 'report.md'} and report.json")
+    recipes.check_result(result)
+
+
+def reproduce_run(job: Job) -> None:
+    """One run of a recipe, in a process of its own: `dude train`, then `dude eval` for each task that it lacks."""
+    output = Output()
+    if job.anew or not job.run.is_finished:
+        train(job.config_path, [], smoke=job.run.is_smoke, overwrite=job.anew, num_processes=1, output=output)
+    for task in job.missing_tasks():
+        evaluate(
+            str(job.run.folder),
+            [task.name],
+            num_fewshot=task.num_fewshot,
+            limit=task.limit,
+            batch_size=None,
+            compare_base=job.base,
+            data_dir=job.data_dir,
+            include_paths=[],
+            output_dir=None,
+            base_model=None,
+            allow_other_base=False,
+            dtype=None,
+            num_processes=1,
+            output=output,
         )
 
 

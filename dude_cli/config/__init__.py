@@ -1,6 +1,6 @@
-"""A run's config: the schema, and the strict reading of a YAML file into it."""
+"""A run's config: the schema, and the strict reading of a YAML file into it or into another schema."""
 
-from dude_cli.config.read import dump_config, load_config, resolved
+from dude_cli.config.read import dump_config, find_file, load_config, load_sections, resolved
 from dude_cli.config.schema import (
     DTYPES,
     QUANTIZATIONS,
@@ -38,6 +38,8 @@ __all__ = [
     "SvdConfig",
     "TrainConfig",
     "dump_config",
+    "find_file",
     "load_config",
+    "load_sections",
     "resolved",
 ]

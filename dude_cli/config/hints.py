@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
-from dude_cli.config.keys import Path, key_paths, path_of, section_at
+from dude_cli.config.keys import Path, field_at, has_entries, key_paths, path_of, section_at
+from dude_cli.config.schema import Config, Section
 from dude_cli.config.strict_yaml import Loc
 from dude_cli.errors import nearest
 
@@ -117,24 +118,24 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
 }
 
 
-def unknown_key(loc: Loc) -> str:
+def unknown_key(loc: Loc, root: type[Section] = Config) -> str:
     """Return the message for the unknown key at `loc`: where it stands, and what was probably meant.
 
-    In this order: another tool's name; a key of another section; a misspelt key of the same section, then of another
-    one; the keys that the section has.
+    In this order: another tool's name, in a config; a key of another section; a misspelt key of the same section, then
+    of another one; the keys that the section has.
     """
     path = path_of(loc)
     key, section = path[-1], path[:-1]
     place = f"in `{'.'.join(str(part) for part in loc[:-1])}`" if section else "at the top level"
-    return f"unknown key `{key}` {place}; {_advice(key, section)}"
+    return f"unknown key `{key}` {place}; {_advice(key, section, root)}"
 
 
-def meant_by(loc: Loc) -> list[Path]:
+def meant_by(loc: Loc, root: type[Section] = Config) -> list[Path]:
     """Return the keys that the unknown key at `loc` was probably meant to be, where that is not in doubt."""
     *section, key = path_of(loc)
-    if key in FOREIGN:
+    if root is Config and key in FOREIGN:
         return [tuple(FOREIGN[key][1].split("."))]
-    siblings = list(getattr(section_at(tuple(section)), "model_fields", {}))
+    siblings = list(getattr(section_at(tuple(section), root), "model_fields", {}))
     return [(*section, name) for name in closest(key, siblings, _TYPO)]
 
 
@@ -149,13 +150,13 @@ def or_list(names: list[str]) -> str:
     return " or ".join(f"`{name}`" for name in names)
 
 
-def _advice(key: str, section: Path) -> str:
-    siblings = list(getattr(section_at(section), "model_fields", {}))
-    if key in FOREIGN:
+def _advice(key: str, section: Path, root: type[Section]) -> str:
+    siblings = list(getattr(section_at(section, root), "model_fields", {}))
+    if root is Config and key in FOREIGN:
         owner, ours, note = FOREIGN[key]
         return f"it is {owner} name; here: `{ours}`{note}" if ours else f"it is {owner} name; {note}"
-    elsewhere = [path for path in key_paths() if path[:-1] != section]
-    same = [_dotted(path) for path in elsewhere if path[-1] == key]
+    elsewhere = [path for path in key_paths(root) if path[:-1] != section]
+    same = [_dotted(path, root) for path in elsewhere if path[-1] == key]
     if same:
         return f"did you mean {or_list(same)}?"
     near = closest(key, siblings, 0.5)
@@ -163,16 +164,21 @@ def _advice(key: str, section: Path) -> str:
         return f"did you mean {or_list(near)}?"
     near = closest(key, sorted({path[-1] for path in elsewhere}), _TYPO)
     if near:
-        return f"did you mean {or_list([_dotted(path) for path in elsewhere if path[-1] in near])}?"
+        return f"did you mean {or_list([_dotted(path, root) for path in elsewhere if path[-1] in near])}?"
     return "the keys here are " + ", ".join(f"`{name}`" for name in siblings)
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: Path, root: type[Section]) -> str:
     """Write a path as in an override, with 0 for the first entry of a list."""
-    lists = {("data", "train"), ("data", "validation"), ("eval", "tasks")}
     return ".".join(
-        f"{part}.0" if path[: index + 1] in lists and path[index + 1 :] else part for index, part in enumerate(path)
+        f"{part}.0" if path[index + 1 :] and _is_list_of_sections(path[: index + 1], root) else part
+        for index, part in enumerate(path)
     )
+
+
+def _is_list_of_sections(path: Path, root: type[Section]) -> bool:
+    field = field_at(path, root)
+    return field is not None and has_entries(field)
 
 
 def _likeness(word: str, candidate: str) -> float:

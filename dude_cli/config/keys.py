@@ -1,4 +1,7 @@
-"""What the config schema says about a place in a config: its keys, the value wanted there, an example of it."""
+"""What a schema says about a place in a file: its keys, the value wanted there, an example of it.
+
+`root` is the schema of the whole file: that of a config, or another one that is made of sections.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,25 @@ from dude_cli.config.strict_yaml import Loc
 Path = tuple[str, ...]  # the names of keys from the root; entries of a list have their list's path
 
 
-def sections() -> Iterator[tuple[Path, type[Section]]]:
+def sections(root: type[Section] = Config) -> Iterator[tuple[Path, type[Section]]]:
     """Yield the path and the class of each section, the root first, in the order of the schema."""
-    yield from _sections_under((), Config)
+    yield from _sections_under((), root)
 
 
-def section_at(path: Path) -> type[Section] | None:
+def section_at(path: Path, root: type[Section] = Config) -> type[Section] | None:
     """Return the class of the section at `path`, or None where the schema has no section."""
-    return dict(sections()).get(path)
+    return dict(sections(root)).get(path)
 
 
-def field_at(path: Path) -> FieldInfo | None:
+def field_at(path: Path, root: type[Section] = Config) -> FieldInfo | None:
     """Return the schema's field at `path`, or None where it has none."""
-    section = section_at(path[:-1]) if path else None
+    section = section_at(path[:-1], root) if path else None
     return section.model_fields.get(path[-1]) if section else None
 
 
-def key_paths() -> list[Path]:
-    """Return the path of each key that a config may have."""
-    return [(*path, key) for path, section in sections() for key in section.model_fields]
+def key_paths(root: type[Section] = Config) -> list[Path]:
+    """Return the path of each key that a file may have."""
+    return [(*path, key) for path, section in sections(root) for key in section.model_fields]
 
 
 def is_section(field: FieldInfo) -> bool:
@@ -41,16 +44,21 @@ def is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
+def has_entries(field: FieldInfo) -> bool:
+    """Whether a field may be a list of sections."""
+    return _list_in(field) is not None and _section_in(_list_in(field)) is not None
+
+
 def path_of(loc: Loc) -> Path:
     """Return the names in a location, without the indices of list entries."""
     return tuple(part for part in loc if isinstance(part, str))
 
 
-def without_union_tags(loc: Loc) -> Loc:
+def without_union_tags(loc: Loc, root: type[Section] = Config) -> Loc:
     """Return a location in pydantic's error without the parts that name the branch of a union it was tried for."""
     kept: Loc = ()
     for part in loc:
-        is_tag = isinstance(part, str) and kept and isinstance(kept[-1], str) and _is_union_at(kept)
+        is_tag = isinstance(part, str) and kept and isinstance(kept[-1], str) and _is_union_at(kept, root)
         kept = kept if is_tag else (*kept, part)
     return kept
 
@@ -81,11 +89,12 @@ def choices(field: FieldInfo) -> list[str]:
 
 
 def entry_key(field: FieldInfo) -> str | None:
-    """Return the first required key of the sections in a field's list, or None if it has no such list."""
+    """Return the first key of the sections in a field's list, a required one if any is; None if it has no such list."""
     section = _section_in(field.annotation)
-    if section is None or _list_in(field) is None:
+    if section is None or not has_entries(field):
         return None
-    return next(name for name, inner in section.model_fields.items() if inner.is_required())
+    required = [name for name, inner in section.model_fields.items() if inner.is_required()]
+    return (required or list(section.model_fields))[0]
 
 
 def example(field: FieldInfo) -> Any:
@@ -133,8 +142,8 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return found[0] if found else None
 
 
-def _is_union_at(loc: Loc) -> bool:
-    field = field_at(path_of(loc))
+def _is_union_at(loc: Loc, root: type[Section]) -> bool:
+    field = field_at(path_of(loc), root)
     return field is not None and _is_union(field.annotation)
 
 

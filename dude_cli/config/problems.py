@@ -1,11 +1,11 @@
-"""What the schema finds wrong with a parsed config, in words and with the place of each problem."""
+"""What a schema finds wrong with a parsed file, in words and with the place of each problem."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -24,12 +24,16 @@ from dude_cli.config.keys import (
     wanted_entry,
     without_union_tags,
 )
-from dude_cli.config.schema import Config
+from dude_cli.config.schema import Section
 from dude_cli.config.strict_yaml import Document, Loc, Place, Problem, parse
 
+S = TypeVar("S", bound=Section)
 
-def validate(document: Document) -> Config | None:
-    """Return the config of a parsed file, or None after adding what is wrong with it to the document's problems.
+
+def validate(document: Document, root: type[S]) -> S | None:
+    """Return a parsed file's values, or None after adding what is wrong with them to the document's problems.
+
+    `root` is the schema of the whole file.
 
     Rules about several values cannot run while one value is wrong. So each faulty value is reported and then left out,
     and the rest is validated again. A rule about a value that was left out, or that an unknown key was meant to be, is
@@ -40,28 +44,28 @@ def validate(document: Document) -> Config | None:
     values = copy.deepcopy(document.value)
     faulty = {_without_entries(loc) for loc in document.unread}
     for path in faulty:
-        _leave_out(values, path)
-    for _ in key_paths():  # each round leaves out at least one key
+        _leave_out(values, path, root)
+    for _ in key_paths(root):  # each round leaves out at least one key
         try:
-            config = Config.model_validate(values)
+            valid = root.model_validate(values)
         except ValidationError as error:
-            errors = list(_errors(error))
+            errors = list(_errors(error, root))
             unknown = [loc for loc, details in errors if details["type"] == "extra_forbidden"]
-            faulty.update(path for loc in unknown for path in meant_by(loc))
+            faulty.update(path for loc in unknown for path in meant_by(loc, root))
             for loc, details in errors:
-                document.problems += _problems(document, loc, details, faulty)
+                document.problems += _problems(document, loc, details, faulty, root)
             for loc, details in errors:
                 for path in _faulty_paths(loc, details):
                     faulty.add(path)
-                    _leave_out(values, path)
+                    _leave_out(values, path, root)
         else:
-            return None if faulty else config
+            return None if faulty else valid
     return None
 
 
-def _errors(error: ValidationError) -> Iterator[tuple[Loc, ErrorDetails]]:
+def _errors(error: ValidationError, root: type[Section]) -> Iterator[tuple[Loc, ErrorDetails]]:
     """Yield one error per location. A union reports each branch: keep what is deepest, where the branch did fit."""
-    found = [(without_union_tags(details["loc"]), details) for details in error.errors(include_url=False)]
+    found = [(without_union_tags(details["loc"], root), details) for details in error.errors(include_url=False)]
     seen = set()
     for loc, details in found:
         deeper = any(other[: len(loc)] == loc and len(other) > len(loc) for other, _ in found)
@@ -71,7 +75,9 @@ def _errors(error: ValidationError) -> Iterator[tuple[Loc, ErrorDetails]]:
             yield loc, details
 
 
-def _problems(document: Document, loc: Loc, details: ErrorDetails, faulty: set[Path]) -> Iterator[Problem]:
+def _problems(
+    document: Document, loc: Loc, details: ErrorDetails, faulty: set[Path], root: type[Section]
+) -> Iterator[Problem]:
     kind, value = details["type"], details["input"]
     if kind == "contradiction":
         for message, keys in details["ctx"]["contradictions"]:
@@ -80,14 +86,14 @@ def _problems(document: Document, loc: Loc, details: ErrorDetails, faulty: set[P
                 given = [document.keys[key_loc] for key_loc in locs if key_loc in document.keys]
                 yield Problem(max(given, default=_value_place(document, loc)), message)
     elif kind == "extra_forbidden":
-        yield Problem(document.keys.get(loc) or _value_place(document, loc), unknown_key(loc))
+        yield Problem(document.keys.get(loc) or _value_place(document, loc), unknown_key(loc, root))
     elif kind == "missing" and path_of(loc) not in faulty:
-        yield Problem(_value_place(document, loc[:-1]), _missing(loc))
+        yield Problem(_value_place(document, loc[:-1]), _missing(loc, root))
     elif kind == "value_error":
         message = details["msg"].removeprefix("Value error, ")
         yield Problem(_value_place(document, loc), f"`{_dotted(loc)}`: {message}")
     elif kind != "missing":
-        yield Problem(_value_place(document, loc), _wrong_value(loc, value))
+        yield Problem(_value_place(document, loc), _wrong_value(loc, value, root))
 
 
 def _faulty_paths(loc: Loc, details: ErrorDetails) -> list[Path]:
@@ -103,13 +109,13 @@ def _without_entries(loc: Loc) -> Path:
     return path_of(loc[:end])
 
 
-def _leave_out(values: dict[str, Any], path: Path) -> None:
+def _leave_out(values: dict[str, Any], path: Path, root: type[Section]) -> None:
     """Remove the key at `path`, or give it a valid value where one is required."""
     for key in path[:-1]:
         values = values.get(key) or {}
         if not isinstance(values, dict):
             return
-    field = field_at(path)
+    field = field_at(path, root)
     values.pop(path[-1], None)
     if field is not None and field.is_required():
         values[path[-1]] = example(field)
@@ -133,15 +139,15 @@ def _dotted(loc: Loc) -> str:
     return ".".join(str(part) for part in loc)
 
 
-def _missing(loc: Loc) -> str:
-    field = field_at(path_of(loc))
+def _missing(loc: Loc, root: type[Section]) -> str:
+    field = field_at(path_of(loc), root)
     assert field is not None
     sample = yaml.safe_dump({loc[-1]: example(field)}, default_flow_style=True, width=1000).strip()[1:-1]
     return f"`{_dotted(loc)}` is required, for example `{sample}`"
 
 
-def _wrong_value(loc: Loc, value: Any) -> str:
-    field = field_at(path_of(loc))
+def _wrong_value(loc: Loc, value: Any, root: type[Section]) -> str:
+    field = field_at(path_of(loc), root)
     if field is None:
         return f"`{_dotted(loc)}` is {_shown(value)}, which does not belong here"
     is_entry = isinstance(loc[-1], int)

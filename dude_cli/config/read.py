@@ -1,20 +1,22 @@
-"""Read a config file and overrides into `Config`, with every problem of both in one error; write a config as YAML."""
+"""Read a file and overrides into its schema, with every problem of both in one error; write a config as YAML."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from dude_cli import shipped
 from dude_cli.config.overrides import apply_overrides
 from dude_cli.config.problems import validate
-from dude_cli.config.schema import Config
+from dude_cli.config.schema import Config, Section
 from dude_cli.config.strict_yaml import SCALAR_PATTERNS, Document, Place, Problem, parse, place_of
 from dude_cli.errors import ConfigError, nearest
+
+S = TypeVar("S", bound=Section)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,18 +28,32 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError: for a file that cannot be read, or with one line per problem, `file:line:column: message`, in
     the order of the file and then of the overrides.
     """
-    found = path if path.exists() else shipped.find_shipped(path.as_posix())
-    if found is None:
-        raise _no_such_file(path)
-    document = _read(found)
+    config = load_sections(find_file(path, "config"), Config, overrides)
+    return config if config.output_dir else config.model_copy(update={"output_dir": f"runs/{path.stem}"})
+
+
+def load_sections(file: Path, root: type[S], overrides: Sequence[str] = ()) -> S:
+    """Read a file whose schema is `root`, as `load_config` does; raises ConfigError as it does."""
+    document = _read(file)
     if document.value is not None:
         apply_overrides(document, overrides)
-    config = validate(document)
-    if config is None or document.problems:
+    valid = validate(document, root)
+    if valid is None or document.problems:
         ordered = sorted(document.problems, key=lambda problem: problem.place)
-        lines = [f"{problem.place.in_file(str(found))}: {problem.message}" for problem in ordered]
+        lines = [f"{problem.place.in_file(str(file))}: {problem.message}" for problem in ordered]
         raise ConfigError("\n".join(dict.fromkeys(lines)))
-    return config if config.output_dir else config.model_copy(update={"output_dir": f"runs/{path.stem}"})
+    return valid
+
+
+def find_file(path: Path, kind: str) -> Path:
+    """The file at `path`, else the shipped one of that name; `kind` is what it is to be: config or recipe.
+
+    Raises ConfigError, with the nearest names, if there is neither.
+    """
+    found = path if path.exists() else shipped.find_shipped(path.as_posix())
+    if found is None:
+        raise _no_such_file(path, kind)
+    return found
 
 
 def dump_config(config: Config) -> str:
@@ -59,10 +75,10 @@ def _read(path: Path) -> Document:
     except IsADirectoryError as error:
         names = sorted(str(file) for file in [*path.glob("*.yaml"), *path.glob("*.yml")])
         fix = "name one of its files: " + ", ".join(names) if names else "name a .yaml file"
-        raise ConfigError("a config is a file, and this is a folder", where=str(path), fix=fix) from error
+        raise ConfigError("a file is wanted, and this is a folder", where=str(path), fix=fix) from error
     except OSError as error:
         raise ConfigError(
-            f"cannot read the config: {error.strerror or error}", where=str(path), fix="check its permissions"
+            f"cannot read the file: {error.strerror or error}", where=str(path), fix="check its permissions"
         ) from error
     try:
         text = data.decode("utf-8-sig")
@@ -77,20 +93,20 @@ def _top_level(document: Document) -> Document:
     """Report a file that is empty, or anything but a mapping of keys."""
     if not isinstance(document.value, dict) and not document.problems:
         kind = "is empty" if document.value is None else f"is not a mapping but {json.dumps(document.value)[:40]}"
-        message = f"the config {kind}; wanted sections such as `model:` and `data:` (copy one: `dude ls`, `dude cp`)"
+        message = f"the file {kind}; wanted keys and their values (copy a shipped one: `dude ls`, `dude cp`)"
         document.problems.append(Problem(document.values.get((), Place(1, 1)), message))
     if not isinstance(document.value, dict):
         document.value = None
     return document
 
 
-def _no_such_file(path: Path) -> ConfigError:
-    folders = {path.parent, Path("configs"), Path(".")}
+def _no_such_file(path: Path, kind: str) -> ConfigError:
+    folders = {path.parent, Path(f"{kind}s"), Path(".")}
     present = [file.as_posix() for folder in folders for file in folder.glob("*.y*ml")]
-    names = [name for name, _ in shipped.list_shipped() if name.startswith("configs/")]
+    names = [name for name, _ in shipped.list_shipped() if name.startswith(f"{kind}s/")]
     close = nearest(path.as_posix(), sorted({*present, *names}))
     meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return ConfigError("no such config file", where=str(path), fix=f"{meant}shipped: {', '.join(names)}")
+    return ConfigError(f"no such {kind} file", where=str(path), fix=f"{meant}shipped: {', '.join(names)}")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,7 +2,8 @@
 
 The official `mmlu` and `gsm8k` are reached through generated task files, one each, that `include:` lm-eval's own and
 change as little as possible: `dataset_path` when the data are local, and gsm8k's few-shot sampler. Prompts, filters
-and metrics stay lm-eval's.
+and metrics stay lm-eval's. Published protocols have task files of our own, in `protocols/`, which are wrapped in the
+same way when their data are local.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, nearest
+from dude_cli.evaluation.protocols import TASKS_DIR as PROTOCOLS_DIR
 
 # The papers' number for both. lm-eval's gsm8k says 5 itself; its mmlu says nothing, which means 0.
 BENCHMARK_NUM_FEWSHOT = 5
 FEWSHOT_SEED = 1234  # lm-eval's own
+PROTOCOLS = "protocols"
 FIRST_N_NOTE = "first_n (set by dude: with lm-eval's default the examples depend on the number of processes)"
 
 
@@ -140,7 +143,7 @@ def _write_task_files(folder: Path, data_dir: Path | None) -> dict[str, str]:
     root = Path(lm_eval.tasks.__file__).parent
     files = {root / "gsm8k" / "gsm8k.yaml": "gsm8k"}
     files |= dict.fromkeys(sorted((root / "mmlu" / "default").glob("*.yaml")), "mmlu")
-    benchmarks: dict[str, str] = {}
+    benchmarks = {} if data_dir is None else _write_protocol_files(folder / PROTOCOLS, data_dir)
     for official, benchmark in files.items():
         config = yaml.safe_load(official.read_text(encoding="utf-8"))
         benchmarks[config.get("group") or config["task"]] = benchmark
@@ -158,13 +161,38 @@ def _write_task_files(folder: Path, data_dir: Path | None) -> dict[str, str]:
     return benchmarks
 
 
+def _write_protocol_files(folder: Path, data_dir: Path) -> dict[str, str]:
+    """Write a file for each task of `protocols/` that reads its data from `data_dir`; return their data's folders.
+
+    Tasks on GSM8K read gsm8k/ as lm-eval's own does, those of LLM-Adapters' test sets commonsense/NAME/test.json.
+    """
+    import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    folder.mkdir()
+    found: dict[str, str] = {}
+    for file in sorted(PROTOCOLS_DIR.glob("*.yaml")):
+        config = load_yaml(file, resolve_func=False)
+        changed: dict[str, Any] = {"include": str(file)}
+        if "dataset_kwargs" in config:
+            url = config["dataset_kwargs"]["data_files"]["test"]
+            local = data_dir.absolute() / "commonsense" / Path(url).parent.name / "test.json"
+            changed["dataset_kwargs"] = {"data_files": {"test": str(local)}}
+        elif config.get("dataset_path") == "openai/gsm8k":
+            changed["dataset_path"] = str((data_dir / "gsm8k").absolute())
+        found[config.get("group") or config["task"]] = "gsm8k" if "dataset_path" in changed else "commonsense"
+        (folder / file.name).write_text(yaml.safe_dump(changed), encoding="utf-8")
+    return found
+
+
 def _index(names: list[str], official: Path, include_paths: tuple[Path, ...]) -> Any:
     """lm-eval's TaskManager with all of `names`: later folders win, so a user's `gsm8k` replaces the official one."""
     from lm_eval.tasks import TaskManager
 
     from dude_cli.quickstart import TASKS_DIR
 
-    folders = [official, TASKS_DIR, *include_paths]
+    protocols = [] if (official / PROTOCOLS).is_dir() else [PROTOCOLS_DIR]
+    folders = [*protocols, official, TASKS_DIR, *include_paths]
     index = TaskManager(include_path=folders, include_defaults=False)
     if all(name in index.all_tasks for name in names):
         return index
@@ -232,10 +260,9 @@ def _prepare(name: str, task: Any, request: EvalTask, is_benchmark: bool, log: C
             where=f"--task {request.name}",
             fix="score an exported model with lm-eval itself",
         )
-    asked = request.num_fewshot
-    if asked is None and is_benchmark:
+    asked, own = request.num_fewshot, task.get_config("num_fewshot")
+    if asked is None and is_benchmark and own is None:
         asked = BENCHMARK_NUM_FEWSHOT
-    own = task.get_config("num_fewshot")
     if asked is None:
         asked = own or 0
     elif own == 0 and asked:
@@ -257,7 +284,9 @@ def _name_official_source(task: Any, folder: Path) -> None:
     metadata = task.get_config("metadata") or {}
     source = Path(str(metadata.get("config_source", "")))
     if source.is_relative_to(folder):
-        metadata["config_source"] = f"lm_eval/tasks/{source.relative_to(folder).as_posix()}"
+        name = source.relative_to(folder).as_posix()
+        ours = name.startswith(f"{PROTOCOLS}/")
+        metadata["config_source"] = f"{'dude_cli/evaluation' if ours else 'lm_eval/tasks'}/{name}"
 
 
 def _check_overlap(loaded: list[LoadedTask]) -> None:

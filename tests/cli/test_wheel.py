@@ -47,6 +47,9 @@ def test_the_wheel_holds_the_embedded_model_its_tasks_and_the_type_marker(wheel)
         "dude_cli/quickstart/model/model.safetensors",
         "dude_cli/quickstart/model/tokenizer.json",
         "dude_cli/configs/quickstart.yaml",
+        "dude_cli/recipes/quickstart.yaml",
+        "dude_cli/evaluation/protocols/pissa_gsm8k.yaml",
+        "dude_cli/evaluation/protocols/_dora_commonsense",
     } <= names
     assert any(name.startswith("dude_cli/quickstart/tasks/") and name.endswith(".yaml") for name in names)
     assert not any(name.startswith(("tests/", "tools/")) for name in names)

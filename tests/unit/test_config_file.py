@@ -95,10 +95,10 @@ def test_an_anchor_is_copied(load: Load) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "x.yaml:1:1: the config is empty"),
-        ("# only a comment\n", "x.yaml:1:1: the config is empty"),
-        ("- a\n", "x.yaml:1:1: the config is not a mapping"),
-        ("just text", "x.yaml:1:1: the config is not a mapping"),
+        ("", "x.yaml:1:1: the file is empty"),
+        ("# only a comment\n", "x.yaml:1:1: the file is empty"),
+        ("- a\n", "x.yaml:1:1: the file is not a mapping"),
+        ("just text", "x.yaml:1:1: the file is not a mapping"),
         ("model: [a\n", "x.yaml:2:1: YAML syntax: expected ',' or ']'"),
         ("model:\n\tname: a\n", "x.yaml:2:1: YAML syntax: found character '\\t'"),
         ("a: 1\n---\nb: 2\n", "x.yaml:2:1: YAML syntax: but found another document"),

@@ -14,6 +14,7 @@ LAYERS = [
     "__main__",
     "cli",
     "commands",
+    "reproduce",
     "init_report",
     "evaluation",
     "export",

@@ -1,0 +1,56 @@
+"""What finished runs have: development losses and lm-eval's scores, read from their folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dude_cli.config import EvalTask
+from dude_cli.metrics import run_summary
+from dude_cli.reproduce.plan import Run
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of one run; `stderr` is lm-eval's standard error over the questions, where there is one."""
+
+    value: float
+    stderr: float | None = None
+
+
+def eval_loss(run: Run) -> Measured | None:
+    """The development loss of the adapter that the run has kept; None if it is not finished or has no such rows."""
+    if not run.is_finished:
+        return None
+    stops_early = run.config.train.early_stopping_patience is not None
+    config = run.config.model_copy(update={"output_dir": str(run.folder)})
+    loss = run_summary(config)["lowest_eval_loss" if stops_early else "last_eval_loss"]
+    return None if loss is None else Measured(float(loss))
+
+
+def task_score(run: Run, task: EvalTask, metric: str, *, base: bool = False) -> Measured | None:
+    """The score of a run, or of its base model, from the file that `dude eval` has written; None if it has none.
+
+    Raises KeyError if there are results, but without this metric.
+    """
+    results = task_results(run, task)
+    if results is None or (base and "base" not in results):
+        return None
+    scores = (results["base"] if base else results)["results"][task.name]
+    name, _, filter_name = metric.partition(",")
+    stderr = scores.get(f"{name}_stderr,{filter_name}")
+    return Measured(float(scores[metric]), float(stderr) if isinstance(stderr, int | float) else None)
+
+
+def task_results(run: Run, task: EvalTask) -> dict[str, Any] | None:
+    """The results of a task, if they are of the run's adapter as it is now and were asked for in the same way."""
+    stem = task.name if task.limit is None else f"{task.name}.limit-{task.limit}"
+    try:
+        results: dict[str, Any] = json.loads((run.folder / "eval" / f"{stem}.json").read_text(encoding="utf-8"))
+        adapter = json.loads((run.folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    shots = results["n-shot"].get(task.name)
+    same_shots = task.num_fewshot is None or shots in (None, task.num_fewshot)
+    return results if results["adapter_sha256"] == adapter["sha256"] and same_shots else None

@@ -1,0 +1,201 @@
+"""`dude reproduce`, run: repeated, interrupted, killed, with runs that fail; in processes of their own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from command import dude_here, environment
+
+from dude_cli import shipped
+from dude_cli.errors import DivergedError, StoppedError, UsageError
+from dude_cli.reproduce import Job, Plan, Slot, load_recipe, make_plan, slots
+from dude_cli.reproduce.execute import Failures, run_jobs
+
+RECIPE = """\
+config: {config}
+matrix:
+  - {{method: [lora, dude], learning_rate: [1e-3, 3e-3]}}
+selection: {{seed: 1}}
+seeds: [1, 2]
+threads: 1
+evaluation: {{tasks: [{{name: quickstart_choices, num_fewshot: 0, limit: 8}}], batch_size: 8}}
+numbers:
+  - {{name: LoRA, of: {{method: lora}}, metric: eval_loss, unit: nats, value: {value}, tolerance: 100.0, source: ours}}
+  - {{name: DuDe, of: {{method: dude}}, task: quickstart_choices, metric: "acc,none", value: 50, tolerance: 50,
+     source: ours}}
+budget: {{device: CPU, tflops: 0.03, tokens_per_row: 60, models: [{{name: "embedded:quickstart", parameters: 8e5}}]}}
+"""
+CONFIG = """\
+model: {name_or_path: "embedded:quickstart", dtype: float32}
+adapter: {rank: 4}
+data:
+  train: [{path: "embedded:quickstart", split: "train[:64]"}]
+  validation: [{path: "embedded:quickstart", split: "dev[:16]"}]
+  max_length: 96
+train: {max_steps: 6, global_batch_size: 4, per_device_batch_size: 4, gradient_checkpointing: false, save_steps: 2}
+"""
+
+
+def recipe_file(folder: Path, value: float = 1.0) -> Path:
+    (folder / "base.yaml").write_text(CONFIG)
+    path = folder / "mine.yaml"
+    path.write_text(RECIPE.format(config="base.yaml", value=value))
+    return path
+
+
+def plan_of(folder: Path) -> Plan:
+    recipe, file = load_recipe(recipe_file(folder))
+    return make_plan(recipe, file, folder / "out")
+
+
+def jobs_of(plan: Plan) -> list[Job]:
+    return [
+        Job(run, plan.folder / "configs" / f"{run.name}.yaml") for setting in plan.settings for run in setting.search
+    ]
+
+
+# What runs do here in place of a training: a module's functions, because they are called in another process.
+
+
+def write_finished(job: Job) -> None:
+    (job.run.folder / "adapter").mkdir(parents=True)
+    (job.run.folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"sha256": "", "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "pid": os.getpid()})
+    )
+
+
+def fail_some(job: Job) -> None:
+    (job.run.folder).mkdir(parents=True, exist_ok=True)
+    with (job.run.folder / "tries").open("a") as tries:
+        tries.write("x")
+    if job.run.name == "lora-r4-lr0.001-seed1":
+        raise UsageError("no such data", where="here")
+    if job.run.name == "lora-r4-lr0.003-seed1":
+        raise DivergedError("step 3 has loss nan")
+    if job.run.name == "dude-r4-lr0.001-seed1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_finished(job)
+
+
+def stop(job: Job) -> None:
+    raise StoppedError("stopped by SIGTERM after step 3")
+
+
+def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
+    jobs, failures, said = jobs_of(plan_of(tmp_path)), Failures(), list[str]()
+    run_jobs(jobs, [Slot()], fail_some, failures, said.append)
+    assert failures.diverged == {"lora-r4-lr0.003-seed1"}
+    assert set(failures.messages) == {"lora-r4-lr0.001-seed1", "dude-r4-lr0.001-seed1"}
+    assert failures.messages["lora-r4-lr0.001-seed1"] == "no such data"
+    assert "killed" in failures.messages["dude-r4-lr0.001-seed1"]
+    assert [job.run.is_finished for job in jobs] == [False, False, False, True]
+    assert any("no such data" in line and str(jobs[0].log) in line for line in said)
+    assert "where: here" in jobs[0].log.read_text()
+
+    # Again: what failed is tried again, what diverged would diverge again, and what is finished stays.
+    again = Failures()
+    run_jobs(jobs, [Slot()], fail_some, again, said.append)
+    assert again.diverged == failures.diverged
+    assert [(job.run.folder / "tries").read_text() for job in jobs] == ["xx", "x", "xx", "x"]
+
+
+def test_each_run_is_in_a_process_of_its_own_one_on_each_gpu(tmp_path: Path) -> None:
+    jobs = jobs_of(plan_of(tmp_path))
+    run_jobs(jobs, [Slot(gpu="3"), Slot(gpu="5")], write_finished, Failures(), lambda text: None)
+    found = [json.loads((job.run.folder / "adapter" / "adapter_config.json").read_text()) for job in jobs]
+    assert {one["gpu"] for one in found} == {"3", "5"}
+    assert len({one["pid"] for one in found}) == 4
+    assert os.getpid() not in {one["pid"] for one in found}
+
+
+def test_a_run_that_is_stopped_stops_all(tmp_path: Path) -> None:
+    with pytest.raises(StoppedError, match=r"lora-r4-lr0\.001-seed1 was stopped"):
+        run_jobs(jobs_of(plan_of(tmp_path)), [Slot()], stop, Failures(), lambda text: None)
+
+
+def test_a_run_that_another_process_works_on_is_waited_for(tmp_path: Path) -> None:
+    job = jobs_of(plan_of(tmp_path))[0]
+    job.run.folder.parent.mkdir()
+    with (job.run.folder.parent / f".{job.run.folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        arguments = ([job], [Slot()], write_finished, Failures(), lambda text: None)
+        thread = threading.Thread(target=run_jobs, args=arguments)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while not job.log.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert not job.run.is_finished
+    thread.join()
+    assert job.run.is_finished
+
+
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert slots(None, None) == [Slot()]
+    assert slots(None, 2) == [Slot(threads=2)] * 3
+    assert slots(2, 1) == [Slot(threads=1)] * 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc")
+    assert slots(None, 1) == [Slot(gpu="4"), Slot(gpu="GPU-abc")]
+    assert slots(1, None) == [Slot(gpu="4")]
+    with pytest.raises(UsageError, match="as many GPUs"):
+        slots(3, None)
+
+
+def tables(folder: Path) -> tuple[str, str]:
+    return (folder / "report.md").read_text(), (folder / "report.json").read_text()
+
+
+def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_one(tmp_path: Path) -> None:
+    recipe = recipe_file(tmp_path)
+    undisturbed = dude_here("reproduce", recipe, "--output", tmp_path / "whole", "--jobs", 2)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    command = [sys.executable, "-m", "dude_cli", "reproduce", str(recipe), "--output", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    second = tmp_path / "killed" / "lora-r4-lr0.003-seed1"
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert second.exists()
+
+    again = dude_here("reproduce", recipe, "--output", tmp_path / "killed", "--jobs", 1)
+    assert again.returncode == 0, again.stderr
+    assert tables(tmp_path / "killed") == tables(tmp_path / "whole")
+    document = json.loads((tmp_path / "killed" / "report.json").read_text())
+    assert [number["verdict"] for number in document["numbers"]] == ["reproduced", "reproduced"]
+    assert all(number["measured"]["n"] == 2 for number in document["numbers"])
+
+    # A wrong reference number: nothing is run again, the exit is 6, and the row is named.
+    wrong = recipe_file(tmp_path, value=500.0)
+    refused = dude_here("reproduce", wrong, "--output", tmp_path / "killed", "--json")
+    assert refused.returncode == 6
+    assert "LoRA: differs by -49" in refused.stderr
+    assert "DuDe" not in refused.stderr.partition("error:")[2]
+    assert "[1/" not in refused.stderr
+    assert [number["verdict"] for number in json.loads(refused.stdout)["numbers"]] == ["differs", "reproduced"]
+
+
+@pytest.mark.parametrize("recipe", [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")])
+def test_a_shipped_recipe_runs_small_and_offline_to_its_report(recipe: str, tmp_path: Path) -> None:
+    name = Path(recipe).stem
+    done = dude_here("reproduce", recipe, "--smoke", "--output", tmp_path / name, "--jobs", 1)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / f"{name}-smoke" / "report.json").read_text())
+    assert {number["verdict"] for number in document["numbers"]} <= {"smoke"}
+    assert not document["failed"]
+    assert all(setting["learning_rate"] for setting in document["settings"])
+    assert all(number["measured"]["n"] == 1 for number in document["numbers"])
