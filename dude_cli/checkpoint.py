@@ -38,6 +38,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # spent on the steps so far, all parts of the run together
+    total_tokens: int = 0  # of the rows of the steps so far, prompts included, padding not
     per_device_batch_size: int = 0  # as `auto` was resolved
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0

@@ -122,6 +122,14 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each task.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per forward.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model too, and show the difference.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--compare",
+            metavar="A B",
+            help="Compare two runs, adapters, models or result files on the same questions, with a p-value.",
+        ),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Local copies DIR/mmlu and DIR/gsm8k; nothing is downloaded.")
     ] = None,
@@ -137,27 +145,25 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Score a run, an adapter or a model with lm-eval."""
+    """Score a run, an adapter or a model with lm-eval, or compare two."""
     with _reported(debug, if_stopped="no result was written"):
         from dude_cli import commands
         from dude_cli.console import Output
 
-        commands.evaluate(
-            target,
-            task or [],
+        options = commands.EvalOptions(
+            task_names=task or (),
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=batch_size,
-            compare_base=base,
             data_dir=data_dir,
-            include_paths=include_path or [],
+            include_paths=include_path or (),
             output_dir=output,
             base_model=base_model,
             allow_other_base=allow_other_base,
             dtype=dtype,
             num_processes=num_processes,
-            output=Output(json, quiet),
         )
+        commands.evaluate(target, options, compare_base=base, compare_with=compare, output=Output(json, quiet))
 
 
 @app.command()
@@ -332,6 +338,29 @@ def reproduce(
             data_dir=data_dir,
             output=Output(json, quiet),
         )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page, FILE.html; of one run its own report.html, of several ./report.html."),
+    ] = None,
+    loss: Annotated[
+        list[float] | None,
+        typer.Option("--loss", help="A loss whose steps and tokens are looked up, in nats per token; may be repeated."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare runs on one page: curves, scores with their spread, layers, cost, paired tests."""
+    with _reported(debug, if_stopped="no report was written"):
+        from dude_cli import commands
+        from dude_cli.console import Output
+
+        commands.report(runs, out, loss or [], output=Output(json, quiet))
 
 
 @app.command("ls")

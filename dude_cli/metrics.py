@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 MEMORY_FILE = "memory.json"
+LAYERS_FILE = "layers.json"
 # Without a terminal there is no live line; a plain one this often instead.
 PLAIN_LINE_EVERY_S = 10.0
 

@@ -9,9 +9,10 @@ from dude_cli import files
 from dude_cli.checkpoint import CHECKPOINTS, checkpoints
 from dude_cli.config import Config, load_config
 from dude_cli.errors import UsageError
-from dude_cli.metrics import MEMORY_FILE, METRICS_FILE
+from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
 
 INITIAL, RESULT, BEST = "initial", "adapter", "best"
+REPORT_FILES = ("report.html", "report.md")
 # Settings that may change between two parts of one run: they do not touch what is learned.
 FREE_SETTINGS = {
     "logging_steps",
@@ -71,7 +72,7 @@ def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
     for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
         shutil.rmtree(config.run_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, MEMORY_FILE):
+    for name in (METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES):
         (config.run_dir / name).unlink(missing_ok=True)
 
 

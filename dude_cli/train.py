@@ -7,6 +7,7 @@ import json
 import math
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from dude_cli.data import StepOrder, collate, longest_first
 from dude_cli.errors import DivergedError, ResourceError, StoppedError
 from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.memory import keep_freed_memory
-from dude_cli.metrics import MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
+from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
 from dude_cli.run_dir import BEST, RESULT, refuse_other_data
@@ -53,13 +54,15 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
             started = time.perf_counter()
             step = run.step(stop)
             state.step += 1
+            state.total_tokens += step.tokens
             is_last = state.step == plan.total_steps
             is_evaluated = is_last or is_due(config.eval_steps, state.step)
             tokens_per_s = step.tokens / (time.perf_counter() - started)
             display.step(state.step, step.loss, step.learning_rate, tokens_per_s)
             # An evaluation may be the last thing: its step has a line in the log too.
             if is_evaluated or is_due(config.logging_steps, state.step):
-                run.log(step.record() | {"tokens_per_s": tokens_per_s, "elapsed_s": run.elapsed_s()} | first_step)
+                speed = {"tokens_per_s": tokens_per_s, "elapsed_s": run.elapsed_s()}
+                run.log(step.record() | {"total_tokens": state.total_tokens} | speed | first_step)
                 first_step = {}
             if is_evaluated:
                 run.evaluate()
@@ -201,6 +204,7 @@ class _Run:
         if self.accelerator.is_main_process:
             self._save_memory()
             self._save_adapter(RESULT)
+            self._save_layers()
         self.accelerator.wait_for_everyone()
         return run_summary(self.config)
 
@@ -347,6 +351,17 @@ class _Run:
             "measured": peak.definition,
         }
         files.write_text(self.run_dir / MEMORY_FILE, json.dumps(record, indent=2) + "\n")
+
+    def _save_layers(self) -> None:
+        """How far each layer has moved from the base, while the base's weights are at hand."""
+        from dude_cli.adapter import movements
+
+        record = {
+            "trainable_parameters": self.prepared.trainable_parameters,
+            "all_parameters": self.prepared.all_parameters,
+            "layers": [asdict(layer) for layer in movements(self.model)],
+        }
+        files.write_text(self.run_dir / LAYERS_FILE, json.dumps(record, indent=2) + "\n")
 
     def _save_adapter(self, name: str) -> None:
         from dude_cli.adapter import save_adapter

@@ -10,6 +10,7 @@ from dude_cli.adapter.decomposition_cache import DecompositionCache
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
 from dude_cli.adapter.layer import AdapterLayer
+from dude_cli.adapter.movement import LayerMovement, layer_movement, movements
 from dude_cli.adapter.patch import (
     adapter_layers,
     cast_parameters,
@@ -39,6 +40,7 @@ __all__ = [
     "AdapterLayer",
     "DecompositionCache",
     "Factors",
+    "LayerMovement",
     "SavedAdapter",
     "SvdConfig",
     "adapter_layers",
@@ -50,8 +52,10 @@ __all__ = [
     "disable_adapters",
     "find_targets",
     "keep_fingerprint",
+    "layer_movement",
     "load_adapter",
     "merge_adapter",
+    "movements",
     "patch_model",
     "patch_with_factors",
     "read_adapter_config",

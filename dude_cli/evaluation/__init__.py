@@ -1,6 +1,31 @@
 """Benchmark scores through lm-eval: which tasks, the model in memory, the scoring, what is made of the results."""
 
-from dude_cli.evaluation.results import plain_results, results_json, results_table, task_results, write_results
+from dude_cli.evaluation.compare import Comparison, compare_results, comparison_shown, different_settings
+from dude_cli.evaluation.results import plain_results, results_json, results_table
 from dude_cli.evaluation.run import EvalRequest, evaluate
+from dude_cli.evaluation.saved import (
+    find_results,
+    read_results,
+    requested_task,
+    result_files,
+    task_results,
+    write_results,
+)
 
-__all__ = ["EvalRequest", "evaluate", "plain_results", "results_json", "results_table", "task_results", "write_results"]
+__all__ = [
+    "Comparison",
+    "EvalRequest",
+    "compare_results",
+    "comparison_shown",
+    "different_settings",
+    "evaluate",
+    "find_results",
+    "plain_results",
+    "read_results",
+    "requested_task",
+    "result_files",
+    "results_json",
+    "results_table",
+    "task_results",
+    "write_results",
+]

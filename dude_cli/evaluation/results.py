@@ -1,14 +1,13 @@
-"""What an evaluation gives: the difference to the base model, the table, and lm-eval's JSON layout on disk."""
+"""What an evaluation gives: the difference to the base model, each question's score, the table, JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.files import write_text
+from dude_cli.evaluation.statistics import paired_difference, weighted_standard_error
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,37 +26,12 @@ BY_TASK = (
     "n-samples",
     "task_hashes",
     "prompt_hashes",
+    "prompt_examples",
     "prompts_cut",
     "fewshot_sampler",
     "max_gen_toks",
     "difference",
 )
-
-
-def paired_difference(base: Sequence[float], tuned: Sequence[float]) -> tuple[float, float | None]:
-    """The mean difference over the same questions, and its standard error.
-
-    With d_i = tuned_i - base_i:   mean(d)   and   SE = sqrt(sum_i (d_i - mean(d))^2 / (n - 1)) / sqrt(n),
-    the standard error of a paired t-test. Both models find the same questions hard, so it is smaller than
-    sqrt(SE_base^2 + SE_tuned^2), which takes the two for independent. None for fewer than two questions.
-    """
-    if len(base) != len(tuned) or not base:
-        raise ValueError(f"paired scores need the same questions: {len(base)} and {len(tuned)}")
-    differences = [after - before for before, after in zip(base, tuned, strict=True)]
-    n = len(differences)
-    mean = math.fsum(differences) / n
-    if n == 1:
-        return mean, None
-    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (n - 1)
-    return mean, math.sqrt(variance / n)
-
-
-def weighted_standard_error(errors: Sequence[float], weights: Sequence[float]) -> float:
-    """The standard error of a weighted mean of independent parts: sqrt(sum_k (w_k SE_k)^2) / sum_k w_k.
-
-    With w_k the number of questions of subject k it belongs to mmlu's `acc`, which weights its subjects by size.
-    """
-    return math.sqrt(math.fsum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))) / math.fsum(weights)
 
 
 def differences(
@@ -123,7 +97,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("shots", justify="right", no_wrap=True)
     for heading in ("base", "tuned", "difference") if base else ("score ± stderr",):
         table.add_column(heading, justify="right", no_wrap=True)
-    for depth, name in _table_rows(results):
+    for depth, name in table_rows(results):
         row = results["results"][name]
         label = "  " * depth + str(row.get("alias", name)).strip(" -")
         shots = str(results.get("n-shot", {}).get(name, ""))
@@ -133,12 +107,12 @@ def results_table(results: Mapping[str, Any]) -> Table:
                 before, change = base["results"][name], results["difference"][name]
                 key, error_key = f"{metric},{filter_name}", f"{metric}_stderr,{filter_name}"
                 cells = [
-                    f"{_number(metric, before[key])}\n{_error(metric, before.get(error_key, NOT_AVAILABLE))}",
-                    f"{_number(metric, value)}\n{_error(metric, error)}",
-                    f"{_number(metric, change[key], signed=True)}\n{_error(metric, change[error_key])}",
+                    f"{shown_score(metric, before[key])}\n{shown_error(metric, before.get(error_key, NOT_AVAILABLE))}",
+                    f"{shown_score(metric, value)}\n{shown_error(metric, error)}",
+                    f"{shown_score(metric, change[key], signed=True)}\n{shown_error(metric, change[error_key])}",
                 ]
             else:
-                cells = [f"{_number(metric, value)} {_error(metric, error)}"]
+                cells = [f"{shown_score(metric, value)} {shown_error(metric, error)}"]
             table.add_row(label, metric, filter_name, shots, *cells)
             label, shots = "", ""
     return table
@@ -146,8 +120,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def plain_results(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results in lm-eval's layout and JSON's own types, without the samples; NaN is the text "NaN"."""
-    plain: dict[str, Any] = _plain(_without_samples(results))
-    return plain
+    document: dict[str, Any] = plain(_without_samples(results))
+    return document
 
 
 def results_json(results: Mapping[str, Any]) -> str:
@@ -155,76 +129,42 @@ def results_json(results: Mapping[str, Any]) -> str:
     return json.dumps(plain_results(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write each requested task's part of `results` to `folder`/<task>.json and its samples to samples_<task>.jsonl.
-
-    With a limit N they are <task>.limit-N.json and samples_<task>.limit-N.jsonl, so that a quick look does not replace
-    the full score. Each file is whole or not there. Returns the paths of the results. `base` and `difference` are in
-    the same file.
-    """
-    paths = []
-    for name, request in results["requested"].items():
-        part = task_results(results, name)
-        stem = name if request["limit"] is None else f"{name}.limit-{request['limit']}"
-        path = folder / f"{stem}.json"
-        lines = [
-            json.dumps(_plain({"task": task, **sample}), ensure_ascii=False, allow_nan=False)
-            for task, samples in part.get("samples", {}).items()
-            for sample in samples
-        ]
-        if lines:
-            write_text(folder / f"samples_{stem}.jsonl", "\n".join(lines) + "\n")
-        write_text(path, results_json(part))
-        paths.append(path)
-    return paths
+def question_values(
+    results: Mapping[str, Any], name: str, metric: str, filter_name: str
+) -> dict[tuple[str, int], float] | None:
+    """Each question's number, by (task, doc_id), of a task or a group whose score is their mean; else None."""
+    values: dict[tuple[str, int], float] = {}
+    for task in leaf_tasks(results, name):
+        for sample in results.get("samples", {}).get(task, []):
+            value = as_number(sample.get(metric)) if sample["filter"] == filter_name else None
+            if value is not None:
+                values[task, sample["doc_id"]] = value
+    row = results["results"][name]
+    score = as_number(row.get(f"{metric},{filter_name}"))
+    if score is None or not values or len(values) != row["sample_len"]:
+        return None
+    return values if math.isclose(math.fsum(values.values()) / len(values), score, abs_tol=1e-9) else None
 
 
-def task_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The part of `results` that belongs to one requested task: the same layout with fewer names."""
-    request = results["requested"][name]
-    names = set(request["names"])
-
-    def cut(section: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: {task: value[task] for task in value if task in names} if key in (*BY_TASK, "samples") else value
-            for key, value in section.items()
-        }
-
-    part = cut(results)
-    part["requested"] = {name: request}
-    part["config"] = {**results["config"], "limit": request["limit"]}
-    if "base" in results:
-        part["base"] = cut(results["base"])
-    return part
+def leaf_tasks(results: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks that a name of the results stands for: itself, or those of a group, its groups' too."""
+    children = results.get("group_subtasks", {})
+    return _leaves(children, name) if name in children else [name]
 
 
 def _paired_error(
     base: Mapping[str, Any], tuned: Mapping[str, Any], task: str, metric: str, filter_name: str
 ) -> float | None:
-    before = _values(base, task, metric, filter_name)
-    after = _values(tuned, task, metric, filter_name)
+    before = question_values(base, task, metric, filter_name)
+    after = question_values(tuned, task, metric, filter_name)
     if before is None or after is None or before.keys() != after.keys():
         return None
     questions = sorted(before)
     return paired_difference([before[q] for q in questions], [after[q] for q in questions])[1]
 
 
-def _values(results: Mapping[str, Any], task: str, metric: str, filter_name: str) -> dict[int, float] | None:
-    """Each question's number, by doc_id, where the score is their mean; None where it is another statistic."""
-    row = results["results"][task]
-    score = _as_float(row[f"{metric},{filter_name}"])
-    values: dict[int, float] = {}
-    for sample in results.get("samples", {}).get(task, []):
-        value = _as_float(sample.get(metric)) if sample["filter"] == filter_name else None
-        if value is not None:
-            values[sample["doc_id"]] = value
-    if score is None or not values or len(values) != row["sample_len"]:
-        return None
-    return values if math.isclose(math.fsum(values.values()) / len(values), score, abs_tol=1e-9) else None
-
-
 def _difference(metric: str, filter_name: str, after: Any, before: Any, error: float | None) -> dict[str, float | str]:
-    after, before = _as_float(after), _as_float(before)
+    after, before = as_number(after), as_number(before)
     return {
         f"{metric},{filter_name}": NOT_AVAILABLE if after is None or before is None else after - before,
         f"{metric}_stderr,{filter_name}": NOT_AVAILABLE if error is None else error,
@@ -235,7 +175,8 @@ def _leaves(children: Mapping[str, Sequence[str]], group: str) -> list[str]:
     return [leaf for child in children[group] for leaf in (_leaves(children, child) if child in children else [child])]
 
 
-def _table_rows(results: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+def table_rows(results: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """The names whose scores are shown, each with its depth: groups with their categories, or with their tasks."""
     children = results.get("group_subtasks", {})
 
     def below(name: str, depth: int) -> Iterator[tuple[int, str]]:
@@ -252,21 +193,27 @@ def _table_rows(results: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
                 yield from below(name, 0)
 
 
-def _number(metric: str, value: Any, signed: bool = False) -> str:
-    number = _as_float(value)
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of the questions, which is shown as a percentage."""
+    return metric in _SHARES
+
+
+def shown_score(metric: str, value: Any, signed: bool = False) -> str:
+    """A score as the tables have it: a share of questions as a percentage, a difference of shares in points."""
+    number = as_number(value)
     if number is None:
         return str(value)
     sign = "+" if signed else ""
-    if metric in _SHARES:
+    if is_share(metric):
         return f"{100 * number:{sign}.2f}" + ("" if signed else "%")
     return f"{number:{sign}.4g}"
 
 
-def _error(metric: str, value: Any) -> str:
-    return f"± {_number(metric, value).rstrip('%')}"
+def shown_error(metric: str, value: Any) -> str:
+    return f"± {shown_score(metric, value).rstrip('%')}"
 
 
-def _as_float(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """A number, of Python's or numpy's, as a float; None for anything else, such as "N/A"."""
     if getattr(value, "shape", None) == ():
         value = value.item()
@@ -280,12 +227,12 @@ def _without_samples(results: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in JSON's own types; numbers that JSON has not, and anything else, as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if getattr(value, "shape", None) == ():  # a numpy or torch scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -58,10 +58,10 @@ def evaluate(
 
     lm-eval's keys (`results`, `groups`, `group_subtasks`, `configs`, `versions`, `n-shot`, `higher_is_better`,
     `n-samples`, `samples`, `config`, `task_hashes`) and these: `requested` (each task asked for, with the names it
-    stands for and its limit), `prompt_hashes` (SHA-256 over a task's prompts), `prompts_cut` (how many did not fit
-    the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
-    `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and `difference` tuned minus base with
-    the paired standard error (see `results.paired_difference`).
+    stands for and its limit), `prompt_hashes` (SHA-256 over a task's prompts), `prompt_examples` (the text of the first
+    one), `prompts_cut` (how many did not fit the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the
+    task's own and the one used), `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and
+    `difference` tuned minus base with the paired standard error (see `statistics.paired_difference`).
 
     The ranks of `accelerator` share the questions, each with the whole model; all of them return the same but for
     standard errors that are bootstrapped, which the main one alone has.
@@ -142,10 +142,15 @@ def _score(
 
 
 def _prompt_facts(samples: dict[str, list[dict[str, Any]]], cut_prompts: set[str]) -> dict[str, dict[str, Any]]:
-    """Hash and count each task's prompts, then drop their text, which is most of the samples' memory."""
+    """Hash and count each task's prompts, keep the first, and drop the others' text: most of the samples' memory."""
     from lm_eval.utils import hash_string
 
-    facts: dict[str, dict[str, Any]] = {"task_hashes": {}, "prompt_hashes": {}, "prompts_cut": {}}
+    facts: dict[str, dict[str, Any]] = {
+        "task_hashes": {},
+        "prompt_hashes": {},
+        "prompt_examples": {},
+        "prompts_cut": {},
+    }
     for name, rows in samples.items():
         # As lm-eval's own tracker computes it.
         facts["task_hashes"][name] = hash_string(
@@ -154,6 +159,7 @@ def _prompt_facts(samples: dict[str, list[dict[str, Any]]], cut_prompts: set[str
         # Each filter repeats the questions.
         once = [row for row in rows if row["filter"] == rows[0]["filter"]]
         facts["prompt_hashes"][name] = hash_string("".join(row["prompt_hash"] for row in once))
+        facts["prompt_examples"][name] = min(once, key=lambda row: int(row["doc_id"]))["arguments"][0][0]
         facts["prompts_cut"][name] = sum(
             any(arguments[0] in cut_prompts for arguments in row["arguments"]) for row in once
         )

@@ -1,8 +1,9 @@
 """Give the generated held-out problems to lm-eval, whose task files in `tasks/` name these functions."""
 
+import random
 from typing import TYPE_CHECKING
 
-from dude_cli.quickstart.problems import SPLIT_SIZES, choices, word_problems
+from dude_cli.quickstart.problems import LAST_MIX, SPLIT_SIZES, Row, choices, mixed_row, word_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,3 +21,16 @@ def choice_splits(**_: object) -> dict[str, "Dataset"]:
     from datasets import Dataset
 
     return {split: Dataset.from_list(choices(split)) for split in SPLIT_SIZES}
+
+
+def base_rows(number: int) -> list[Row]:
+    """Give rows of what the base was trained on last, from a seed of their own: what a fine-tuning should not undo."""
+    rng = random.Random("rows of the base's own kind")
+    return [mixed_row(rng, LAST_MIX) for _ in range(number)]
+
+
+def base_splits(**_: object) -> dict[str, "Dataset"]:
+    """Give rows of what the base was trained on; lm-eval passes a task's metadata, which changes nothing here."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list(base_rows(SPLIT_SIZES["test"]))}

@@ -30,6 +30,8 @@ from typing import Any
 LETTERS = "ABCD"
 LARGEST = 99
 FIRST_ROWS = 36_000  # of the pretraining corpus
+# Of sums, stories, choices of a calculation, choices of a word, and reading.
+FIRST_MIX, LAST_MIX = (3, 1, 2, 93, 1), (34, 16, 34, 6, 10)
 SPLIT_SIZES = {"train": 8000, "dev": 500, "test": 500}  # of each of the two forms
 SPLIT_SEEDS = {"train": 1, "dev": 2, "test": 3}
 
@@ -488,7 +490,11 @@ def pretraining_rows(seed: int) -> Iterator[Row]:
     25,000 such rows), and choosing calculations builds on it.
     """
     rng = random.Random(seed)
-    writers = (sum_row, story_row, calculation_choice_row, word_choice_row, reading_row)
     for count in itertools.count():
-        weights = (3, 1, 2, 93, 1) if count < FIRST_ROWS else (34, 16, 34, 6, 10)
-        yield rng.choices(writers, weights=weights)[0](rng)
+        yield mixed_row(rng, FIRST_MIX if count < FIRST_ROWS else LAST_MIX)
+
+
+def mixed_row(rng: random.Random, mix: Sequence[int]) -> Row:
+    """Write a row of a kind that is drawn with the weights of `mix`."""
+    writers = (sum_row, story_row, calculation_choice_row, word_choice_row, reading_row)
+    return rng.choices(writers, weights=mix)[0](rng)

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from dude_cli.evaluation import results_json, results_table, write_results
-from dude_cli.evaluation.results import differences, paired_difference, weighted_standard_error
+from dude_cli.evaluation.results import differences
+from dude_cli.evaluation.statistics import paired_difference, weighted_standard_error
 
 
 def score(values: list[float], **names: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ LAYERS = [
     "cli",
     "commands",
     "reproduce",
+    "report",
     "init_report",
     "evaluation",
     "export",

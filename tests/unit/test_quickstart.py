@@ -250,7 +250,7 @@ def test_tasks_load_offline_and_give_the_generated_documents(monkeypatch: pytest
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     manager = TaskManager(include_path=str(TASKS_DIR), include_defaults=False)
     names = ["quickstart_choices", "quickstart_choices_dev", "quickstart_problems", "quickstart_problems_dev"]
-    assert manager.all_tasks == names
+    assert manager.all_tasks == ["quickstart_base", *names]
     tasks = manager.load(names)["tasks"]
     for name in names:
         task = tasks[name]
@@ -265,6 +265,23 @@ def test_tasks_load_offline_and_give_the_generated_documents(monkeypatch: pytest
                 assert completion == f" {target}"
             else:
                 assert completion == f" {task.doc_to_choice(document)[target]}"
+
+
+def test_the_bases_own_text_is_of_its_training_and_not_of_the_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    task = TaskManager(include_path=str(TASKS_DIR), include_defaults=False).load(["quickstart_base"])["tasks"]
+    documents = list(task["quickstart_base"].test_docs())
+    assert len(documents) == 500
+    known = {row["prompt"] for row in itertools.islice(pretraining_rows(0), FIRST_ROWS, FIRST_ROWS + 40_000)}
+    assert sum(document["prompt"] in known for document in documents) > 50, "rows that its training may have had"
+    tuned = {row["prompt"] for split in ("train", "dev", "test") for row in rows(split)}
+    assert not tuned & {document["prompt"] for document in documents}
+    first = documents[0]
+    assert task["quickstart_base"].doc_to_text(first) + task["quickstart_base"].doc_to_target(first) == (
+        first["prompt"] + first["completion"]
+    )
 
 
 def test_problem_reads_as_a_sentence() -> None:

@@ -1,0 +1,150 @@
+"""Results on disk: one document for each task that was asked for, and a line for each question beside it.
+
+    <task>.json                    lm-eval's layout, with the base's part if it was scored too
+    samples_<task>.jsonl           each question's document, answer, scores and hashes
+    samples_<task>.base.jsonl      the same of the base model
+
+With a limit N the names have `.limit-N` after the task, so that a quick look does not replace the full score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dude_cli.config import EvalTask
+from dude_cli.errors import UsageError
+from dude_cli.evaluation.results import BY_TASK, plain, results_json
+from dude_cli.files import write_text
+
+
+def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write each requested task's part of `results`, samples first; each file is whole or not there.
+
+    Returns the paths of the documents. `base` and `difference` are in the same document.
+    """
+    paths = []
+    for name, request in results["requested"].items():
+        part = task_results(results, name)
+        path = results_path(folder, name, request["limit"])
+        for side, samples_path in ((part, _samples_path(path)), (part.get("base", {}), _samples_path(path, ".base"))):
+            lines = [
+                json.dumps(plain({"task": task, **sample}), ensure_ascii=False, allow_nan=False)
+                for task, samples in side.get("samples", {}).items()
+                for sample in samples
+            ]
+            if lines:
+                write_text(samples_path, "\n".join(lines) + "\n")
+            else:
+                samples_path.unlink(missing_ok=True)  # of an earlier evaluation
+        write_text(path, results_json(part))
+        paths.append(path)
+    return paths
+
+
+def task_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The part of `results` that belongs to one requested task: the same layout with fewer names."""
+    request = results["requested"][name]
+    names = set(request["names"])
+
+    def cut(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: {task: value[task] for task in value if task in names} if key in (*BY_TASK, "samples") else value
+            for key, value in section.items()
+        }
+
+    part = cut(results)
+    part["requested"] = {name: request}
+    part["config"] = {**results["config"], "limit": request["limit"]}
+    if "base" in results:
+        part["base"] = cut(results["base"])
+    return part
+
+
+def results_path(folder: Path, task: str, limit: int | None) -> Path:
+    """The document of a task in a folder of results."""
+    return folder / (f"{task}.json" if limit is None else f"{task}.limit-{limit}.json")
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The documents of a folder of results, in the order of their names."""
+    return sorted(path for path in folder.glob("*.json") if _is_results(path))
+
+
+def read_results(path: Path, *, samples: bool = True) -> dict[str, Any]:
+    """A document that `write_results` wrote, with its samples, and the base's, under `samples` as they were.
+
+    Raises UsageError for a file that is none, and if samples are asked for that are not there.
+    """
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not ({"results", "requested", "prompt_hashes", "versions"} <= results.keys()):
+            raise ValueError("it has no results, or not the hashes of its prompts")
+    except (OSError, ValueError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"this is no result of `dude eval`: {reason}",
+            where=str(path),
+            fix="give a run, an adapter, a model, or a .json file that `dude eval` wrote",
+        ) from error
+    if samples:
+        results["samples"] = _read_samples(_samples_path(path))
+        if "base" in results and _samples_path(path, ".base").exists():
+            results["base"]["samples"] = _read_samples(_samples_path(path, ".base"))
+    return results
+
+
+def find_results(
+    folder: Path, task: EvalTask, *, adapter_sha256: str | None, dtype: str | None
+) -> dict[str, Any] | None:
+    """What a folder of results has of a task, if it was scored so: None if not, and for another adapter's score.
+
+    A number of examples and a `dtype` of None take any.
+    """
+    path = results_path(folder, task.name, task.limit)
+    if not path.is_file() or not _samples_path(path).is_file():
+        return None
+    results = read_results(path, samples=False)
+    is_wanted = (
+        results["adapter_sha256"] == adapter_sha256
+        and task.num_fewshot in (None, requested_task(results).num_fewshot)
+        and (dtype is None or results["config"]["model_dtype"] == f"torch.{dtype}")
+    )
+    return read_results(path) if is_wanted else None
+
+
+def requested_task(results: Mapping[str, Any]) -> EvalTask:
+    """The task that a document is about, as it was asked for; `num_fewshot` None if its parts differ in it."""
+    ((name, request),) = results["requested"].items()
+    shots = {results["n-shot"].get(part) for part in request["names"]} - {None}
+    return EvalTask(name=name, num_fewshot=shots.pop() if len(shots) == 1 else None, limit=request["limit"])
+
+
+def _samples_path(path: Path, side: str = "") -> Path:
+    return path.with_name(f"samples_{path.stem}{side}.jsonl")
+
+
+def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
+    samples: dict[str, list[dict[str, Any]]] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                sample = json.loads(line)
+                samples.setdefault(sample.pop("task"), []).append(sample)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"the questions of this result cannot be read: {error}",
+            where=str(path),
+            fix="evaluate again: `dude eval RUN --task NAME` writes one line for each question",
+        ) from error
+    return samples
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        read_results(path, samples=False)
+    except UsageError:
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""A training ends with its report, and is kept where none can be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command import dude_here
+from quickstart_config import quickstart_config
+
+import dude_cli.report
+
+
+def test_a_training_ends_with_a_report_and_loses_nothing_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = quickstart_config(tmp_path, max_steps="2"), tmp_path / "run"
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no font was found")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dude_cli.report, "write_report", fails)
+        done = dude_here("train", config)
+    assert done.returncode == 0, done.stderr
+    assert "no report was written: RuntimeError: no font was found" in done.stderr
+    assert (run / "adapter" / "adapter_config.json").is_file()
+    assert not (run / "report.html").exists()
+
+    done = dude_here("train", config, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert f"report: {run / 'report.html'}" in done.stdout
+    assert "How far the layers moved" in (run / "report.html").read_text()

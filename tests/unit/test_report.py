@@ -1,0 +1,281 @@
+"""The report of run folders: its numbers, its page, its Markdown, and what it says before any number."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import dude_here, environment
+from report_runs import write_run
+
+from dude_cli.errors import UsageError
+from dude_cli.report import Section, Table, text_column, write_report
+from dude_cli.report.build import build_report
+from dude_cli.report.collect import read_run
+from dude_cli.report.figures import thinned
+from dude_cli.report.numbers import running_mean, spikes
+
+BASE = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+RIGHT = {
+    ("lora", 1): [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    ("lora", 2): [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0],
+    ("dude", 1): [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0],
+    ("dude", 2): [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two methods, two seeds; DuDe ends at the lower loss."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        write_run(
+            folder / f"{method}-{seed}",
+            method=method,
+            seed=seed,
+            final_loss=(0.5 if method == "dude" else 1.0) + 0.1 * seed,
+            right=right,
+            base_right=BASE,
+        )
+        for (method, seed), right in RIGHT.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def written(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
+    page = tmp_path_factory.mktemp("report") / "all.html"
+    document = write_report(runs, page)
+    return document, page.read_text(), page.with_suffix(".md").read_text()
+
+
+def numbers(folders: Sequence[Path], *, losses: Sequence[float] = ()) -> dict[str, Any]:
+    """What a report of these runs says, for machines; nothing is drawn."""
+    return build_report([read_run(folder) for folder in folders], title="runs", losses=losses).record()
+
+
+def rows(document: dict[str, Any], table: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(json.dumps(document["tables"][table]["rows"]))
+    return found
+
+
+def test_scores_have_mean_deviation_and_n_and_lm_evals_error_apart(written: tuple[dict[str, Any], str, str]) -> None:
+    lora, dude = rows(written[0], "scores")
+    assert (lora["setting"], dude["setting"]) == ("LoRA", "DuDe")
+    scores = [statistics.fmean(RIGHT["dude", seed]) for seed in (1, 2)]
+    assert dude["mean"] == pytest.approx(statistics.fmean(scores))
+    assert dude["sd"] == pytest.approx(statistics.stdev(scores))
+    assert (dude["n"], dude["stderr"], dude["base"]) == (2, pytest.approx(0.04), pytest.approx(0.25))
+    assert rows(written[0], "headline")[1]["eval_loss"]["n"] == 2
+
+
+def test_a_loss_is_looked_up_in_every_run_with_its_tokens(runs: list[Path]) -> None:
+    document = numbers(runs, losses=[1.2, 0.65])
+    found = {(row["loss"], row["setting"]): row for row in rows(document, "convergence")}
+    # 0.6 + 2.4 exp(-4 t / 40) is 0.93 at step 20; LoRA's 1.1 + 1.9 exp(-t / 10) is at 1.2 from step 29 on.
+    assert found[1.2, "DuDe"]["steps"]["mean"] == 20
+    assert found[1.2, "DuDe"]["tokens"]["mean"] == 2000
+    assert found[1.2, "LoRA"]["steps"] == {"mean": 30, "sd": None, "n": 1}
+    assert (found[1.2, "LoRA"]["reached"], found[1.2, "LoRA"]["runs"]) == (1, 2)
+    assert (found[0.65, "LoRA"]["reached"], found[0.65, "LoRA"]["steps"]) == (0, None)
+
+
+def test_pairs_are_of_the_mean_over_seeds_for_each_question(written: tuple[dict[str, Any], str, str]) -> None:
+    found = {(row["a"], row["b"]): row for row in rows(written[0], "pairs")}
+    assert set(found) == {("base", "LoRA"), ("base", "DuDe"), ("LoRA", "DuDe")}
+    pair = found["LoRA", "DuDe"]
+    means = [
+        [statistics.fmean(pair) for pair in zip(RIGHT[method, 1], RIGHT[method, 2], strict=True)]
+        for method in ("lora", "dude")
+    ]
+    assert pair["difference"] == pytest.approx(statistics.fmean(means[1]) - statistics.fmean(means[0]))
+    assert (pair["lost"], pair["gained"]) == (0, 4)
+    assert pair["p_value"] == pytest.approx(2 / 2**4)  # all four changed questions in one direction
+    assert all(row["adjusted_p_value"] >= row["p_value"] for row in found.values())
+
+
+def test_one_run_each_is_tested_by_mcnemar(runs: list[Path]) -> None:
+    document = numbers([runs[0], runs[2]])
+    pair = next(row for row in rows(document, "pairs") if row["a"] == "LoRA")
+    assert (pair["method"], pair["lost"], pair["gained"], pair["p_value"]) == ("exact McNemar", 0, 4, 0.125)
+
+
+def test_answers_that_changed_are_listed_both_ways(written: tuple[dict[str, Any], str, str]) -> None:
+    _, page, markdown = written
+    for text in (page, markdown.replace("\\_", "_")):
+        assert "LoRA, seed 1: 1 of 8 from wrong to right, base to tuned; sums, acc" in text
+        assert "LoRA, seed 1: 1 of 8 from right to wrong, base to tuned; sums, acc" in text
+    assert "1 + 1? — base: 7; tuned: 2; right: 2" in page
+
+
+def test_layers_are_averaged_and_kept_by_kind(written: tuple[dict[str, Any], str, str]) -> None:
+    overall = rows(written[0], "layers")[0]
+    assert overall["layers"] == 4
+    assert overall["direction_change"] == pytest.approx(0.00075)
+    assert overall["correlation"]["mean"] == pytest.approx(1.0)
+    assert {row["kind"] for row in rows(written[0], "layer_kinds")} == {"q_proj", "up"}
+
+
+def test_what_the_training_was_not_for_is_what_is_kept(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", right=RIGHT["dude", 1], base_right=BASE, task="reading")
+    (kept,) = rows(numbers([run]), "kept")
+    assert (kept["base"], kept["tuned"], kept["better"]) == (pytest.approx(0.25), pytest.approx(0.75), "higher")
+    other = write_run(tmp_path / "other", right=RIGHT["dude", 1], base_right=BASE)
+    assert rows(numbers([other]), "kept") == []
+
+
+def test_a_rate_against_the_loss_is_drawn_when_it_varies(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{method}{rate}", method=method, learning_rate=rate)
+        for method in ("lora", "dude")
+        for rate in (1e-3, 3e-4)
+    ]
+    document = write_report(folders, tmp_path / "r.html")
+    assert [row["setting"] for row in rows(document, "headline")] == [
+        "LoRA, lr 3e-4",
+        "LoRA, lr 1e-3",
+        "DuDe, lr 3e-4",
+        "DuDe, lr 1e-3",
+    ]
+    page = (tmp_path / "r.html").read_text()
+    assert '<section id="learning-rate">' in page
+    assert {"3e-4", "1e-3"} <= set(re.findall(r">([^<>]*e-\d)</text>", page))
+
+
+class _Links(HTMLParser):
+    """What a page loads, and its ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids += [values["id"] or ""] if "id" in values else []
+        if tag in ("script", "link", "img", "iframe"):
+            self.loaded.append(tag)
+        self.loaded += [
+            value for key in ("src", "href", "xlink:href") if (value := values.get(key)) and value[0] != "#"
+        ]
+
+
+def test_the_page_needs_nothing_else(written: tuple[dict[str, Any], str, str]) -> None:
+    links = _Links()
+    links.feed(written[1])
+    assert links.loaded == []
+    assert "@import" not in written[1]
+    assert not re.findall(r"url\((?!#)", written[1])
+    assert len(links.ids) == len(set(links.ids)), "an id of one chart would be taken for another's"
+
+
+def test_charts_have_axes_with_units_and_the_pages_colours(written: tuple[dict[str, Any], str, str]) -> None:
+    charts = re.findall(r"<svg[^>]*xmlns:xlink.*?</svg>", written[1], flags=re.DOTALL)
+    assert len(charts) >= 10
+    for chart in charts:
+        root = ElementTree.fromstring(chart)
+        assert "width" not in root.attrib
+        assert "viewBox" in root.attrib
+        texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert len(texts) > 4
+        assert "var(--ink)" in chart
+        assert not re.search(r"#0[1-9a-f]0", chart)
+    words = " ".join(charts)
+    for unit in ("loss, nats per token", "optimizer step", "tokens per second", "acc, %", "block of the model"):
+        assert f">{unit}</text>" in words
+
+
+def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "<b>run", right=RIGHT["dude", 1], base_right=BASE)
+    for samples in (run / "eval").glob("samples*"):
+        samples.write_text(samples.read_text().replace("1 + 1?", "<script>alert(1)</script> | # x"))
+    write_report([run], tmp_path / "r.html", title="<i>")
+    page, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "<i>" not in page
+    assert "<b>run" not in page
+    assert "\\<script>" in markdown
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in lines)
+
+
+def test_the_same_runs_give_the_same_bytes_in_any_order(runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs[1:3], tmp_path / "a.html", title="t")
+    write_report(runs[2:0:-1], tmp_path / "b.html", title="t")
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    assert (tmp_path / "a.md").read_bytes() == (tmp_path / "b.md").read_bytes()
+
+
+def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", right=RIGHT["dude", 1])
+    again = write_run(tmp_path / "again", right=RIGHT["dude", 2], prompt_hashes={"sums": "q" * 64})
+    (again / "adapter" / "adapter_config.json").unlink()
+    document = numbers([first, again])
+    unfinished, repeated, forms = document["warnings"]
+    assert "again is not finished: the numbers are those up to step 40" in unfinished
+    assert "seed 1 was run more than once" in repeated
+    assert "sums was scored in 2 forms" in forms
+    assert [row["n"] for row in rows(document, "scores")] == [1, 1], "scores of other prompts have no common mean"
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "memory.json", "layers.json", "adapter/adapter_config.json"):
+        (run / name).unlink()
+    document = write_report([run], tmp_path / "r.html")
+    assert rows(document, "runs")[0]["steps"] == 0
+
+
+def test_sections_of_the_caller_come_first(runs: list[Path], tmp_path: Path) -> None:
+    verdicts = Table("verdicts", "Verdicts", [text_column("row", "row")], [{"row": "differs"}])
+    document = write_report(runs[:1], tmp_path / "r.html", lead=[Section("verdicts", "Verdicts", tables=[verdicts])])
+    page = (tmp_path / "r.html").read_text()
+    assert page.index('id="verdicts"') < page.index('id="results"')
+    assert rows(document, "verdicts") == [{"row": "differs"}]
+
+
+def test_spikes_and_running_means() -> None:
+    calm = [1.0 + 0.01 * (index % 3) for index in range(60)]
+    assert spikes(calm) == 0
+    assert spikes([*calm[:40], 2.0, *calm[40:]]) == 1
+    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_a_long_log_is_thinned_without_losing_a_spike() -> None:
+    values = [0.0] * 50_000
+    values[31_337] = 9.0
+    x, y = thinned(list(range(50_000)), values)
+    assert len(x) <= 602
+    assert (x[y.index(9.0)], x[0], x[-1]) == (31_337, 0, 49_999)
+
+
+def test_the_command_writes_beside_the_run_and_refuses_what_is_none(runs: list[Path], tmp_path: Path) -> None:
+    done = dude_here("report", runs[0], "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["html"] == str(runs[0] / "report.html")
+    assert Path(document["markdown"]).read_text().startswith("# lora-1")
+    assert dude_here("report", *runs[:2], cwd=tmp_path).stdout.split() == ["report.html", "report.md"]
+    assert dude_here("report", tmp_path).returncode == 2
+    assert dude_here("report", runs[0], "--out", tmp_path / "r.pdf").returncode == 2
+    with pytest.raises(UsageError, match="is no run"):
+        write_report([tmp_path], tmp_path / "r.html")
+
+
+def test_a_report_needs_neither_torch_nor_the_network(runs: list[Path], tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dude_cli.report import write_report; "
+        f"write_report([Path({str(runs[0])!r})], Path({str(tmp_path / 'r.html')!r})); "
+        "print(sorted({'torch', 'transformers', 'lm_eval', 'datasets', 'requests', 'httpx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout.strip() == "[]"
