@@ -14,6 +14,7 @@ LAYERS = [
     "__main__",
     "cli",
     "commands",
+    "scoring",
     "report",
     "init_report",
     "evaluation",
