@@ -147,10 +147,10 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, or compare two."""
     with _reported(debug, if_stopped="no result was written"):
-        from dude_cli import commands
+        from dude_cli import scoring
         from dude_cli.console import Output
 
-        options = commands.EvalOptions(
+        options = scoring.EvalOptions(
             task_names=task or (),
             num_fewshot=num_fewshot,
             limit=limit,
@@ -163,7 +163,7 @@ def evaluate(
             dtype=dtype,
             num_processes=num_processes,
         )
-        commands.evaluate(target, options, compare_base=base, compare_with=compare, output=Output(json, quiet))
+        scoring.evaluate(target, options, compare_base=base, compare_with=compare, output=Output(json, quiet))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dude_cli.report.collect import read_run
 from dude_cli.report.content import Column, Section, Table, text_column
 from dude_cli.report.page import html_page, markdown
 
-__all__ = ["Column", "Section", "Table", "text_column", "write_report"]
+__all__ = ["Column", "Section", "Table", "text_column", "write_report", "write_run_report"]
 
 
 def write_report(
@@ -36,6 +36,14 @@ def write_report(
     write_text(html, html_page(report))
     written = {"html": str(html), "markdown": str(markdown_path), "runs": [str(folder) for folder in folders]}
     return report.record() | written
+
+
+def write_run_report(run_dir: Path, say: Callable[[str], None]) -> None:
+    """The report of one run, in its own folder. If that fails, one line says so, and nothing else is lost."""
+    try:
+        write_report([run_dir], run_dir / "report.html")
+    except Exception as error:
+        say(f"no report was written: {type(error).__name__}: {error}")
 
 
 def _title(folders: Sequence[Path]) -> str:

@@ -14,6 +14,7 @@ LAYERS = [
     "__main__",
     "cli",
     "commands",
+    "scoring",
     "reproduce",
     "report",
     "init_report",

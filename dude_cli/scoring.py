@@ -1,0 +1,213 @@
+"""What `dude eval` does: score a target, or compare what two of them scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dude_cli.config import EvalTask
+from dude_cli.console import Output
+from dude_cli.errors import UsageError
+from dude_cli.launch import ranks_to_start, run_ranks
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dude_cli.target import Target
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of `dude eval` that say how a target is scored; None and empty ones leave it to the target."""
+
+    task_names: Sequence[str] = ()
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    data_dir: Path | None = None
+    include_paths: Sequence[Path] = ()
+    output_dir: Path | None = None
+    base_model: str | None = None
+    allow_other_base: bool = False
+    dtype: str | None = None
+    num_processes: int | None = None
+
+
+def evaluate(
+    target_name: str | None,
+    options: EvalOptions,
+    *,
+    compare_base: bool,
+    compare_with: tuple[str, str] | None,
+    output: Output,
+) -> None:
+    """Score a run, an adapter or a model with lm-eval, show the table, write the results; or compare two."""
+    if compare_with is not None:
+        if target_name is not None or compare_base:
+            what = f"`{target_name}`" if target_name is not None else "--base"
+            raise UsageError(
+                f"--compare takes the two that it names, and {what} is given too",
+                where="--compare",
+                fix="leave it out; a model's folder or hub name may be one of the two",
+            )
+        _compare(compare_with, options, output)
+        return
+    from dude_cli.evaluation import plain_results, results_table
+    from dude_cli.runtime import part_ranks
+    from dude_cli.target import find_target, results_dir
+
+    target = find_target(target_name)
+    tasks = _eval_tasks(target, options)
+    accelerator = _eval_ranks(options)
+    output = output.on_rank(accelerator.is_main_process)
+    folder = options.output_dir or results_dir(target)
+    results = _score(target, tasks, options, folder, accelerator, output, compare_base=compare_base)
+    if accelerator.is_main_process:
+        output.result(results_table(results), plain_results(results))
+    part_ranks()
+
+
+def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> None:
+    """Compare two results, or the scores of two runs, adapters or models, on the same questions.
+
+    A run's results are read from its eval/ if they were scored with these options, and else made.
+    """
+    from dude_cli.evaluation import read_results, requested_task, task_results
+    from dude_cli.runtime import part_ranks
+    from dude_cli.target import find_target, results_dir
+
+    files = {name: read_results(Path(name)) for name in names if Path(name).is_file()}
+    targets = {name: find_target(name) for name in names if name not in files}
+    tasks = [requested_task(results) for results in files.values()][:1] or _eval_tasks(targets[names[0]], options)
+    folders = [None if options.output_dir is None else options.output_dir / place for place in "ab"]
+    sides: list[dict[str, Any]] = []
+    for name, folder in zip(names, folders, strict=True):
+        if name in files:
+            sides.append({tasks[0].name: files[name]})
+        else:
+            sides.append(_saved(targets[name], tasks, options, folder or results_dir(targets[name])))
+    # What is missing is known before any of it is written, so all ranks of an evaluation agree on it.
+    missing = [[task for task in tasks if task.name not in side] for side in sides]
+    accelerator = _eval_ranks(options) if any(missing) else None
+    is_main = accelerator is None or accelerator.is_main_process
+    output = output.on_rank(is_main)
+    for name, folder, side, own in zip(names, folders, sides, missing, strict=True):
+        output.say(*(f"{name}: {task} was scored before" for task in side if name in targets))
+        if accelerator is not None and own:
+            results = _score(targets[name], own, options, folder or results_dir(targets[name]), accelerator, output)
+            side.update({task.name: task_results(results, task.name) for task in own})
+    if is_main:
+        _show_comparison(names, [tuple(side[task.name] for side in sides) for task in tasks], output)
+    if accelerator is not None:
+        part_ranks()
+
+
+def _show_comparison(names: tuple[str, str], pairs: Sequence[tuple[dict[str, Any], ...]], output: Output) -> None:
+    from dude_cli.evaluation import compare_results, comparison_shown, different_settings
+
+    comparisons = [comparison for a, b in pairs for comparison in compare_results(a, b)]
+    notes = list(dict.fromkeys(note for a, b in pairs for note in different_settings(a, b)))
+    output.say(*(f"note: {note}" for note in notes))
+    first, second = (
+        {"name": name, "adapter_sha256": side["adapter_sha256"]} for name, side in zip(names, pairs[0], strict=True)
+    )
+    document = {
+        "a": first,
+        "b": second,
+        "notes": notes,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+    output.result(comparison_shown(comparisons, *names), document)
+
+
+def _saved(
+    target: Target, tasks: Sequence[EvalTask], options: EvalOptions, folder: Path | None
+) -> dict[str, dict[str, Any]]:
+    """The results that `folder` has of this target's adapter, by task."""
+    from dude_cli.adapter import read_adapter_config
+    from dude_cli.evaluation import find_results
+
+    # A score is known to be of this target by its adapter's hash, which says nothing of another base.
+    if folder is None or target.adapter_dir is None or options.base_model is not None or options.allow_other_base:
+        return {}
+    sha256 = read_adapter_config(target.adapter_dir).sha256
+    found = {task.name: find_results(folder, task, adapter_sha256=sha256, dtype=options.dtype) for task in tasks}
+    return {name: results for name, results in found.items() if results is not None}
+
+
+def _eval_tasks(target: Target, options: EvalOptions) -> list[EvalTask]:
+    """The tasks asked for, else those of the run's config."""
+    from dude_cli.target import eval_config
+
+    given = _given(num_fewshot=options.num_fewshot, limit=options.limit)
+    tasks = [EvalTask(name=name, **given) for name in options.task_names] or [
+        task.model_copy(update=given) for task in eval_config(target).tasks
+    ]
+    if not tasks:
+        raise UsageError(
+            "no task to evaluate on",
+            where=str(target),
+            fix="name one, such as --task mmlu, or set eval.tasks in the config",
+        )
+    return tasks
+
+
+def _eval_ranks(options: EvalOptions) -> Accelerator:
+    """This rank, or the start of all of them, which does not come back."""
+    from dude_cli.runtime import make_accelerator
+
+    count = ranks_to_start(options.num_processes)
+    if count > 1:
+        run_ranks(count)
+    return make_accelerator()
+
+
+def _score(
+    target: Target,
+    tasks: Sequence[EvalTask],
+    options: EvalOptions,
+    folder: Path | None,
+    accelerator: Accelerator,
+    output: Output,
+    *,
+    compare_base: bool = False,
+) -> dict[str, Any]:
+    """Load a target, score it, and write the results to `folder`, if there is one, and the report of a run."""
+    from dude_cli.evaluation import EvalRequest, write_results
+    from dude_cli.evaluation import evaluate as score
+    from dude_cli.report import write_run_report
+    from dude_cli.target import eval_config, load_target, results_dir
+
+    output.say(f"evaluating {target}")
+    request = EvalRequest(
+        tasks=tuple(tasks),
+        batch_size=options.batch_size or eval_config(target).batch_size,
+        data_dir=options.data_dir,
+        include_paths=tuple(options.include_paths),
+        compare_base=compare_base,
+    )
+    loaded = load_target(
+        target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base
+    )
+    with output.counter("requests") as on_progress:
+        results = score(
+            loaded.model,
+            loaded.tokenizer,
+            request,
+            accelerator=accelerator,
+            adapter_sha256=loaded.adapter_sha256,
+            log=output.say,
+            on_progress=on_progress,
+        )
+    if accelerator.is_main_process and folder is not None:
+        for path in write_results(results, folder):
+            output.say(f"wrote {path}")
+        if target.path is not None and folder == results_dir(target):
+            write_run_report(target.path, output.say)
+    return results
+
+
+def _given(**values: int | None) -> dict[str, int]:
+    return {name: value for name, value in values.items() if value is not None}
