@@ -40,13 +40,13 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One epoch of 37 rows in windows of 7: no window and no epoch divides by two ranks."""
+    """One epoch of 37 rows in windows of 9, micro-batches of 2: one rank has more of them, and in the end all."""
     folders = {}
     for name, launch in (("one", dude), ("two", two_ranks)):
         folder = tmp_path_factory.mktemp(name)
         changes = {
             "rows": "37",
-            "global_batch_size": "7",
+            "global_batch_size": "9",
             "per_device_batch_size": "2",
             "max_steps": "6",
         }

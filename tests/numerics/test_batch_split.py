@@ -43,6 +43,7 @@ def gradients(rows: list[EncodedRow], per_device_batch_size: int, world_size: in
             device=torch.device("cpu"),
             backward=lambda loss: loss.backward(),
             world_size=world_size,
+            most_rows=-(-len(rows) // world_size),
         )
         for name, parameter in trainable_parameters(model).items():
             total[name] = total.get(name, 0) + parameter.grad.double() / world_size
