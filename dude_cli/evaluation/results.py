@@ -165,7 +165,8 @@ def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
     paths = []
     for name, request in results["requested"].items():
         part = task_results(results, name)
-        stem = name if request["limit"] is None else f"{name}.limit-{request['limit']}"
+        safe = name.replace("/", "_")  # a task file of someone's may be called ../../x
+        stem = safe if request["limit"] is None else f"{safe}.limit-{request['limit']}"
         path = folder / f"{stem}.json"
         lines = [
             json.dumps(_plain({"task": task, **sample}), ensure_ascii=False, allow_nan=False)
