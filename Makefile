@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench bench-full format config-docs clean
+.PHONY: help setup run test chaos check bench bench-full format config-docs clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ run: setup ## Train the embedded quickstart model and score it, base against tun
 
 test: setup ## Run every test; real data is found through DUDE_TEST_DATA
 	$(PYTEST)
+
+chaos: setup ## The long form of tests/chaos: kills, signals, fuzzing; half an hour
+	DUDE_CHAOS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/chaos
 
 check: setup ## Lint, format and types
 	$(BIN)/ruff check .

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,18 +31,37 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run's numbers depend on beside its config."""
+
+    world_size: int
+    base_revision: str | None  # the commit of a base from the hub
+    data_fingerprints: dict[str, str]  # of data.train and data.validation
+
+    def differences(self, now: Origin) -> list[str]:
+        """The names of what is otherwise now, with both values where a person can read them."""
+        rows = now.data_fingerprints.items() ^ self.data_fingerprints.items()
+        found = [f"{name} (other rows)" for name in sorted(dict(rows))]
+        if self.base_revision != now.base_revision:
+            found.append(f"model.revision (commit {self.base_revision}, now {now.base_revision})")
+        if self.world_size != now.world_size:
+            found.append(f"world size ({self.world_size}, now {now.world_size})")
+        return found
+
+
 @dataclass
 class TrainState:
     """Where a run stands, apart from its tensors."""
 
+    origin: Origin
     step: int = 0  # optimizer steps done
     elapsed_s: float = 0.0  # spent on the steps so far, all parts of the run together
     total_tokens: int = 0  # of the rows of the steps so far, prompts included, padding not
     per_device_batch_size: int = 0  # as `auto` was resolved
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0
-    world_size: int = 1
-    data_fingerprints: dict[str, str] = field(default_factory=dict)  # of data.train and data.validation
+    evaluation_is_due: bool = True  # of this step: none was done, or a signal ended it
     loss_scaler: dict[str, float] = field(default_factory=dict)  # of torch's GradScaler; empty but for float16
 
 
@@ -64,20 +82,21 @@ def save_checkpoint(
         save_adapter(model, partial / "adapter", base_revision=base_revision)
         files.save_tensors(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         files.write_text(partial / "state.json", json.dumps(asdict(state), indent=2) + "\n")
-        files.write_text(partial / MANIFEST, json.dumps(_checksums(partial), indent=2) + "\n")
+        files.write_text(partial / MANIFEST, _manifest(partial))
     if not is_valid(folder):
         raise AdapterError(
             "the checkpoint does not read back as it was written", where=str(folder), fix="check the disk"
         )
     for old in checkpoints(run_dir)[keep:]:
-        shutil.rmtree(old)
+        files.delete(old)
     return folder
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
     folders = (run_dir / CHECKPOINTS).glob("step-*")
-    return sorted((folder for folder in folders if re.fullmatch(r"step-\d{6,}", folder.name)), reverse=True)
+    found = [folder for folder in folders if re.fullmatch(r"step-[0-9]{6,}", folder.name)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
@@ -86,17 +105,21 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
         if is_valid(folder):
             return folder
         aside = folder.with_name(f"{folder.name}.broken")
-        shutil.rmtree(aside, ignore_errors=True)
+        files.delete(aside)
         folder.rename(aside)
         warn(f"{folder.name} is damaged and was set aside as {aside.name}; falling back to an older one")
     return None
 
 
 def is_valid(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its checksum, and no other."""
+    """Whether every file of the manifest is there with its checksum, and no other; nor a link, which leads away.
+
+    The manifest is compared as text, so a change of it that means nothing is seen too.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(manifest == _checksums(folder))
+        if folder.is_symlink() or files.links_in(folder):
+            return False
+        return (folder / MANIFEST).read_text(encoding="utf-8") == _manifest(folder)
     except (OSError, ValueError):
         return False
 
@@ -107,16 +130,19 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
 
     from dude_cli.adapter import restore_adapter
 
-    state = _read_state(folder / "state.json")
+    state = read_state(folder)
     restore_adapter(model, folder / "adapter")
     _restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
     return state
 
 
-def _read_state(path: Path) -> TrainState:
+def read_state(folder: Path) -> TrainState:
+    """Where the run stood at a valid checkpoint. Raises AdapterError for one of another version."""
+    path = folder / "state.json"
     try:
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
-    except TypeError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return TrainState(**values | {"origin": Origin(**values["origin"])})
+    except (TypeError, KeyError) as error:
         raise AdapterError(
             f"this checkpoint is of another version of dude: {error}",
             where=str(path),
@@ -124,8 +150,12 @@ def _read_state(path: Path) -> TrainState:
         ) from error
 
 
+def _manifest(folder: Path) -> str:
+    return json.dumps(_checksums(folder), indent=2) + "\n"
+
+
 def _checksums(folder: Path) -> dict[str, str]:
-    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
     return {file.relative_to(folder).as_posix(): files.sha256(file) for file in found}
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from dude_cli import __version__
-from dude_cli.errors import DudeError, ResourceError, StoppedError, UsageError
+from dude_cli.errors import StoppedError, explained, without_tokens
 from dude_cli.launch import tell_error
 from dude_cli.stopping import Interrupted, interrupting_signals
 
@@ -86,6 +86,13 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that has a run.")] = False,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="Continue a run with other settings, rows, ranks or commit of the base; its bytes cannot be repeated.",
+        ),
+    ] = False,
     smoke: Smoke = False,
     num_processes: NumProcesses = None,
     json: Json = False,
@@ -103,6 +110,7 @@ def train(
             smoke=smoke,
             overwrite=overwrite,
             num_processes=num_processes,
+            allow_changes=allow_changes,
             output=Output(json, quiet),
         )
 
@@ -407,34 +415,11 @@ def _reported(debug: bool, *, if_stopped: str = "") -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(StoppedError.exit_code) from None
     except Exception as error:
-        known = _as_dude_error(error)
+        known = explained(error)
         bug = f"this is a bug in dude {__version__}: {type(error).__name__}: {error}\nplease report the lines above"
         trace = traceback.format_exc() if debug or known is None else ""
-        tell_error(bug if known is None else str(known), trace)
+        tell_error(without_tokens(bug if known is None else str(known)), without_tokens(trace))
         raise typer.Exit(1 if known is None else known.exit_code) from None
     except (Interrupted, KeyboardInterrupt):
         tell_error(f"stopped; {if_stopped}" if if_stopped else "stopped")
         raise typer.Exit(StoppedError.exit_code) from None
-
-
-def _as_dude_error(error: Exception) -> DudeError | None:
-    """The error as the user can understand it: memory and disk have many spellings."""
-    import errno
-
-    if isinstance(error, DudeError):
-        return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = str(error.filename) if error.filename else None
-        return ResourceError(
-            f"the disk is full: {error.strerror}", where=where, fix="free some space, and give the same command again"
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
-        return UsageError(f"cannot use this path: {error.strerror}", where=path, fix="choose another path")
-    is_torch_memory = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
-    if isinstance(error, MemoryError) or is_torch_memory:
-        return ResourceError(
-            "out of memory",
-            fix="lower train.per_device_batch_size or data.max_length, or use model.dtype: bfloat16",
-        )
-    return None

@@ -57,7 +57,8 @@ def init(
             where="output_dir",
             fix="choose another, or `dude train --overwrite`",
         )
-    prepared = prepare(config, accelerator, output.say, counter=partial(output.counter, every=32))
+    counter = partial(output.counter, every=32)
+    prepared = prepare(config, accelerator, output.say, counter=counter, continues=False)
     output.say(*prepared.data.warnings())
     if accelerator.is_main_process:
         checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
@@ -85,6 +86,7 @@ def train(
     *,
     smoke: bool,
     overwrite: bool,
+    allow_changes: bool,
     num_processes: int | None,
     output: Output,
 ) -> None:
@@ -97,29 +99,36 @@ def train(
     from dude_cli.init_report import init_report, memory_line
     from dude_cli.metrics import run_summary
     from dude_cli.prepare import prepare
+    from dude_cli.ranks import stopping_together
     from dude_cli.report import write_run_report
-    from dude_cli.run_dir import check_run_dir, is_finished_run
+    from dude_cli.run_dir import changed_settings, check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator, part_ranks, stop_signals
     from dude_cli.train import train as run_training
 
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.train.distributed_timeout_s)
     output = output.on_rank(accelerator.is_main_process)
-    check_run_dir(config)
-    is_finished = not overwrite and is_finished_run(config)
-    accelerator.wait_for_everyone()  # before any rank writes, all have looked at the same folder
-    if is_finished:
-        output.say(f"{config.output_dir} holds this run, finished; --overwrite starts anew")
-        summary = run_summary(config)
-    else:
-        counter = partial(output.counter, every=32)
-        prepared = prepare(config, accelerator, output.say, counter=counter, overwrite=overwrite)
-        output.say(*prepared.data.warnings())
-        if not prepared.reused:
-            output.progress.print(init_report(prepared))
-        with stop_signals() as stop:
-            summary = run_training(prepared, accelerator, output.progress, stop)
-        if accelerator.is_main_process:
-            write_run_report(config.run_dir, output.say)
+    with stopping_together(accelerator):
+        check_run_dir(config)
+        is_finished = not overwrite and is_finished_run(config, allow_changes=allow_changes)
+        changed = [] if overwrite else changed_settings(config)
+        accelerator.wait_for_everyone()  # before any rank writes, all have looked at the same folder
+        if is_finished:
+            output.say(f"{config.output_dir} holds this run, finished; --overwrite starts anew")
+            summary = run_summary(config)
+        else:
+            if changed:
+                output.say(f"continuing with other settings: {', '.join(changed)}")
+            counter = partial(output.counter, every=32)
+            prepared = prepare(
+                config, accelerator, output.say, counter=counter, overwrite=overwrite, allow_changes=allow_changes
+            )
+            output.say(*prepared.data.warnings())
+            if not prepared.reused:
+                output.progress.print(init_report(prepared))
+            with stop_signals() as stop:
+                summary = run_training(prepared, accelerator, output.progress, stop)
+            if accelerator.is_main_process:
+                write_run_report(config.run_dir, output.say)
     if accelerator.is_main_process:
         shown = [f"adapter: {config.run_dir / 'adapter'}", f"score it: dude eval {config.output_dir}"]
         if (config.run_dir / "report.html").exists():
@@ -319,7 +328,15 @@ def reproduce_run(job: Job) -> None:
 
     output = Output()
     if job.anew or not job.run.is_finished:
-        train(job.config_path, [], smoke=job.run.is_smoke, overwrite=job.anew, num_processes=1, output=output)
+        train(
+            job.config_path,
+            [],
+            smoke=job.run.is_smoke,
+            overwrite=job.anew,
+            allow_changes=False,
+            num_processes=1,
+            output=output,
+        )
     for task in job.missing_tasks():
         options = EvalOptions(
             task_names=[task.name],
@@ -375,7 +392,7 @@ def _resolved(config: Config, *, smoke: bool, overwrite: bool = False) -> Config
         from dude_cli.runtime import make_accelerator
         from dude_cli.smoke import smoke_config, write_smoke_inputs
 
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(config.train.distributed_timeout_s)
         if accelerator.is_main_process:
             write_smoke_inputs(config)
         accelerator.wait_for_everyone()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli.config import AdapterConfig
 from dude_cli.console import Count
-from dude_cli.errors import AdapterError, DudeError
+from dude_cli.ranks import failing_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ def decompose_on_all_ranks(
     """The decomposition of each target layer, on the main rank; the others return nothing.
 
     Each layer is decomposed by one rank, and none depends on another, so the bytes are those of a single rank with as
-    many threads. `on_layer` counts the layers of this rank. Raises DudeError on all ranks if one of them does.
+    many threads. `on_layer` counts the layers of this rank. An error of one rank is raised on all.
     """
     from dude_cli.adapter import check_ranks, find_targets
 
@@ -47,14 +47,10 @@ def decompose_on_all_ranks(
     owners = share_out(targets, accelerator.num_processes)
     own = [name for name, owner in owners.items() if owner == accelerator.process_index]
     found: dict[str, PrincipalFactors] = {}
-    failure: DudeError | None = None
-    try:
+    with failing_together(accelerator):
         for number, name in enumerate(own, start=1):
             found[name] = decompose(name, targets[name], config)
             on_layer(number, len(own))
-    except DudeError as error:
-        failure = error
-    _fail_together(failure)
     return _gather(found, targets, owners, config.rank, accelerator) if accelerator.num_processes > 1 else found
 
 
@@ -100,17 +96,6 @@ def check_decompositions(model: PreTrainedModel) -> list[CheckedLayer]:
         exact = exact_singular_values(dense_weight(layer.base_layer), layer.rank).sum()
         checked.append(CheckedLayer(name, float(S.sum() / exact) if exact > 0 else 1.0))
     return checked
-
-
-def _fail_together(failure: DudeError | None) -> None:
-    """Raise on every rank if one failed, so that none waits for it."""
-    from accelerate.utils import gather_object
-
-    failures = [what for what in gather_object([None if failure is None else str(failure)]) if what is not None]
-    if failure is not None:
-        raise failure
-    if failures:
-        raise AdapterError(f"another rank could not decompose its layers: {failures[0]}")
 
 
 def _gather(

@@ -15,6 +15,10 @@ A message has four parts: what failed, the value, where, and what to do next.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 
 class DudeError(Exception):
     """A failure that is explained to the user without a traceback.
@@ -68,6 +72,54 @@ class NumberNotMetError(DudeError):
 
 class StoppedError(DudeError):
     exit_code = 75
+
+
+def explained(error: BaseException) -> DudeError | None:
+    """The error as the user can understand it, None for one that is a bug: memory and disk have many spellings."""
+    if isinstance(error, DudeError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = str(error.filename) if error.filename else None
+        return ResourceError(
+            f"the disk is full: {error.strerror}", where=where, fix="free some space, and give the same command again"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        return UsageError(f"cannot use this path: {error.strerror}", where=path, fix="choose another path")
+    if is_lost_rank(error):
+        first = str(error).strip().splitlines()[0]
+        return DudeError(
+            f"another rank is gone, or does not answer: {first[:200]}",
+            fix="see what it said; the same command continues after the last checkpoint",
+        )
+    if is_out_of_memory(error):
+        return ResourceError(
+            "out of memory",
+            fix="lower train.per_device_batch_size or data.max_length, or use model.dtype: bfloat16",
+        )
+    return None
+
+
+def without_tokens(text: str) -> str:
+    """`text` with Hugging Face's access tokens blotted out: what is printed or stored may be passed on."""
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    for secret in filter(None, (os.environ.get(name, "").strip() for name in names)):
+        text = text.replace(secret, "***")
+    return re.sub(r"hf_[A-Za-z0-9]{30,}", "***", text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's GPU allocator or its CPU allocator had no memory left."""
+    is_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
+    return is_torch or isinstance(error, MemoryError)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective operation failed: a rank has ended, or did not come within the time limit."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error)
+    is_gloo = isinstance(error, RuntimeError) and ("gloo" in text or "Connection closed by peer" in text)
+    return is_gloo or bool(kinds & {"DistBackendError", "DistNetworkError", "DistStoreError"})
 
 
 def nearest(name: str, candidates: list[str], count: int = 3) -> list[str]:

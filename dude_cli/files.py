@@ -24,13 +24,18 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # it may be a link to somewhere else
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -87,10 +92,10 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that takes its place at the end; an exception leaves all as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     recover_folder(path)
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    delete(partial)
     partial.mkdir()
     try:
         yield partial
@@ -130,6 +135,33 @@ def recover_folder(path: Path) -> None:
             os.rename(old, path)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, so that a crash does not take one that something was written to."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder with all that is in it, or a file; of a link, the link alone. Nothing there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def links_in(folder: Path) -> list[Path]:
+    """The symbolic links in a folder, sorted; none is followed."""
+    found = [Path(parent) / name for parent, folders, names in os.walk(folder) for name in (*folders, *names)]
+    return sorted(path for path in found if path.is_symlink())
+
+
+def size_bytes(folder: Path) -> int:
+    """The bytes of all files in a folder; 0 without one."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def check_writable(folder: Path) -> None:
     """Raise OSError unless `folder` can be made and written to; nothing is left behind."""
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -152,21 +184,19 @@ def sync(path: Path) -> None:
 
 
 def _sync_all(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            sync(file)
-    sync(folder)
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
 
 
 def _replace_folder(partial: Path, path: Path) -> None:
     # A folder cannot be renamed onto one that has files, so the old one steps aside first.
     old = _aside(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    delete(old)
+    if os.path.lexists(path):
         os.rename(path, old)
     os.rename(partial, path)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    delete(old)
 
 
 def _aside(path: Path) -> Path:

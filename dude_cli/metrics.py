@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,11 +33,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 
@@ -72,8 +76,11 @@ def _read_memory(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / MEMORY_FILE
     if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {key: record[key] for key in ("predicted_training_bytes", "measured_training_bytes", "measured")}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {key: record[key] for key in ("predicted_training_bytes", "measured_training_bytes", "measured")}
+    except (ValueError, KeyError, TypeError):  # damaged: a summary goes without
+        return None
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
@@ -89,9 +96,17 @@ def check_trackers(report_to: Sequence[str]) -> None:
 class MetricsLog:
     """Appends one JSON object per line to metrics.jsonl, and the numbers to TensorBoard when asked."""
 
-    def __init__(self, run_dir: Path, report_to: list[str], *, from_step: int) -> None:
-        """Keep the lines of the first `from_step` steps, which a resumed run does not repeat."""
-        kept = [record for record in read_metrics(run_dir) if from_step > 0 and record["step"] <= from_step]
+    def __init__(self, run_dir: Path, report_to: list[str], *, from_step: int, with_evaluation: bool) -> None:
+        """Keep the lines of the first `from_step` steps, which a resumed run does not repeat.
+
+        Those of the last step's evaluation are kept `with_evaluation`: else it is to be done again.
+        """
+        kept = [
+            record
+            for record in read_metrics(run_dir)
+            if from_step > 0
+            and (record["step"] < from_step or (record["step"] == from_step and (with_evaluation or "loss" in record)))
+        ]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         files.write_text(run_dir / METRICS_FILE, text)
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
@@ -108,6 +123,10 @@ class MetricsLog:
             for key, value in record.items():
                 if key != "step" and value is not None:
                     self._writer.add_scalar(key, value, record["step"])
+
+    def sync(self) -> None:
+        """Ask the disk to hold all lines before going on."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -39,6 +39,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
             device_map=device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,  # never a pickle, which is code
             **_quantization_options(config),
         )
     _check_quantized(model, config)
@@ -93,13 +94,17 @@ def load_tokenizer(config: ModelConfig, adapter_dir: Path | None = None) -> PreT
 
 
 def hub_commit(config: ModelConfig) -> str | None:
-    """The commit that `config.revision` stands for, of a model loaded from the hub; None for a local one."""
-    from huggingface_hub import try_to_load_from_cache
+    """The commit that `config.revision` stands for now, of a model on the hub; None for a local one.
+
+    Offline it is the one that was downloaded last. Raises UsageError with what to do.
+    """
+    from huggingface_hub import hf_hub_download
 
     if _path(config) != config.name_or_path or Path(config.name_or_path).is_dir():
         return None
-    found = try_to_load_from_cache(config.name_or_path, "config.json", revision=config.revision or "main")
-    return Path(found).parent.name if isinstance(found, str) else None
+    with _explained(config):
+        found = hf_hub_download(config.name_or_path, "config.json", revision=config.revision)
+    return Path(found).parent.name
 
 
 def saved_dtype(config: ModelConfig) -> DType:
@@ -264,6 +269,11 @@ def _reason(error: BaseException, name: str) -> tuple[str, str]:
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return f"the hub has no model {name}, or it is private", "check the name, or run `hf auth login`"
+    if "safetensors" in text and (".bin" in text or "no file named" in text or "not appear to have" in text):
+        return (
+            f"{name} has no weights in safetensors files, and pickled ones are never read",
+            "load it where you trust it, and write it anew with save_pretrained",
+        )
     if "trust_remote_code" in text:
         return f"{name} needs Python code of its own to load", "read that code, then set model.trust_remote_code: true"
     return f"{name} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}", "see --debug"

@@ -6,18 +6,22 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dude_cli import files, quickstart
+from dude_cli.checkpoint import Origin
 from dude_cli.config import Config, DataSource, TrainConfig, dump_config
 from dude_cli.console import Counter, no_counter
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
+from dude_cli.disk import check_disk_space
 from dude_cli.errors import UsageError
 from dude_cli.memory import PeakMemory
 from dude_cli.metrics import check_trackers
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
-from dude_cli.run_dir import check_writable, clear_run
+from dude_cli.ranks import on_main_rank
+from dude_cli.resume import checkpoint_to_continue
+from dude_cli.run_dir import begun_base_revision, check_writable, clear_run
 from dude_cli.runtime import environment, local_main_first
 from dude_cli.schedule import total_steps, warmup_steps
 from dude_cli.sharding import blocks_of
@@ -77,13 +81,8 @@ class Prepared:
     source_sha256: str | None  # of the adapter that the run continues from
     memory: MemoryEstimate | None  # the forecast, on the main rank; None for a model that has none
     peak_memory: PeakMemory
-
-    def data_fingerprints(self) -> dict[str, str]:
-        """What tells other rows under the same names, for a run that continues."""
-        found = {"data.train": self.data.fingerprint}
-        if self.data.validation is not None:
-            found["data.validation"] = self.data.validation.fingerprint()
-        return found
+    origin: Origin
+    checkpoint: Path | None  # to continue from
 
     def report(self) -> dict[str, object]:
         """The same for machines: what `dude init --json` prints."""
@@ -113,45 +112,50 @@ def prepare(
     *,
     counter: Counter = no_counter,
     overwrite: bool = False,
+    continues: bool = True,
+    allow_changes: bool = False,
 ) -> Prepared:
     """Check everything, load, make or reuse `initial/`, and verify that the patched model is the base.
 
     Each rank decomposes its share; the main one writes and the others read that, so all have the same bytes. With
-    `overwrite`
-    an earlier training in the run folder is deleted, once nothing can be wrong any more.
-    Raises DudeError of the kind that fits, before anything is written where that can be known.
+    `overwrite` an earlier training in the run folder is deleted, once nothing can be wrong any more; else, if it
+    `continues`, the checkpoint to go on from is looked for, and refused if the run was another one and that is not
+    allowed. Raises DudeError of the kind that fits, before anything is written where that can be known.
     """
-    if accelerator.is_main_process:
-        check_writable(config.run_dir)
+    on_main_rank(accelerator, lambda: check_writable(config.run_dir))
     check_trackers(config.train.report_to)
     check_quantization(config.model)
     if config.train.weight_decay > 0 and config.adapter.has_svd_init:
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
-    tokenizer = load_tokenizer(config.model)
+    # One commit for all that is read of a base from the hub, whatever its branch points to in the meantime.
+    begun = None if overwrite else begun_base_revision(config)
+    model_revision = begun or on_main_rank(accelerator, lambda: hub_commit(config.model))
+    base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
+    tokenizer = load_tokenizer(base)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say)
     plan = make_plan(config, data, accelerator.num_processes)
+    origin = Origin(accelerator.num_processes, model_revision, data.fingerprints())
+    checkpoint = None
+    if continues and not overwrite:
+        checkpoint = checkpoint_to_continue(config.run_dir, origin, accelerator, say, allow_changes=allow_changes)
     memory = _forecast(config, plan, int(data.train.lengths.max()), say) if accelerator.is_main_process else None
     peak_memory = PeakMemory(accelerator.device)
     bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
-    model = load_model(config.model, accelerator.device)
+    model = load_model(base, accelerator.device)
     check_vocabulary(model, tokenizer)
     if config.train.distributed == "fsdp":
         blocks_of(model)  # that cannot be sharded is better known before an hour of decomposing
+    on_main_rank(accelerator, lambda: check_disk_space(config, model))
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
-    model_revision = hub_commit(config.model)
     start = Start(config, model, data.train[0].input_ids, model_revision, say, counter)
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
-    if accelerator.is_main_process:
-        if overwrite:
-            clear_run(config)
-        record = environment(str(accelerator.device), accelerator.num_processes, model_revision)
-        files.write_text(config.run_dir / "config.yaml", dump_config(config))
-        files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
-    accelerator.wait_for_everyone()  # no rank may find the checkpoints of a run that is being cleared
+    record = environment(str(accelerator.device), origin.world_size, model_revision)
+    record["data_revisions"] = data.revisions
+    on_main_rank(accelerator, lambda: _write_run(config, record, overwrite=overwrite))
     layers = layer_reports(model)
     return Prepared(
         config=config,
@@ -167,7 +171,16 @@ def prepare(
         source_sha256=start.source_sha256(),
         memory=memory,
         peak_memory=peak_memory,
+        origin=origin,
+        checkpoint=checkpoint,
     )
+
+
+def _write_run(config: Config, record: dict[str, Any], *, overwrite: bool) -> None:
+    if overwrite:
+        clear_run(config)
+    files.write_text(config.run_dir / "config.yaml", dump_config(config))
+    files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
 
 
 def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from dude_cli import files
@@ -13,6 +14,8 @@ from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
 
 INITIAL, RESULT, BEST = "initial", "adapter", "best"
 REPORT_FILES = ("report.html", "report.md")
+FILES = ("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
+FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", "tensorboard")
 # Settings that may change between two parts of one run: they do not touch what is learned.
 FREE_SETTINGS = {
     "logging_steps",
@@ -21,6 +24,12 @@ FREE_SETTINGS = {
     "report_to",
     "per_device_batch_size",
     "distributed",
+    "distributed_timeout_s",
+}
+# Settings that a checkpoint's tensors were made with.
+FIXED_SETTINGS = {
+    f"adapter.{key}"
+    for key in ("method", "rank", "alpha", "rank_stabilized", "target_modules", "exclude_modules", "svd", "init_from")
 }
 
 
@@ -29,6 +38,7 @@ def check_run_dir(config: Config) -> None:
     folder = config.run_dir
     if folder.is_file():
         raise UsageError(f"{folder} is a file", where="output_dir", fix="name a folder")
+    refuse_links(folder, (*FILES, *FOLDERS))
     for name in (INITIAL, RESULT, BEST):
         files.recover_folder(folder / name)
     # Hidden files may be what a killed process left half-written.
@@ -43,37 +53,64 @@ def check_run_dir(config: Config) -> None:
         )
 
 
-def is_finished_run(config: Config) -> bool:
-    """Whether the run folder holds this run, finished. Raises UsageError if it holds steps of another config."""
-    folder = config.run_dir
-    if has_steps(folder):
-        changed = _changed_settings(load_config(folder / "config.yaml"), config)
-        if changed:
-            raise UsageError(
-                f"{folder} holds a run of another config; different are: {', '.join(changed)}",
-                where=f"output_dir: {folder}",
-                fix="choose another output_dir, or start anew with --overwrite",
-            )
-    return (folder / RESULT).is_dir()
-
-
-def refuse_other_data(before: dict[str, str], now: dict[str, str], checkpoint: Path) -> None:
-    """Raise UsageError if rows have other fingerprints than those that the run was started with."""
-    changed = [name for name in now if before.get(name) != now[name]]
-    if changed:
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise UsageError if one of these in `folder` is a link: what is written to it would land somewhere else."""
+    links = [name for name in names if (folder / name).is_symlink()]
+    if links:
         raise UsageError(
-            f"the rows of {' and '.join(changed)} are not those that the run was started with",
-            where=str(checkpoint),
-            fix="put the data back, or start anew with --overwrite",
+            f"{', '.join(links)} in it would lead what is written out of the folder: a symbolic link",
+            where=str(folder),
+            fix="put the folder itself where the files are to be, or choose another one",
         )
+
+
+def is_finished_run(config: Config, *, allow_changes: bool = False) -> bool:
+    """Whether the run folder holds this run, finished. Raises UsageError if it holds steps of another config.
+
+    `allow_changes` lets an unfinished run have other settings than those which its tensors were made with.
+    """
+    folder = config.run_dir
+    is_finished = (folder / RESULT).is_dir()
+    changed = changed_settings(config)
+    refused = changed if is_finished or not allow_changes else [key for key in changed if key in FIXED_SETTINGS]
+    if refused:
+        may_be_allowed = not is_finished and not FIXED_SETTINGS.intersection(changed)
+        fix = "choose another output_dir, or start anew with --overwrite"
+        if may_be_allowed:
+            fix += "; --allow-changes continues all the same, and the result is then that of no single training"
+        raise UsageError(
+            f"{folder} holds a run of another config; different are: {', '.join(refused)}",
+            where=f"output_dir: {folder}",
+            fix=fix,
+        )
+    return is_finished
+
+
+def changed_settings(config: Config) -> list[str]:
+    """The dotted keys that matter to what is learned and differ from those of the run folder's steps, if it has any."""
+    folder = config.run_dir
+    return _changed_settings(load_config(folder / "config.yaml"), config) if has_steps(folder) else []
+
+
+def begun_base_revision(config: Config) -> str | None:
+    """The commit of the base that the steps in the run folder were made on; None without steps, or for another base."""
+    folder = config.run_dir
+    if not has_steps(folder):
+        return None
+    before = load_config(folder / "config.yaml").model
+    is_same = (before.name_or_path, before.revision) == (config.model.name_or_path, config.model.revision)
+    try:
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["model_revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if is_same and isinstance(found, str) else None
 
 
 def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
-    for name in (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard"):
-        shutil.rmtree(config.run_dir / name, ignore_errors=True)
-    for name in (METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES):
-        (config.run_dir / name).unlink(missing_ok=True)
+    left = (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
+    for name in left:
+        files.delete(config.run_dir / name)
 
 
 def check_writable(folder: Path) -> None:
@@ -89,10 +126,10 @@ def check_writable(folder: Path) -> None:
 
 
 def initial_key(folder: Path) -> str | None:
-    """What says what the adapter of `initial/` was made from; None if there is none."""
+    """What says what the adapter of `initial/` was made from; None if there is none, or it cannot be read."""
     try:
         return (folder / "key").read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None
 
 

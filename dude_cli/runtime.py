@@ -13,11 +13,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.errors import UsageError
+from dude_cli.errors import UsageError, is_lost_rank, without_tokens
 from dude_cli.stopping import SIGNALS, Interrupted
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ class StopSignal:
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignal]:
-    """Within, the first SIGINT, SIGTERM or SIGUSR1 is only remembered; a second SIGINT interrupts at once."""
+    """Within, the first signal is only remembered; a second SIGINT interrupts at once.
+
+    So does, after a signal, the loss of another rank that was interrupted.
+    """
     stop = StopSignal()
 
     def remember(number: int, _frame: Any) -> None:
@@ -71,19 +75,24 @@ def stop_signals() -> Iterator[StopSignal]:
     before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
         yield stop
+    except RuntimeError as error:
+        if stop and is_lost_rank(error):
+            raise Interrupted from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(timeout_s: float | None = None) -> Accelerator:
     """accelerate's view of the ranks and devices, with the libraries' own chatter off.
 
-    Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer casts. Raises
-    UsageError if accelerate's own configuration asks for an engine that shards models itself.
+    A rank that waits for another one longer than `timeout_s`, else torch's own limit, ends with an error; the first
+    call decides. Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer
+    casts. Raises UsageError if accelerate's own configuration asks for an engine that shards models itself.
     """
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     _refuse_other_engines()
     quiet_libraries()
@@ -92,7 +101,8 @@ def make_accelerator() -> Accelerator:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
-    return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp])
+    group = InitProcessGroupKwargs(timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+    return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp, group])
 
 
 def _refuse_other_engines() -> None:
@@ -173,7 +183,7 @@ def environment(device: str, world_size: int, model_revision: str | None) -> dic
         "torch_threads": torch.get_num_threads(),
         "world_size": world_size,
         "model_revision": model_revision,
-        "command": sys.argv,
+        "command": [without_tokens(argument) for argument in sys.argv],
     }
 
 

@@ -55,10 +55,13 @@ def evaluate(
         _compare(compare_with, options, output)
         return
     from dude_cli.evaluation import plain_results, results_table
+    from dude_cli.run_dir import REPORT_FILES, refuse_links
     from dude_cli.runtime import part_ranks
     from dude_cli.target import find_target, results_dir
 
     target = find_target(target_name)
+    if options.output_dir is None and target.kind == "run" and target.path is not None:
+        refuse_links(target.path, ["eval", *REPORT_FILES])
     tasks = _eval_tasks(target, options)
     accelerator = _eval_ranks(options)
     output = output.on_rank(accelerator.is_main_process)

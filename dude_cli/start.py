@@ -16,6 +16,7 @@ from dude_cli.console import Counter
 from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import AdapterError
 from dude_cli.init_from import keeps_own_start, source_folder, source_sha256
+from dude_cli.ranks import on_main_rank
 from dude_cli.run_dir import INITIAL, RESULT, initial_key
 
 if TYPE_CHECKING:
@@ -45,22 +46,19 @@ class Start:
         Returns whether it was there. All ranks decompose, the main one makes and checks it, the others read it.
         Raises AdapterError unless the base model is still there, bit for bit; see `_check`.
         """
-        from accelerate.utils import broadcast_object_list
-
-        reused = False
-        if accelerator.is_main_process:
-            base_logits = self._logits()
-            reused = self._reuse(overwrite=overwrite)
-        reused = bool(broadcast_object_list([reused])[0])
+        base_logits = self._logits() if accelerator.is_main_process else None
+        reused = on_main_rank(accelerator, lambda: self._reuse(overwrite=overwrite))
         found = {} if reused else self._decompose(accelerator)
-        if accelerator.is_main_process:
-            if not reused:
-                self._make(found)
-            self._check(base_logits)
-        accelerator.wait_for_everyone()
+        on_main_rank(accelerator, lambda: self._make_checked(None if reused else found, base_logits))
         if not accelerator.is_main_process:
             self._load(self.config.run_dir / INITIAL / RESULT)
         return reused
+
+    def _make_checked(self, found: dict[str, PrincipalFactors] | None, base_logits: torch.Tensor | None) -> None:
+        assert base_logits is not None
+        if found is not None:
+            self._make(found)
+        self._check(base_logits)
 
     def source_sha256(self) -> str | None:
         """What identifies the adapter that the run continues from, by the copy in `initial/`; None without one."""

@@ -8,23 +8,30 @@ import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import files
-from dude_cli.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
+from dude_cli.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from dude_cli.data import StepOrder, collate, longest_first
-from dude_cli.errors import DivergedError, ResourceError, StoppedError
+from dude_cli.errors import DivergedError, ResourceError, StoppedError, is_out_of_memory
 from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.memory import keep_freed_memory
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
-from dude_cli.run_dir import BEST, RESULT, refuse_other_data
+from dude_cli.ranks import on_main_rank
+from dude_cli.run_dir import BEST, RESULT
 from dude_cli.runtime import StopSignal, process_age_s, seed_everything
 from dude_cli.schedule import learning_rate_at
 from dude_cli.sharding import share_model
-from dude_cli.train_step import StepResult, accumulate_gradients, equal_batches, make_loss_scaler, make_optimizer
+from dude_cli.train_step import (
+    StepResult,
+    accumulate_gradients,
+    equal_batches,
+    exchange_gradients,
+    make_loss_scaler,
+    make_optimizer,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,28 +54,26 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
     config, plan, state = prepared.config.train, prepared.plan, run.state
     with ExitStack() as stack:
         display = run.open(stack)
-        if state.step == 0:
-            run.evaluate()
+        if not run.evaluate(stop):
+            raise run.stopped(stop)
         first_step = {"first_step_s": process_age_s()}
         while state.step < plan.total_steps and not run.is_out_of_patience():
             started = time.perf_counter()
             step = run.step(stop)
             state.step += 1
             state.total_tokens += step.tokens
-            is_last = state.step == plan.total_steps
-            is_evaluated = is_last or is_due(config.eval_steps, state.step)
+            state.evaluation_is_due = state.step == plan.total_steps or is_due(config.eval_steps, state.step)
             tokens_per_s = step.tokens / (time.perf_counter() - started)
             display.step(state.step, step.loss, step.learning_rate, tokens_per_s)
             # An evaluation may be the last thing: its step has a line in the log too.
-            if is_evaluated or is_due(config.logging_steps, state.step):
+            if state.evaluation_is_due or is_due(config.logging_steps, state.step):
                 speed = {"tokens_per_s": tokens_per_s, "elapsed_s": run.elapsed_s()}
                 run.log(step.record() | {"total_tokens": state.total_tokens} | speed | first_step)
                 first_step = {}
-            if is_evaluated:
-                run.evaluate()
-            if step.stops or is_due(config.save_steps, state.step):
+            stops = not run.evaluate(stop) or step.stops
+            if stops or is_due(config.save_steps, state.step):
                 run.save()
-            if step.stops and not is_last:
+            if stops and (state.evaluation_is_due or state.step < plan.total_steps):
                 raise run.stopped(stop)
     return run.finish()
 
@@ -113,7 +118,12 @@ class _Run:
         """Open metrics.jsonl and the live line for the length of the run."""
         self.display = TrainDisplay(self.console, self.prepared.plan.total_steps, self.state.step)
         if self.accelerator.is_main_process:
-            self._metrics = MetricsLog(self.run_dir, list(self.config.train.report_to), from_step=self.state.step)
+            self._metrics = MetricsLog(
+                self.run_dir,
+                list(self.config.train.report_to),
+                from_step=self.state.step,
+                with_evaluation=not self.state.evaluation_is_due,
+            )
             stack.callback(self._metrics.close)
         self._started = time.perf_counter() - self.state.elapsed_s
         return stack.enter_context(self.display)
@@ -122,7 +132,6 @@ class _Run:
         """One optimizer step on the global batch that belongs to (seed, step)."""
         from torch.nn.utils import clip_grad_norm_
 
-        seed_everything(self.config.seed, self.state.step, self.accelerator.process_index)
         data, step = self.prepared.data.train, self.state.step
         batch = self.order.rows(step)
         target_tokens = int(data.target_tokens[batch].sum())
@@ -130,9 +139,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         own = [data[int(row)] for row in self._share(batch)]
-        own_loss = self._gradients(own, self._most(batch), target_tokens)
-        # Each rank has its own signals, and all must stop at one step: the ranks share them with the loss.
-        total_loss, stopped_ranks = self._sum_over_ranks(own_loss, own_loss.new_tensor(float(bool(stop))))
+        total_loss, stops = self._gradients(own, self._most(batch), target_tokens, stop)
         loss = total_loss / target_tokens
         self.scaler.unscale_(self.optimizer)
         limit = self.config.train.max_grad_norm
@@ -143,16 +150,21 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = int(data.lengths[batch].sum())
-        return StepResult(
-            loss, grad_norm if is_finite else None, learning_rate, tokens, target_tokens, stopped_ranks > 0
-        )
+        return StepResult(loss, grad_norm if is_finite else None, learning_rate, tokens, target_tokens, stops)
 
-    def evaluate(self) -> None:
-        """Log the mean loss over the validation rows, and keep the adapter if early stopping wants the best."""
+    def evaluate(self, stop: StopSignal) -> bool:
+        """If it is due, log the mean loss over the validation rows, and keep the adapter if it is the best so far.
+
+        Returns False if a signal to any rank ended it: it is still due then, when the run goes on.
+        """
         rows = self.prepared.data.validation
-        if rows is None:
-            return
-        loss = self._validation_loss(rows)
+        if rows is None or not self.state.evaluation_is_due:
+            self.state.evaluation_is_due = False
+            return True
+        loss = self._validation_loss(rows, stop)
+        if loss is None:
+            return False
+        self.state.evaluation_is_due = False
         if not math.isfinite(loss):
             raise DivergedError(
                 f"the evaluation loss is {loss} after step {self.state.step}",
@@ -163,10 +175,11 @@ class _Run:
         self.display.message(f"step {self.state.step}  eval_loss {loss:.4f}")
         if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
             self.state.best_eval_loss, self.state.evaluations_since_best = loss, 0
-            if self.config.train.early_stopping_patience is not None and self.accelerator.is_main_process:
-                self._save_adapter(BEST)
+            if self.config.train.early_stopping_patience is not None:
+                on_main_rank(self.accelerator, lambda: self._save_adapter(BEST))
         else:
             self.state.evaluations_since_best += 1
+        return True
 
     def is_out_of_patience(self) -> bool:
         patience = self.config.train.early_stopping_patience
@@ -175,21 +188,25 @@ class _Run:
     def save(self) -> None:
         self.state.elapsed_s = self.elapsed_s()
         self.state.loss_scaler = self.scaler.state_dict()
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.run_dir,
-                self.model,
-                self.optimizer,
-                self.state,
-                keep=self.config.train.save_total_limit,
-                base_revision=self.prepared.model_revision,
-            )
-        self.accelerator.wait_for_everyone()
+        on_main_rank(self.accelerator, self._save_checkpoint)
+
+    def _save_checkpoint(self) -> None:
+        if self._metrics is not None:
+            self._metrics.sync()  # a checkpoint's steps have their lines, also after a power cut
+        save_checkpoint(
+            self.run_dir,
+            self.model,
+            self.optimizer,
+            self.state,
+            keep=self.config.train.save_total_limit,
+            base_revision=self.prepared.model_revision,
+        )
 
     def stopped(self, stop: StopSignal) -> StoppedError:
         name, total = stop.name or "a signal to another rank", self.prepared.plan.total_steps
+        saved = "a checkpoint is saved" if self.state.step else "there is nothing to save yet"
         return StoppedError(
-            f"stopped by {name} after step {self.state.step} of {total}; a checkpoint is saved",
+            f"stopped by {name} after step {self.state.step} of {total}; {saved}",
             where=str(self.run_dir),
             fix="the same command continues",
         )
@@ -198,15 +215,15 @@ class _Run:
         """Write `adapter/`: the last step's, or with early stopping the best evaluation's."""
         from dude_cli.adapter import restore_adapter
 
-        self.accelerator.wait_for_everyone()  # the main rank may still be writing the best one
         if self.config.train.early_stopping_patience is not None:
             restore_adapter(self.model, self.run_dir / BEST)
-        if self.accelerator.is_main_process:
-            self._save_memory()
-            self._save_adapter(RESULT)
-            self._save_layers()
-        self.accelerator.wait_for_everyone()
+        on_main_rank(self.accelerator, self._save_result)
         return run_summary(self.config)
+
+    def _save_result(self) -> None:
+        self._save_memory()
+        self._save_adapter(RESULT)
+        self._save_layers()
 
     def log(self, record: dict[str, Any]) -> None:
         if self._metrics is not None:
@@ -216,36 +233,69 @@ class _Run:
         return time.perf_counter() - self._started
 
     def _restore(self) -> TrainState:
-        plan, fingerprints = self.prepared.plan, self.prepared.data_fingerprints()
-        folder = self._newest_checkpoint()
+        plan, folder = self.prepared.plan, self.prepared.checkpoint
         if folder is None:
-            return TrainState(
-                per_device_batch_size=plan.per_device_batch_size,
-                world_size=plan.world_size,
-                data_fingerprints=fingerprints,
-            )
+            return TrainState(self.prepared.origin, per_device_batch_size=plan.per_device_batch_size)
         state = load_checkpoint(folder, self.model, self.optimizer)
-        refuse_other_data(state.data_fingerprints, fingerprints, folder)
+        state.origin = self.prepared.origin
         self.console.print(f"continuing after step {state.step}, from {folder}", highlight=False)
-        if state.world_size != plan.world_size:
-            self.console.print(
-                f"on {plan.world_size} ranks, before on {state.world_size}: the same steps, rounded otherwise"
-            )
-            state.world_size = plan.world_size
         if self.config.train.per_device_batch_size != "auto":
             state.per_device_batch_size = plan.per_device_batch_size
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state.loss_scaler)
         return state
 
-    def _newest_checkpoint(self) -> Path | None:
-        """The main rank looks, and sets damaged ones aside; the others take what it has found."""
-        from accelerate.utils import broadcast_object_list
+    def _gradients(
+        self, rows: list[EncodedRow], most_rows: int, target_tokens: int, stop: StopSignal
+    ) -> tuple[float, bool]:
+        """The summed loss of the global batch, and whether a rank has a signal to stop; the gradients are in place.
 
-        found: list[Path | None] = [None]
-        if self.accelerator.is_main_process:
-            found = [newest_checkpoint(self.run_dir, self.console.print)]
-        return broadcast_object_list(found)[0]  # type: ignore[no-any-return]
+        A signal or a want of memory may reach one rank alone, and all must do the same: they share both with the loss,
+        before any of them waits for the others' gradients. `auto` halves its batch on all when one runs out.
+        """
+        import torch
+
+        from dude_cli.adapter import constant_adapters
+
+        self.wrapped.train()
+        while True:
+            # The same for each attempt, so that dropout is that of a run which had the smaller batch from the start.
+            seed_everything(self.config.seed, self.state.step, self.accelerator.process_index)
+            # Between two optimizer steps A, B and m are constant: each layer's norm is computed once.
+            with constant_adapters(self.model):
+                own_loss, is_short = self._own_gradients(rows, most_rows, target_tokens)
+                flags = [own_loss.new_tensor(float(flag)) for flag in (bool(stop), is_short)]
+                loss, stopped_ranks, short_ranks = self._sum_over_ranks(own_loss, *flags)
+                if not short_ranks:
+                    exchange_gradients(self.wrapped, self.collate, self.accelerator.device, self._backward)
+                    return loss, stopped_ranks > 0
+            self._shrink_batch()
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+    def _own_gradients(self, rows: list[EncodedRow], most_rows: int, target_tokens: int) -> tuple[torch.Tensor, bool]:
+        """This rank's summed loss, with its gradients in place, and whether its memory was too small for that."""
+        import torch
+
+        try:
+            return accumulate_gradients(
+                self.wrapped,
+                rows,
+                per_device_batch_size=self.state.per_device_batch_size,
+                most_rows=most_rows,
+                target_tokens=target_tokens,
+                collate=self.collate,
+                device=self.accelerator.device,
+                backward=self._backward,
+                world_size=self.accelerator.num_processes,
+            ), False
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.config.train.distributed == "fsdp" and self.accelerator.num_processes > 1:
+                # The others wait in this rank's forward for its part of the base, and cannot be told.
+                raise self._out_of_memory() from error
+        return torch.zeros((), device=self.accelerator.device), True
 
     def _share(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """This rank's part of `rows`, which all ranks share."""
@@ -255,48 +305,23 @@ class _Run:
         """How many of `rows` the rank with the most of them has."""
         return -(-len(rows) // int(self.accelerator.num_processes))
 
-    def _gradients(self, rows: list[EncodedRow], most_rows: int, target_tokens: int) -> torch.Tensor:
-        """This rank's summed loss, with the gradients in place; `auto` halves its batch when memory runs out."""
-        import torch
-
-        from dude_cli.adapter import constant_adapters
-
-        self.wrapped.train()
-        while True:
-            try:
-                # Between two optimizer steps A, B and m are constant: each layer's norm is computed once.
-                with constant_adapters(self.model):
-                    return accumulate_gradients(
-                        self.wrapped,
-                        rows,
-                        per_device_batch_size=self.state.per_device_batch_size,
-                        most_rows=most_rows,
-                        target_tokens=target_tokens,
-                        collate=self.collate,
-                        device=self.accelerator.device,
-                        backward=self._backward,
-                        world_size=self.accelerator.num_processes,
-                    )
-            except torch.OutOfMemoryError as error:
-                self._shrink_batch(error)
-                self.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-
     def _backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def _shrink_batch(self, error: Exception) -> None:
+    def _shrink_batch(self) -> None:
         size = self.state.per_device_batch_size
-        may_shrink = self.config.train.per_device_batch_size == "auto" and self.accelerator.num_processes == 1
-        if size == 1 or not may_shrink:
-            raise ResourceError(
-                f"out of memory with {size} rows per forward at step {self.state.step + 1}",
-                where=str(self.accelerator.device),
-                fix="lower train.per_device_batch_size (the global batch stays), lower data.max_length, "
-                "or set train.gradient_checkpointing: true",
-            ) from error
+        if size == 1 or self.config.train.per_device_batch_size != "auto":
+            raise self._out_of_memory()
         self.state.per_device_batch_size = size // 2
         self.display.message(f"out of memory: from now on {size // 2} rows per forward instead of {size}")
+
+    def _out_of_memory(self) -> ResourceError:
+        return ResourceError(
+            f"out of memory with {self.state.per_device_batch_size} rows per forward at step {self.state.step + 1}",
+            where=str(self.accelerator.device),
+            fix="lower train.per_device_batch_size (the global batch stays), lower data.max_length, "
+            "or set train.gradient_checkpointing: true",
+        )
 
     def _check_finite(self, loss: float, grad_norm: float, batch: npt.NDArray[np.int64]) -> bool:
         """Whether the gradient can be used. Raises DivergedError if it cannot, and not for want of a lower scale."""
@@ -313,7 +338,8 @@ class _Run:
             "or use model.dtype: bfloat16 or float32",
         )
 
-    def _validation_loss(self, rows: EncodedRows) -> float:
+    def _validation_loss(self, rows: EncodedRows, stop: StopSignal) -> float | None:
+        """The mean loss over the target tokens of `rows`; None once a rank has a signal, asked in each forward."""
         import numpy as np
         import torch
 
@@ -326,6 +352,8 @@ class _Run:
         self.model.eval()
         with torch.no_grad(), constant_adapters(self.model):
             for some in equal_batches(own, size, self._most(order)):
+                if self._sum_over_ranks(total.new_tensor(float(stop.name is not None)))[0]:
+                    return None
                 batch = with_targets(self.collate(some))
                 on_device = {key: value.to(self.accelerator.device) for key, value in batch.items()}
                 total += self.summed_loss(on_device)

@@ -63,18 +63,17 @@ def accumulate_gradients(
     `summed_loss` is a `SummedLoss`, or DDP around it. `rows` are this rank's, `target_tokens` the number over the
     whole global batch and all ranks. Each micro-batch contributes its *summed* loss divided by that number, so the
     split does not matter, and a rank or a last window with fewer tokens has just its share. DDP averages over ranks,
-    hence the factor `world_size`; it exchanges gradients in the last micro-batch only. All ranks have as many
+    hence the factor `world_size`; nothing is exchanged before `exchange_gradients`. All ranks have as many
     micro-batches as `most_rows` take, the rows of the rank with most of them, because a sharded base is gathered in
     each; those for which a rank has no rows have a loss of zero.
     """
     import torch
 
     total = torch.zeros((), device=device)
-    micro_batches = list(equal_batches(rows, per_device_batch_size, most_rows))
-    for number, micro_batch in enumerate(micro_batches, start=1):
+    no_sync = getattr(summed_loss, "no_sync", nullcontext)
+    for micro_batch in equal_batches(rows, per_device_batch_size, most_rows):
         batch = {key: value.to(device) for key, value in with_targets(collate(micro_batch)).items()}
-        no_sync = getattr(summed_loss, "no_sync", None) if number < len(micro_batches) else None
-        with no_sync() if no_sync is not None else nullcontext():
+        with no_sync():
             loss = summed_loss(batch)
             backward(loss * (world_size / max(1, target_tokens)))
         total += loss.detach()
@@ -83,9 +82,24 @@ def accumulate_gradients(
 
 def equal_batches(rows: Sequence[EncodedRow], size: int, most_rows: int) -> Iterator[Sequence[EncodedRow]]:
     """`rows` in batches of up to `size`: as many as `most_rows` would take, the last ones with nothing to learn."""
-    nothing = EncodedRow(input_ids=[0, 0], labels=[NOT_LEARNED] * 2, segment_lengths=[2], source_rows=[])
     for start in range(0, max(1, len(rows), most_rows), size):
-        yield rows[start : start + size] or [nothing]
+        yield rows[start : start + size] or [_nothing()]
+
+
+def exchange_gradients(
+    summed_loss: nn.Module, collate: Collate, device: torch.device, backward: Callable[[Tensor], None]
+) -> None:
+    """Let DDP exchange what the ranks have accumulated: in a backward pass of two tokens with a loss of zero.
+
+    A rank that has no rows takes part, and none can run out of memory in it while the others wait.
+    """
+    if hasattr(summed_loss, "no_sync"):
+        batch = with_targets(collate([_nothing()]))
+        backward(summed_loss({key: value.to(device) for key, value in batch.items()}))
+
+
+def _nothing() -> EncodedRow:
+    return EncodedRow(input_ids=[0, 0], labels=[NOT_LEARNED] * 2, segment_lengths=[2], source_rows=[])
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

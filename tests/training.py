@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,26 @@ class StopAfter(StopSignal):
         return self.name is not None
 
 
-def init_here(config_path: Path, *overrides: str, accelerator: Accelerator | None = None) -> Prepared:
-    """What `dude init CONFIG` does, without the report."""
+def init_here(
+    config_path: Path,
+    *overrides: str,
+    accelerator: Accelerator | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    allow_changes: bool = False,
+) -> Prepared:
+    """What `dude init CONFIG` does, without the report; a begun run's checkpoint is looked for, as in `dude train`."""
     config = resolve_init_from(load_config(config_path, overrides))
-    return prepare(config, accelerator or make_accelerator(), lambda text: None)
+    return prepare(config, accelerator or make_accelerator(), say, allow_changes=allow_changes)
 
 
-def train_here(config_path: Path, *overrides: str, stop: StopSignal | None = None) -> dict[str, Any]:
+def train_here(
+    config_path: Path,
+    *overrides: str,
+    stop: StopSignal | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    allow_changes: bool = False,
+) -> dict[str, Any]:
     """What `dude train CONFIG` does; `stop` stops it as a signal would."""
     accelerator = make_accelerator()
-    prepared = init_here(config_path, *overrides, accelerator=accelerator)
+    prepared = init_here(config_path, *overrides, accelerator=accelerator, say=say, allow_changes=allow_changes)
     return train(prepared, accelerator, Console(quiet=True), StopSignal() if stop is None else stop)

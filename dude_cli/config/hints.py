@@ -105,6 +105,7 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "save_strategy": ("transformers'", "train.save_steps", ""),
     "early_stopping_threshold": ("transformers'", "train.early_stopping_patience", " (any lower loss counts)"),
     "metric_for_best_model": ("transformers'", "", "the best model is the one with the lowest evaluation loss"),
+    "ddp_timeout": ("transformers'", "train.distributed_timeout_s", ""),
     "use_wandb": ("axolotl's", "train.report_to", " (`tensorboard`)"),
     "wandb_project": ("axolotl's", "train.report_to", " (`tensorboard`)"),
     "metric_logger": ("torchtune's", "train.report_to", ""),

@@ -243,6 +243,13 @@ class TrainConfig(Section):
             "block is gathered when it is needed."
         ),
     )
+    distributed_timeout_s: PositiveInt = Field(
+        1800,
+        description=(
+            "How long a rank waits for another one before it gives up. The longest wait is for what one rank does for "
+            "all, such as encoding the rows."
+        ),
+    )
     report_to: list[Literal["tensorboard"]] = Field(default_factory=list, description="Trackers beside metrics.jsonl.")
 
     def contradictions(self) -> Iterator[Contradiction]:

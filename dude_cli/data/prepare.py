@@ -59,13 +59,22 @@ class DataReport:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Encoded training and validation rows; `fingerprint` is a SHA-256 of the training rows as they are encoded."""
+    """Encoded training and validation rows; `fingerprint` is a SHA-256 of the training rows as they are encoded.
+
+    `revisions` has the commit of each data set from the hub.
+    """
 
     train: EncodedRows
     validation: EncodedRows | None
     train_report: DataReport
     validation_report: DataReport | None
     fingerprint: str
+    revisions: dict[str, str]
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells other rows under the same names."""
+        found = {"data.train": self.fingerprint}
+        return found if self.validation is None else found | {"data.validation": self.validation.fingerprint()}
 
     def warnings(self) -> list[str]:
         """Those of the training rows, then those of the validation rows."""
@@ -94,7 +103,7 @@ def prepare_data(
             table = encoder.table(config.validation, "data.validation", say)
             validation_rows = np.arange(len(table))
         validation, validation_report = encoder.sequences(table, validation_rows, "data.validation")
-    return PreparedData(train, validation, train_report, validation_report, train.fingerprint())
+    return PreparedData(train, validation, train_report, validation_report, train.fingerprint(), encoder.revisions)
 
 
 class _RowEncoder:
@@ -102,12 +111,13 @@ class _RowEncoder:
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
+        self.revisions: dict[str, str] = {}
         self.text = TextEncoder(tokenizer)
         self.chat = ChatEncoder(self.text) if config.format == "chat" else None
 
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
         """Read and encode all rows of `sources`; `name` is for messages."""
-        texts = self.texts(read_sources(sources, format_columns(self.config)))
+        texts = self.texts(read_sources(sources, format_columns(self.config), self.revisions))
         key = token_key(self.tokenizer, texts, self.config)
         return encoded_once(key, lambda: TokenTable.of(self.encode(texts, name), self.config.max_length), say)
 

@@ -28,15 +28,17 @@ class Columns:
     optional: tuple[str, ...] = ()
 
 
-def read_sources(sources: Sequence[DataSource], columns: Columns) -> list[Row]:
+def read_sources(sources: Sequence[DataSource], columns: Columns, revisions: dict[str, str] | None = None) -> list[Row]:
     """Return the rows of `sources`, one source after the other, each row with just the columns asked for.
 
+    The commits of those from the Hub are added to `revisions`, by path.
     Raises DataError where a source cannot be read, lacks a required column, or has a null in one.
     """
-    return [row for source in sources for row in read_source(source, columns)]
+    found = {} if revisions is None else revisions
+    return [row for source in sources for row in read_source(source, columns, found)]
 
 
-def read_source(source: DataSource, columns: Columns) -> list[Row]:
+def read_source(source: DataSource, columns: Columns, revisions: dict[str, str]) -> list[Row]:
     """Return the rows of one source; see `read_sources`."""
     path = _local_path(source)
     if source.path == quickstart.NAME:
@@ -44,7 +46,7 @@ def read_source(source: DataSource, columns: Columns) -> list[Row]:
     elif path.is_file():
         rows = _read_file(source, path)
     elif path.is_dir() or not _looks_like_a_path(source.path):
-        return _read_dataset(source, columns)
+        return _read_dataset(source, columns, revisions)
     else:
         raise _missing_path(source)
     _check_columns(source, list(rows[0]) if rows else [], columns, empty=not rows)
@@ -120,13 +122,16 @@ def _read_embedded(source: DataSource) -> list[Row]:
     return _slice_rows(source, {split: reader(split) for split in EMBEDDED_SPLITS})
 
 
-def _read_dataset(source: DataSource, columns: Columns) -> list[Row]:
+def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str]) -> list[Row]:
     try:
         dataset = _open_dataset(source)
     except DataError:
         raise
     except Exception as error:  # datasets, pyarrow and the Hub client raise dozens of types; --debug shows which
         raise _unreadable_dataset(source, error) from error
+    commits = _commits(dataset)
+    if commits:
+        revisions[source.path] = ", ".join(commits)
     there = list(dataset.column_names)
     _check_columns(source, there, columns, empty=len(dataset) == 0)
     kept = [name for name in (*columns.required, *columns.optional) if name in there]
@@ -142,6 +147,12 @@ def _open_dataset(source: DataSource) -> Dataset:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _open_saved(source, datasets.load_from_disk(folder))
     return datasets.load_dataset(str(folder), source.name, split=source.split, revision=source.revision)
+
+
+def _commits(dataset: Dataset) -> list[str]:
+    """The commits that a data set's files are from, on the Hub: `datasets` keeps their full addresses."""
+    addresses = " ".join(dataset.info.download_checksums or {})
+    return sorted(set(re.findall(r"hf://datasets/[^@ ]+@([0-9a-f]{40})/", addresses)))
 
 
 def _open_saved(source: DataSource, saved: Any) -> Dataset:

@@ -65,7 +65,8 @@ def task_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def results_path(folder: Path, task: str, limit: int | None) -> Path:
     """The document of a task in a folder of results."""
-    return folder / (f"{task}.json" if limit is None else f"{task}.limit-{limit}.json")
+    safe = task.replace("/", "_")  # a task file of someone's may be called ../../x
+    return folder / (f"{safe}.json" if limit is None else f"{safe}.limit-{limit}.json")
 
 
 def result_files(folder: Path) -> list[Path]:

@@ -237,9 +237,11 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(tmp_path):
     assert dude("train", config).returncode == 0
     shutil.rmtree(tmp_path / "run/adapter")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
-    again = two_ranks("train", config)
+    refused = two_ranks("train", config)
+    assert refused.stderr.count("different are: world size (1, now 2)") == 2  # each rank says why it ends
+    again = two_ranks("train", config, "--allow-changes")
     assert again.returncode == 0, again.stderr
-    assert "on 2 ranks, before on 1" in again.stderr
+    assert "continuing although different are: world size (1, now 2)" in again.stderr
     assert "Warning" not in again.stderr
 
 

@@ -23,6 +23,11 @@ TENSORS = "adapter/adapter.safetensors"
 SETTINGS = "rank: 4, alpha: 8, rank_stabilized: true, target_modules: [q_proj, up_proj], exclude_modules: []"
 
 
+def train(config, *, overwrite):
+    options = {"smoke": False, "overwrite": overwrite, "allow_changes": False, "num_processes": None}
+    commands.train(config, [], **options, output=Output())
+
+
 def continued(folder, source, *, adapter="", **changes):
     return quickstart_config(folder, adapter=f"{{init_from: '{source}'{adapter}}}", max_steps="4", **changes)
 
@@ -119,11 +124,13 @@ def test_a_run_that_has_begun_goes_on_whatever_became_of_the_source(fate, source
     change(source) if fate == "changed" else shutil.rmtree(source)
     train_here(parts)
     assert result(tmp_path / "parts/run") == result(tmp_path / "whole/run")
-    commands.train(parts, [], smoke=False, overwrite=False, output=Output())
+    train(parts, overwrite=False)
     assert "holds this run, finished" in capsys.readouterr().err
     if fate == "gone":
         with pytest.raises(UsageError, match="no folder"):
-            commands.train(parts, [], smoke=False, overwrite=True, output=Output())
+            commands.train(
+                parts, [], smoke=False, overwrite=True, allow_changes=False, num_processes=None, output=Output()
+            )
         assert result(tmp_path / "parts/run") == result(tmp_path / "whole/run")
 
 

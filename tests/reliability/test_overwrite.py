@@ -14,7 +14,8 @@ from dude_cli.errors import UsageError
 
 
 def train(config, *overrides, overwrite=True):
-    commands.train(config, overrides, smoke=False, overwrite=overwrite, output=Output(is_quiet=True))
+    options = {"smoke": False, "overwrite": overwrite, "allow_changes": False, "num_processes": None}
+    commands.train(config, overrides, **options, output=Output(is_quiet=True))
 
 
 def contents(folder):

@@ -128,7 +128,7 @@ def test_a_run_does_not_go_on_with_other_rows(unfinished, monkeypatch):
     from dude_cli import quickstart
 
     monkeypatch.setattr(quickstart, "rows", lambda split, rows=quickstart.rows: rows(split)[1:])
-    with pytest.raises(UsageError, match=r"data.train and data.validation are not those"):
+    with pytest.raises(UsageError, match=r"data.train \(other rows\), data.validation \(other rows\)"):
         train_here(unfinished)
 
 
@@ -158,10 +158,10 @@ def test_only_an_automatic_batch_size_is_the_checkpoints(given, used, unfinished
 
 def test_a_checkpoint_of_another_version_is_explained(unfinished, tmp_path):
     from dude_cli import files
-    from dude_cli.checkpoint import _checksums
+    from dude_cli.checkpoint import _manifest
 
     folder = tmp_path / "run/checkpoints/step-000012"
     (folder / "state.json").write_text('{"epoch": 3}')
-    files.write_text(folder / "manifest.json", json.dumps(_checksums(folder)))
+    files.write_text(folder / "manifest.json", _manifest(folder))
     with pytest.raises(AdapterError, match="another version"):
         train_here(unfinished)

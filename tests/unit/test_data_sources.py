@@ -43,7 +43,7 @@ def write(path: Path, rows: list[dict] = ROWS) -> Path:
 
 
 def read(path: object, columns: Columns = COLUMNS, **fields: object) -> list[dict]:
-    return read_source(DataSource(path=str(path), **fields), columns)
+    return read_source(DataSource(path=str(path), **fields), columns, {})
 
 
 def error_of(path: object, columns: Columns = COLUMNS, **fields: object) -> DataError:

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dude_cli.cli import _as_dude_error
+from dude_cli.errors import explained
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from dude_cli.cli import _as_dude_error
 )
 @pytest.mark.parametrize("path", ["/proc/x", b"/proc/x"])
 def test_a_path_that_cannot_be_used_is_a_usage_error(number, path):
-    error = _as_dude_error(OSError(number, os.strerror(number), path))
+    error = explained(OSError(number, os.strerror(number), path))
     assert error is not None
     assert error.exit_code == 2
     assert error.where == "/proc/x"
@@ -25,12 +25,12 @@ def test_a_path_that_cannot_be_used_is_a_usage_error(number, path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_a_lack_of_resources_with_or_without_a_path(number):
     for path in ("/x", None):
-        error = _as_dude_error(OSError(number, os.strerror(number), path))
+        error = explained(OSError(number, os.strerror(number), path))
         assert error is not None
         assert error.exit_code == 5
         assert error.where == path
 
 
 def test_an_error_without_a_path_stays_unexplained():
-    assert _as_dude_error(OSError(errno.EIO, "Input/output error")) is None
-    assert _as_dude_error(KeyError("x")) is None
+    assert explained(OSError(errno.EIO, "Input/output error")) is None
+    assert explained(KeyError("x")) is None

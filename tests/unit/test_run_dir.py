@@ -6,9 +6,9 @@ import pytest
 
 from dude_cli.config import Config
 from dude_cli.errors import UsageError
-from dude_cli.metrics import check_trackers, run_summary
+from dude_cli.metrics import MEMORY_FILE, METRICS_FILE, check_trackers, read_metrics, run_summary
 from dude_cli.model_card import model_card
-from dude_cli.run_dir import check_run_dir, check_writable
+from dude_cli.run_dir import INITIAL, check_run_dir, check_writable, initial_key
 from dude_cli.start import initial_adapter_key
 
 
@@ -103,3 +103,16 @@ def test_a_tracker_that_is_not_installed_is_a_usage_error(monkeypatch):
     check_trackers([])
     with pytest.raises(UsageError, match=r"dude-cli\[tensorboard\]"):
         check_trackers(["tensorboard"])
+
+
+def test_damaged_files_of_a_run_are_as_good_as_none(tmp_path):
+    (tmp_path / INITIAL).mkdir()
+    (tmp_path / INITIAL / "key").write_bytes(b"\xf5")
+    assert initial_key(tmp_path / INITIAL) is None
+    good = json.dumps({"step": 1, "loss": 2.0}).encode() + b"\n"
+    for bad in (b"\xf5", b"{", b"7", b"[]", b"{}", b'{"step": "x"}', b"[" * 100_000):
+        (tmp_path / METRICS_FILE).write_bytes(good + bad + b"\n" + good)
+        assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+    for bad in (b"\xf5", b"{", b"7", b"{}"):
+        (tmp_path / MEMORY_FILE).write_bytes(bad)
+        assert run_summary(config_in(tmp_path))["memory"] is None

@@ -1,0 +1,124 @@
+"""A run that is no longer the same is not continued by accident: what differs is named, and one flag allows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from command import dude_here
+from quickstart_config import quickstart_config
+from training import init_here, train_here
+
+from dude_cli import prepare
+from dude_cli.checkpoint import Origin, checkpoints, read_state
+from dude_cli.errors import UsageError
+from dude_cli.metrics import read_metrics
+
+EXTRA = "  save_steps: 2"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train_here(quickstart_config(folder, max_steps="4", rows="16", extra=EXTRA))
+    return folder / "run"
+
+
+@pytest.fixture
+def unfinished(trained, tmp_path):
+    """A copy of the run after step 2 of 4."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/adapter")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    config = quickstart_config(tmp_path, max_steps="4", rows="16", extra=EXTRA)
+    before = tmp_path / "run/config.yaml"
+    before.write_text(before.read_text().replace(str(trained), str(tmp_path / "run")))
+    return config
+
+
+def test_other_settings_are_named_and_a_flag_allows_them(unfinished, tmp_path):
+    changes = ["train.learning_rate=2e-3", "data.max_length=80", "train.save_steps=1"]
+    refused = dude_here("train", unfinished, *changes)
+    assert refused.returncode == 2
+    assert "different are: data.max_length, train.learning_rate\n" in refused.stderr
+    assert "--allow-changes" in refused.stderr
+    allowed = dude_here("train", unfinished, *changes, "--allow-changes")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "continuing with other settings: data.max_length, train.learning_rate" in allowed.stderr
+    assert "continuing after step 2" in allowed.stderr
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert len(rates) == 4
+
+
+@pytest.mark.parametrize("change", ["adapter.rank=2", "adapter.method=dora", "adapter.alpha=8.0"])
+def test_what_the_tensors_were_made_with_is_never_allowed(change, unfinished):
+    refused = dude_here("train", unfinished, change, "--allow-changes")
+    assert refused.returncode == 2
+    assert f"different are: {change.partition('=')[0]}\n" in refused.stderr
+    assert "--allow-changes" not in refused.stderr
+
+
+def test_a_finished_run_says_so_and_is_not_changed(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    done = dude_here("train", tmp_path / "run/config.yaml", f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0
+    assert "holds this run, finished; --overwrite starts anew" in done.stderr
+    refused = dude_here(
+        "train", tmp_path / "run/config.yaml", f"output_dir={tmp_path / 'run'}", "seed=9", "--allow-changes"
+    )
+    assert refused.returncode == 2
+    assert "different are: seed" in refused.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_each_thing_that_a_run_depends_on_is_named():
+    before = Origin(1, "a" * 40, {"data.train": "x", "data.validation": "y"})
+    assert before.differences(before) == []
+    assert before.differences(Origin(2, "b" * 40, {"data.train": "z"})) == [
+        "data.train (other rows)",
+        "data.validation (other rows)",
+        f"model.revision (commit {'a' * 40}, now {'b' * 40})",
+        "world size (1, now 2)",
+    ]
+
+
+def test_another_number_of_ranks_is_refused_before_the_model_is_loaded(unfinished, tmp_path, monkeypatch):
+    """Here the checkpoint is one of two ranks."""
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "Origin", lambda count, *rest: Origin(2, *rest))
+        train_here(unfinished)
+    shutil.rmtree(tmp_path / "run/adapter")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "load_model", lambda *_: pytest.fail("the model was loaded"))
+        with pytest.raises(UsageError, match=r"different are: world size \(2, now 1\)"):
+            init_here(unfinished)
+    said = []
+    train_here(unfinished, allow_changes=True, say=said.append)
+    assert "continuing although different are: world size (2, now 1)" in said
+    assert read_state(checkpoints(tmp_path / "run")[0]).origin.world_size == 1
+
+
+def test_a_begun_run_stays_on_its_commit_and_another_one_is_refused(unfinished, tmp_path, monkeypatch):
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    monkeypatch.setattr(prepare, "hub_commit", lambda config: "a" * 40)
+    load, revisions = prepare.load_model, []
+
+    def loaded(config, device):
+        revisions.append(config.revision)
+        return load(config, device)
+
+    monkeypatch.setattr(prepare, "load_model", loaded)
+    train_here(unfinished)
+    assert json.loads((tmp_path / "run/environment.json").read_text())["model_revision"] == "a" * 40
+    shutil.rmtree(tmp_path / "run/adapter")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    monkeypatch.setattr(prepare, "hub_commit", lambda config: "b" * 40)  # the branch has moved on
+    train_here(unfinished)
+    assert revisions == ["a" * 40, "a" * 40]
+    shutil.rmtree(tmp_path / "run/adapter")
+    with pytest.raises(UsageError, match=r"model.revision \(commit a{40}, now b{40}\)"):
+        train_here(unfinished, "model.revision=other")
