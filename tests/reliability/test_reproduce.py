@@ -23,14 +23,14 @@ from dude_cli.reproduce.execute import Failures, run_jobs
 RECIPE = """\
 config: {config}
 matrix:
-  - {{method: [lora, dude], learning_rate: [1e-3, 3e-3]}}
+  - {{method: {methods}, learning_rate: [1e-3, 3e-3]}}
 selection: {{seed: 1}}
 seeds: [1, 2]
 threads: 1
 evaluation: {{tasks: [{{name: quickstart_choices, num_fewshot: 0, limit: 8}}], batch_size: 8}}
 numbers:
-  - {{name: LoRA, of: {{method: lora}}, metric: eval_loss, unit: nats, value: {value}, tolerance: 100.0, source: ours}}
-  - {{name: DuDe, of: {{method: dude}}, task: quickstart_choices, metric: "acc,none", value: 50, tolerance: 50,
+  - {{name: loss, of: {{method: dude}}, metric: eval_loss, unit: nats, value: {value}, tolerance: 100.0, source: ours}}
+  - {{name: choices, of: {{method: dude}}, task: quickstart_choices, metric: "acc,none", value: 50, tolerance: 50,
      source: ours}}
 budget: {{device: CPU, tflops: 0.03, tokens_per_row: 60, models: [{{name: "embedded:quickstart", parameters: 8e5}}]}}
 """
@@ -41,19 +41,19 @@ data:
   train: [{path: "embedded:quickstart", split: "train[:64]"}]
   validation: [{path: "embedded:quickstart", split: "dev[:16]"}]
   max_length: 96
-train: {max_steps: 6, global_batch_size: 4, per_device_batch_size: 4, gradient_checkpointing: false, save_steps: 2}
+train: {max_steps: 4, global_batch_size: 4, per_device_batch_size: 4, gradient_checkpointing: false, save_steps: 2}
 """
 
 
-def recipe_file(folder: Path, value: float = 1.0) -> Path:
+def recipe_file(folder: Path, *, methods: str = "[dude]", value: float = 1.0) -> Path:
     (folder / "base.yaml").write_text(CONFIG)
     path = folder / "mine.yaml"
-    path.write_text(RECIPE.format(config="base.yaml", value=value))
+    path.write_text(RECIPE.format(config="base.yaml", methods=methods, value=value))
     return path
 
 
 def plan_of(folder: Path) -> Plan:
-    recipe, file = load_recipe(recipe_file(folder))
+    recipe, file = load_recipe(recipe_file(folder, methods="[lora, dude]"))
     return make_plan(recipe, file, folder / "out")
 
 
@@ -159,13 +159,13 @@ def tables(folder: Path) -> tuple[str, str]:
 
 def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_one(tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path)
-    undisturbed = dude_here("reproduce", recipe, "--output", tmp_path / "whole", "--jobs", 2)
+    undisturbed = dude_here("reproduce", recipe, "--output", tmp_path / "whole", "--jobs", 1)
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     command = [sys.executable, "-m", "dude_cli", "reproduce", str(recipe), "--output", str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    second = tmp_path / "killed" / "lora-r4-lr0.003-seed1"
+    second = tmp_path / "killed" / "dude-r4-lr0.003-seed1"
     while not second.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -183,8 +183,8 @@ def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_o
     wrong = recipe_file(tmp_path, value=500.0)
     refused = dude_here("reproduce", wrong, "--output", tmp_path / "killed", "--json")
     assert refused.returncode == 6
-    assert "LoRA: differs by -49" in refused.stderr
-    assert "DuDe" not in refused.stderr.partition("error:")[2]
+    assert "loss: differs by -49" in refused.stderr
+    assert "choices" not in refused.stderr.partition("error:")[2]
     assert "[1/" not in refused.stderr
     assert [number["verdict"] for number in json.loads(refused.stdout)["numbers"]] == ["differs", "reproduced"]
 
