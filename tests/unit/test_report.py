@@ -21,7 +21,8 @@ from dude_cli.errors import UsageError
 from dude_cli.report import Section, Table, text_column, write_report
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
-from dude_cli.report.figures import thinned
+from dude_cli.report.content import Style
+from dude_cli.report.figures import Line, line_chart, thinned
 from dude_cli.report.numbers import running_mean, spikes
 
 BASE = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
@@ -279,3 +280,8 @@ def test_a_report_needs_neither_torch_nor_the_network(runs: list[Path], tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == "[]"
+
+
+def test_small_numbers_on_an_axis_keep_their_digits() -> None:
+    svg = line_chart("c", [Line([0, 1], [0.0024, 0.0126], Style("#000000"))], x_label="x", y_label="y")
+    assert {"0.0025", "0.0075", "0.0125"} <= set(re.findall(r">([\d.]+)</text>", svg))
