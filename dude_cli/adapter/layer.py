@@ -6,7 +6,7 @@ m (out,) the magnitude. The adapted weight of DuDe is, per output row i,
     W'_i = m_i V_i / ||V_i||,   V = (W0 - s B0 A0) + s B A                                       (arXiv 2505.14367)
 
 `dora` is the same with a random A0 and B0 = 0 (arXiv 2402.09353); `pissa` (arXiv 2404.02948) and `lora`
-(arXiv 2106.09685) are W' = V. The base layer is only ever called, never changed: V - W0 is computed as one product
+(arXiv 2106.09685) are W' = V. The base layer is called or read, never changed: V - W0 is computed as one product
 
     V - W0 = s (B A - B0 A0) = s P Q,   P = [B - B0, B0] (out, 2r),   Q = [A; A - A0] (2r, in)
 
