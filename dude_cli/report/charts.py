@@ -13,7 +13,7 @@ from dude_cli.report.collect import Run
 from dude_cli.report.content import Chart, Style
 from dude_cli.report.figures import Line, Row, dot_chart, line_chart, scatter_chart
 from dude_cli.report.score_tables import ScoreKey, all_scores, first_names, score_of
-from dude_cli.report.settings import Setting, setting_label
+from dude_cli.report.settings import Setting, method_style, setting_label
 
 # A rank or a rate against a score: the key of the config, the axis.
 SWEEPS = {"train.learning_rate": "learning rate", "adapter.rank": "rank"}
@@ -64,7 +64,11 @@ def sweep_charts(settings: Sequence[Setting], key: str) -> tuple[list[Chart], di
         groups.setdefault(setting_label(setting.method, setting.values, without=key), []).append(setting)
     if all(len(members) < 2 for members in groups.values()):
         return [], {}
-    styles = {label: Style(members[len(members) // 2].style.color) for label, members in groups.items()}
+    is_by_method = len({members[0].method for members in groups.values()}) == len(groups)
+    styles = {
+        label: method_style(members[0].method) if is_by_method else Style(members[0].style.color)
+        for label, members in groups.items()
+    }
     measures: dict[str, tuple[str, Callable[[Run], float | None], float | None]] = {
         "Evaluation loss": ("loss, nats per token", lambda run: run.last("eval_loss"), None)
     }

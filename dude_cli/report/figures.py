@@ -187,7 +187,7 @@ def _scale(axes: Axes, axis: str, is_log: bool, ticks: Sequence[float]) -> None:
             drawn.set_minor_locator(NullLocator())
         elif high / low < 100:  # within two decades the powers of ten alone would be one label or none
             drawn.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        drawn.set_major_formatter(FuncFormatter(_tick))
+        drawn.set_major_formatter(FuncFormatter(_small_tick if low < 0.01 else _tick))
         drawn.set_minor_formatter(NullFormatter())
         return
     if ticks:

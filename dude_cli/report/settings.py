@@ -15,6 +15,7 @@ from dude_cli.run_dir import FREE_SETTINGS
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "dude": "DuDe"}
 _METHOD_COLORS = {"lora": "#c07a10", "dora": "#189a70", "pissa": "#3b82f6", "dude": "#d6455d"}
+_DASHED = ("dora", "dude")  # LoRA and DoRA, PiSSA and DuDe often lie on each other
 # Okabe and Ito's colours, which can be told apart with any colour vision, darkened where they are pale.
 _COLORS = ("#0d7fc4", "#d55e00", "#0a9a72", "#c766a0", "#b88700", "#3a9fd6", "#7a6ff0", "#7d8590")
 _DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
@@ -103,6 +104,11 @@ def repeated_seeds(setting: Setting) -> list[int]:
     return [seed for seed, times in Counter(run.seed for run in setting.runs).items() if times > 1]
 
 
+def method_style(method: str) -> Style:
+    """How a method is drawn where its settings are one line."""
+    return Style(_METHOD_COLORS[method], _DASHES[int(method in _DASHED)])
+
+
 def _styles(methods: Sequence[str]) -> list[Style]:
     """A colour for each method, and of several settings of one method shades and dashes; else a colour for each."""
     if len(set(methods)) == 1:
@@ -115,9 +121,8 @@ def _styles(methods: Sequence[str]) -> list[Style]:
     for method in methods:
         place, size = seen[method], sizes[method]
         seen[method] += 1
-        # LoRA and DoRA, PiSSA and DuDe often lie on each other: one of each pair is dashed.
-        dash = _DASHES[int(method in ("dora", "dude")) if size == 1 else place % len(_DASHES)]
-        shade = 0.0 if size == 1 else 0.16 * (2 * place / (size - 1) - 1)
+        dash = _DASHES[int(method in _DASHED) if size == 1 else place % len(_DASHES)]
+        shade = 0.0 if size == 1 else 0.11 * (2 * place / (size - 1) - 1)
         styles.append(Style(_shaded(_METHOD_COLORS[method], shade), dash))
     return styles
 

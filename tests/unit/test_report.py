@@ -284,4 +284,4 @@ def test_a_report_needs_neither_torch_nor_the_network(runs: list[Path], tmp_path
 
 def test_small_numbers_on_an_axis_keep_their_digits() -> None:
     svg = line_chart("c", [Line([0, 1], [0.0024, 0.0126], Style("#000000"))], x_label="x", y_label="y")
-    assert {"0.0025", "0.0075", "0.0125"} <= set(re.findall(r">([\d.]+)</text>", svg))
+    assert {"0.002", "0.004", "0.012"} <= set(re.findall(r">([\d.]+)</text>", svg))
