@@ -100,7 +100,7 @@ def train(
     from dude_cli.metrics import run_summary
     from dude_cli.prepare import prepare
     from dude_cli.ranks import stopping_together
-    from dude_cli.report import write_run_report
+    from dude_cli.report import write_report_if_possible
     from dude_cli.run_dir import changed_settings, check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator, part_ranks, stop_signals
     from dude_cli.train import train as run_training
@@ -128,7 +128,7 @@ def train(
             with stop_signals() as stop:
                 summary = run_training(prepared, accelerator, output.progress, stop)
             if accelerator.is_main_process:
-                write_run_report(config.run_dir, output.say)
+                write_report_if_possible([config.run_dir], config.run_dir / "report.html", output.say)
     if accelerator.is_main_process:
         shown = [f"adapter: {config.run_dir / 'adapter'}", f"score it: dude eval {config.output_dir}"]
         if (config.run_dir / "report.html").exists():
@@ -302,6 +302,7 @@ def reproduce(
 ) -> None:
     """Plan a recipe's runs, make those that are missing, score them, and judge the numbers."""
     from dude_cli import reproduce as recipes
+    from dude_cli.report import write_report_if_possible
 
     recipe, file = recipes.load_recipe(recipe_path)
     folder = output_dir or Path("runs") / "reproduce" / file.stem
@@ -319,6 +320,8 @@ def reproduce(
     result = recipes.reproduce(plan, places, reproduce_run, data_dir=data_dir, say=output.say)
     output.result(recipes.result_table(result), result.document())
     output.say(f"wrote {folder / 'report.md'} and report.json")
+    if result.finished:
+        write_report_if_possible(result.finished, folder / "runs.html", output.say)
     recipes.check_result(result)
 
 

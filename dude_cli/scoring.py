@@ -180,7 +180,7 @@ def _score(
     """Load a target, score it, and write the results to `folder`, if there is one, and the report of a run."""
     from dude_cli.evaluation import EvalRequest, write_results
     from dude_cli.evaluation import evaluate as score
-    from dude_cli.report import write_run_report
+    from dude_cli.report import write_report_if_possible
     from dude_cli.target import eval_config, load_target, results_dir
 
     output.say(f"evaluating {target}")
@@ -208,7 +208,7 @@ def _score(
         for path in write_results(results, folder):
             output.say(f"wrote {path}")
         if target.path is not None and folder == results_dir(target):
-            write_run_report(target.path, output.say)
+            write_report_if_possible([target.path], target.path / "report.html", output.say)
     return results
 
 

@@ -12,7 +12,7 @@ from dude_cli.report.collect import read_run
 from dude_cli.report.content import Column, Section, Table, text_column
 from dude_cli.report.page import html_page, markdown
 
-__all__ = ["Column", "Section", "Table", "text_column", "write_report", "write_run_report"]
+__all__ = ["Column", "Section", "Table", "text_column", "write_report", "write_report_if_possible"]
 
 
 def write_report(
@@ -38,10 +38,10 @@ def write_report(
     return report.record() | written
 
 
-def write_run_report(run_dir: Path, say: Callable[[str], None]) -> None:
-    """The report of one run, in its own folder. If that fails, one line says so, and nothing else is lost."""
+def write_report_if_possible(folders: Sequence[Path], html: Path, say: Callable[[str], None]) -> None:
+    """`write_report` at the end of what matters more: if it fails, one line says so, and nothing else is lost."""
     try:
-        write_report([run_dir], run_dir / "report.html")
+        write_report(folders, html)
     except Exception as error:
         say(f"no report was written: {type(error).__name__}: {error}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.reproduce.execute import Failures
@@ -33,6 +34,18 @@ class Result:
     @property
     def not_met(self) -> list[Verdict]:
         return [verdict for verdict in self.verdicts if verdict.number.required and not verdict.is_met]
+
+    @property
+    def finished(self) -> list[Path]:
+        """The folders of the runs that are there, those of the search too, each once."""
+        runs = [
+            run
+            for setting in self.plan.settings
+            for some in (setting.search, *setting.final.values())
+            for run in some
+            if run.is_finished
+        ]
+        return list(dict.fromkeys(run.folder for run in runs))
 
     def document(self) -> dict[str, Any]:
         """The result for machines."""

@@ -178,6 +178,7 @@ def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_o
     document = json.loads((tmp_path / "killed" / "report.json").read_text())
     assert [number["verdict"] for number in document["numbers"]] == ["reproduced", "reproduced"]
     assert all(number["measured"]["n"] == 2 for number in document["numbers"])
+    assert all(run in (tmp_path / "killed" / "runs.html").read_text() for run in ("lr0.001-seed1", "lr0.003-seed1"))
 
     # A wrong reference number: nothing is run again, the exit is 6, and the row is named.
     wrong = recipe_file(tmp_path, value=500.0)
