@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dude_cli.memory import keep_freed_memory
-
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MIN_ROUNDS, MAX_ROUNDS = 3, 31
@@ -46,7 +44,6 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     """
     options = _parse(doc)
     torch.set_num_threads(options.threads)
-    keep_freed_memory(torch.device("cpu"))  # for all candidates, as `dude train` does
     path = (RESULTS / "short" if options.short else RESULTS) / f"{name}.json"
     chosen = [case for case in cases if case.is_short or not options.short]
     exact = [case for case in chosen if case.name == options.only]

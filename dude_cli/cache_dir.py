@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir(kind: str) -> Path:
-    """The folder for one kind of result, "decompositions" or "tokens"; it may not be there yet.
+    """The folder for one kind of result, "decompositions", "tokens" or "datasets"; it may not be there yet.
 
     `$DUDE_CACHE_DIR`, else `$XDG_CACHE_HOME/dude`, else `~/.cache/dude`. Deleting it costs time and nothing else.
     Raises RuntimeError where the home folder is asked for and not known.

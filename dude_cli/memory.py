@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -30,26 +29,6 @@ def human_bytes(count: int) -> str:
         size /= 1024
         units.pop(0)
     return f"{size:.3g} {units[0]}"
-
-
-# glibc's malloc.h, and the longest block that glibc takes from its heap when it adapts by itself.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LONGEST_HEAP_BLOCK_BYTES = 32 * 2**20
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """For a CPU: from now on the C library keeps what tensors free for the next ones, as torch does on a GPU.
-
-    glibc gives the end of its heap back to the system as soon as a large tensor there is freed. The next one then
-    costs a page fault every 4 KiB, which takes several times as long as adding or scaling what is in the page. What
-    is free now is given back first. Does nothing on a GPU or with another C library.
-    """
-    libc = ctypes.CDLL(None)
-    if device.type != "cpu" or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        return
-    libc.malloc_trim(0)
-    libc.mallopt(M_MMAP_THRESHOLD, LONGEST_HEAP_BLOCK_BYTES)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class PeakMemory:

@@ -15,7 +15,6 @@ from dude_cli.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from dude_cli.data import StepOrder, collate, longest_first
 from dude_cli.errors import DivergedError, ResourceError, StoppedError, is_out_of_memory
 from dude_cli.loss import SummedLoss, with_targets
-from dude_cli.memory import keep_freed_memory
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
 from dude_cli.prepare import Prepared, packs_flat
@@ -96,7 +95,6 @@ class _Run:
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.scaler = make_loss_scaler(accelerator.device, self.config.model.dtype)
         self.state = self._restore()
-        keep_freed_memory(accelerator.device)
         prepared.peak_memory.restart()
         self.summed_loss = SummedLoss(self.model)
         self.wrapped: nn.Module = share_model(self.summed_loss, accelerator, self.config.train.distributed)

@@ -17,7 +17,6 @@ from dude_cli.errors import ResourceError, UsageError
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
-from dude_cli.memory import keep_freed_memory
 from dude_cli.runtime import local_main_first
 
 if TYPE_CHECKING:
@@ -90,7 +89,6 @@ def evaluate(
         lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator)
         bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
         lengths = _fit_generation_lengths(lm, loaded, log)
-        keep_freed_memory(model.device)
         with constant_adapters(model):
             tuned = _score(lm, loaded, "", log, bootstrap_iters)
         if request.compare_base:

@@ -8,6 +8,8 @@ same way when their data are local.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dude_cli.cache_dir import cache_dir
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, nearest
 from dude_cli.evaluation.protocols import TASKS_DIR as PROTOCOLS_DIR
@@ -154,7 +157,7 @@ def _write_task_files(folder: Path, data_dir: Path | None) -> dict[str, str]:
             changed["fewshot_config"] = {"sampler": "first_n"}
         if data_dir is not None:
             # A group hands its keys on to its members, so this reaches the subjects under `mmlu` as well.
-            changed["dataset_path"] = str((data_dir / benchmark).absolute())
+            changed |= _local_data(data_dir / benchmark)
         ours = folder / official.relative_to(root)
         ours.parent.mkdir(parents=True, exist_ok=True)
         ours.write_text(yaml.safe_dump(changed), encoding="utf-8")
@@ -179,10 +182,23 @@ def _write_protocol_files(folder: Path, data_dir: Path) -> dict[str, str]:
             local = data_dir.absolute() / "commonsense" / Path(url).parent.name / "test.json"
             changed["dataset_kwargs"] = {"data_files": {"test": str(local)}}
         elif config.get("dataset_path") == "openai/gsm8k":
-            changed["dataset_path"] = str((data_dir / "gsm8k").absolute())
+            changed |= _local_data(data_dir / "gsm8k")
         found[config.get("group") or config["task"]] = "gsm8k" if "dataset_path" in changed else "commonsense"
         (folder / file.name).write_text(yaml.safe_dump(changed), encoding="utf-8")
     return found
+
+
+def _local_data(folder: Path) -> dict[str, Any]:
+    """The keys of a task file that has it read `folder`, and nothing that was read before from another one.
+
+    datasets takes two folders of one name and layout for the same data set, and would answer from its cache. So
+    each content has a cache of its own, by the names, sizes and times of its files.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(json.dumps([str(folder.absolute()), facts]).encode()).hexdigest()
+    cache = cache_dir("datasets") / key[:32]
+    return {"dataset_path": str(folder.absolute()), "dataset_kwargs": {"cache_dir": str(cache)}}
 
 
 def _index(names: list[str], official: Path, include_paths: tuple[Path, ...]) -> Any:

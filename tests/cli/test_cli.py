@@ -155,7 +155,8 @@ def test_a_run_is_scored_into_one_strict_document_and_refused_on_another_base(tm
     assert "samples" not in document["base"]
     assert document["n-samples"]["quickstart_choices"]["effective"] == 1
     names = {path.name for path in (tmp_path / "run/eval").iterdir()}  # a full score would have kept its own file
-    assert names == {"quickstart_choices.limit-1.json", "samples_quickstart_choices.limit-1.jsonl"}
+    samples = {f"samples_quickstart_choices.limit-1{side}.jsonl" for side in ("", ".base")}
+    assert names == {"quickstart_choices.limit-1.json", *samples}
     assert "Custom kwargs" not in done.stderr
 
     saved = tmp_path / "run/adapter/adapter_config.json"

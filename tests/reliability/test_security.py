@@ -16,7 +16,7 @@ from training import train_here
 from dude_cli import files, quickstart
 from dude_cli.config import ModelConfig
 from dude_cli.errors import UsageError
-from dude_cli.evaluation.results import write_results
+from dude_cli.evaluation import write_results
 from dude_cli.model import load_model, load_tokenizer
 from dude_cli.run_dir import FILES, FOLDERS
 

@@ -32,17 +32,21 @@ def test_the_number_is_the_first_after_the_last_mark(text: str, number: str) -> 
     assert number_after_the_answer_is(text) == number
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "gsm8k").mkdir()
-    row = {"question": "How much are 999 and 235?", "answer": "999+235=1234\n#### 1,234"}
+def write_gsm8k(folder: Path, question: str) -> Path:
+    (folder / "gsm8k").mkdir(parents=True)
+    row = {"question": question, "answer": "999+235=1234\n#### 1,234"}
     (folder / "gsm8k" / "README.md").write_text(
         "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: train.jsonl}\n"
         "  - {split: test, path: test.jsonl}\n---\n"
     )
     for split in ("train", "test"):
         (folder / "gsm8k" / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_gsm8k(tmp_path_factory.mktemp("data"), "How much are 999 and 235?")
     names = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
     for name in names:
         (folder / "commonsense" / name).mkdir(parents=True)
@@ -54,7 +58,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(name: str, data_dir: Path):
-    return load_tasks((EvalTask(name=name),), data_dir=data_dir, include_paths=(), log=lambda text: None)[0]
+    return load_tasks(
+        (EvalTask(name=name, num_fewshot=0),), data_dir=data_dir, include_paths=(), log=lambda text: None
+    )[0]
 
 
 def filtered(task, answer: str) -> str:
@@ -63,6 +69,16 @@ def filtered(task, answer: str) -> str:
     for make in filters:
         responses = make().apply(responses, [{}])
     return next(iter(responses))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "pissa_gsm8k"])
+def test_the_rows_are_those_of_the_folder_that_is_given(name: str, data_dir: Path, tmp_path: Path) -> None:
+    """datasets takes two folders of one name and layout for the same data, and reads the second from its cache."""
+    other = write_gsm8k(tmp_path, "How much are 1000 and 234?")
+    for folder, question in ((data_dir, "How much are 999 and 235?"), (other, "How much are 1000 and 234?")):
+        assert loaded(name, folder).tasks[name].eval_docs[0]["question"] == question
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps({"question": "Else?", "answer": "#### 1"}) + "\n")
+    assert loaded(name, other).tasks[name].eval_docs[0]["question"] == "Else?"
 
 
 def test_gsm8k_as_pissa_scores_it_has_the_prompt_of_its_training(data_dir: Path) -> None:
