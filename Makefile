@@ -26,7 +26,7 @@ test: setup ## Run every test; real data is found through DUDE_TEST_DATA
 	$(PYTEST)
 
 chaos: setup ## The long form of tests/chaos: kills, signals, fuzzing; half an hour
-	DUDE_CHAOS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/chaos
+	DUDE_CHAOS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/chaos tests/reliability/test_reproduce.py
 
 check: setup ## Lint, format and types
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from dude_cli.model import load_model, load_tokenizer
 
 IS_LONG = os.environ.get("DUDE_CHAOS") == "long"
 SEED = int(os.environ.get("DUDE_CHAOS_SEED", "1"))
-CONFIGS, DATA_FILES, ADAPTERS, RUNS = (2000, 2000, 500, 60) if IS_LONG else (200, 100, 30, 3)
+CONFIGS, DATA_FILES, ADAPTERS, RUNS = (2000, 2000, 500, 60) if IS_LONG else (60, 40, 12, 2)
 LIMIT_S = 60  # for one of them
 
 VALUES = [

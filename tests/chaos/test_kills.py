@@ -19,8 +19,8 @@ from dude_cli.metrics import read_metrics
 
 IS_LONG = os.environ.get("DUDE_CHAOS") == "long"
 SEED = int(os.environ.get("DUDE_CHAOS_SEED", "1"))
-STEPS = 40 if IS_LONG else 12
-KILLS = {1: 20, 2: 20} if IS_LONG else {1: 2, 2: 1}
+STEPS = 40 if IS_LONG else 8
+KILLS = {1: 20, 2: 20} if IS_LONG else {1: 1, 2: 1}
 RESULT = "adapter/adapter.safetensors"
 # The moments of a save: before the manifest, before the rename, before the check, before the oldest goes.
 MOMENTS = [
