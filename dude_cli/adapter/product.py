@@ -13,6 +13,8 @@ and backwards, for a given dy,
 
 because s dz B = u[:, :r] + u[:, r:]: the frozen half of the factors costs nothing in the weight gradients. A random
 start has P = s B, Q = A and no second half. What is kept for the backward pass is x, h[:, :r] and, with a magnitude, y.
+y is the output with its bias, because at the start it has to be the base's own bit for bit: beside a large bias,
+y - bias, and dm with it, have the rounding of the bias.
 """
 
 from __future__ import annotations

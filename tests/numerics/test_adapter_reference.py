@@ -96,6 +96,7 @@ def test_outputs_and_gradients_equal_the_dense_definition(method, bias, conv1d, 
     st.booleans(),
 )
 @example("dude", 7, 1, 0.0, "exact", False)
+@example("dude", 6, 1, 0.0, "detached", False)  # a row of 1e-3 beside a bias of 2.4
 def test_any_shape_and_rank_equals_the_dense_definition(method, out, width, share, norm_gradient, rank_stabilized):
     rank = max(1, round(share * min(out, width)))
     config = AdapterConfig(method=method, rank=rank, norm_gradient=norm_gradient, rank_stabilized=rank_stabilized)
@@ -106,7 +107,12 @@ def test_any_shape_and_rank_equals_the_dense_definition(method, out, width, shar
     terms = dense_reference(layer, x, grad_y, "detached")
     for name in expected:
         scale = max(float(expected[name].norm()), float(terms[name].norm()), float(grad_y.norm() * x.norm()) * 1e-2)
-        assert float((found[name].double() - expected[name]).norm()) <= 2 * TOLERANCE * scale, name
+        allowed = 2 * TOLERANCE * scale
+        if name == "magnitude":
+            # What is kept is y with its bias, so y - bias has the rounding of a bias that may be far larger.
+            rounding = torch.finfo(torch.float32).eps * grad_y.abs().sum(0) * (layer.bias / layer.magnitude).abs()
+            allowed += float(rounding.norm())
+        assert float((found[name].double() - expected[name]).norm()) <= allowed, name
 
 
 def test_full_rank_works():
