@@ -36,7 +36,7 @@ from dude_cli.adapter.norm import (
     frozen_products,
     is_cancelled,
 )
-from dude_cli.adapter.product import FrozenLinear, StepTensors, adapted_product
+from dude_cli.adapter.product import FrozenLinear, Scratch, StepTensors, adapted_product
 from dude_cli.adapter.row_scale import RowScale
 from dude_cli.adapter.weight import (
     is_only_a_product,
@@ -78,6 +78,7 @@ class AdapterLayer(nn.Module):
         self.is_plain = os.environ.get("DUDE_LAYER") == "plain"
         self.is_held = False
         self._held_norms: RowNorms | None = None
+        self._scratch: Scratch | None = None
         self._held_step: dict[tuple[torch.dtype, bool], StepTensors] = {}
         self.lora_A = nn.Parameter(factors.lora_A)
         self.lora_B = nn.Parameter(factors.lora_B)
@@ -212,10 +213,11 @@ class AdapterLayer(nn.Module):
         total = float(squared.double().sum())
         return float(S.square().sum()) / total if total > 0 else 1.0
 
-    def hold(self, norms: RowNorms | None = None) -> None:
+    def hold(self, norms: RowNorms | None = None, scratch: Scratch | None = None) -> None:
         """Reuse `norms`, or those of the next forward, and what else only a step changes, until `release`."""
         self.is_held = True
         self._held_norms = norms
+        self._scratch = scratch
 
     def forget(self) -> None:
         """Compute what is held anew in the next forward: A, B or m have changed."""
@@ -225,6 +227,7 @@ class AdapterLayer(nn.Module):
     def release(self) -> None:
         """Hold nothing any more."""
         self.is_held = False
+        self._scratch = None
         self.forget()
 
     @torch.no_grad()
@@ -272,7 +275,7 @@ class AdapterLayer(nn.Module):
         if held is not None:
             return held
         P, Q = self.factors.difference()
-        step = StepTensors((self.scaling * P).to(dtype), Q.to(dtype), self.scaling)
+        step = StepTensors((self.scaling * P).to(dtype), Q.to(dtype), self.scaling, scratch=self._scratch)
         if norms is not None and gain is not None:
             scale = RowScale.of(self._ratio(norms.norm), self.bias)
             step = step._replace(scale=scale, inverse_gain=torch.where(gain == 0, 0.0, 1 / gain))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
+from dude_cli.adapter.product import Scratch
 from dude_cli.adapter.weight import (
     dequantized,
     in_stored_orientation,
@@ -127,11 +128,12 @@ def constant_adapters(model: nn.Module) -> Iterator[None]:
     """
     layers = [layer for layer in adapter_layers(model).values() if not layer.is_held]
     with_norms = [layer for layer in layers if layer.magnitude is not None and is_whole(layer.base_layer)]
+    scratch = Scratch()
     for layer in layers:
-        layer.hold()
+        layer.hold(scratch=scratch)
     try:
         for layer, norms in zip(with_norms, compute_row_norms(with_norms), strict=True):
-            layer.hold(norms)
+            layer.hold(norms, scratch)
         with _forgetting_after_each_step(layers):
             yield
     finally:

@@ -37,6 +37,27 @@ from dude_cli.adapter.row_scale import RowScale
 HAS_KERNELS = os.environ.get("DUDE_LAYER") != "torch" and importlib.util.find_spec("triton") is not None
 
 
+class Scratch:
+    """Memory for the float32 dz of one layer after another, on a CPU.
+
+    There a new tensor of a few megabytes is paged in by the operating system each time, which takes several times as
+    long as writing it; a GPU's allocator keeps its blocks. Freed by the next forward pass, which needs the space.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Of the shape and dtype of `tensor`, with any values, until the next call."""
+        if self._buffer is None or self._buffer.numel() < tensor.numel():
+            self._buffer = None  # before the larger one is made
+            self._buffer = torch.empty_like(tensor).view(-1)
+        return self._buffer[: tensor.numel()].view_as(tensor)
+
+    def free(self) -> None:
+        self._buffer = None
+
+
 class StepTensors(NamedTuple):
     """What the product needs and only an optimizer step changes, without gradient; k is 2r, or r for a random start."""
 
@@ -45,6 +66,7 @@ class StepTensors(NamedTuple):
     scaling: float
     scale: RowScale | None = None  # None without a magnitude
     inverse_gain: Tensor | None = None  # (out,) float32; 0 where the gain is: a zero row of W0 stays one
+    scratch: Scratch | None = None
 
 
 class FrozenLinear(NamedTuple):
@@ -68,6 +90,8 @@ class AdaptedProduct(torch.autograd.Function):
         step: StepTensors,
         in_place: bool,
     ) -> Tensor:
+        if step.scratch is not None:
+            step.scratch.free()
         with without_autocast(x.device):
             if isinstance(base, FrozenLinear):
                 y, weight = F.linear(x, base.weight, base.bias), base.weight
@@ -93,8 +117,8 @@ class AdaptedProduct(torch.autograd.Function):
         rank = h.shape[1]
         dz, d_gain = dy, None
         if step.scale is not None:
-            passes = _kernels(dy.device.type) or row_scale
-            dz, products = passes.scale_backward(dy.contiguous(), y, step.scale)
+            dz, products = _scale_backward(dy.contiguous(), y, step, step.scale, is_only_here=weight is not None)
+            assert step.inverse_gain is not None
             d_gain = products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
         dx = None
         with without_autocast(x.device):
@@ -136,6 +160,18 @@ def _add_and_scale_(z: Tensor, h: Tensor, step: StepTensors) -> None:
     z.addmm_(h, step.P.T)
     if step.scale is not None:
         row_scale.scale_(z, step.scale)
+
+
+def _scale_backward(
+    dy: Tensor, y: Tensor, step: StepTensors, scale: RowScale, is_only_here: bool
+) -> tuple[Tensor, Tensor]:
+    """`row_scale.scale_backward`; `is_only_here` says that nobody gets dz after this backward pass."""
+    kernels = _kernels(dy.device.type)
+    if kernels is not None:
+        dz, products = kernels.scale_backward(dy, y, scale)
+        return dz, products
+    buffer = step.scratch.like(dy) if step.scratch and is_only_here and row_scale.takes_buffer(dy) else None
+    return row_scale.scale_backward(dy, y, scale, buffer)
 
 
 def _kernels(device_type: str) -> ModuleType | None:

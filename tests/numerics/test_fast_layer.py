@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -155,6 +156,35 @@ def test_what_a_hook_keeps_of_the_base_layer_stays_as_it_was():
     layer.base_layer.register_forward_hook(lambda module, args, output: kept.append(output))
     assert torch.equal(layer(x), expected)
     assert torch.equal(kept[0], layer.base_layer(x))
+
+
+def two_layers() -> nn.Sequential:
+    """Two adapted layers of which the second has the smaller output."""
+    sizes = ((48, 20), (24, 48))
+    return nn.Sequential(*(moved_layer(linear_layer(*size, bias=True), AdapterConfig(rank=4)) for size in sizes))
+
+
+@pytest.mark.parametrize("order", ["forward", "twice forward"])
+def test_layers_that_share_a_scope_change_no_result(order):
+    model, x = two_layers(), torch.randn(5, 20, requires_grad=True)
+    wanted = [x, *trainable_parameters(model).values()]
+    expected = torch.autograd.grad(model(x).square().sum(), wanted)
+    with constant_adapters(model):
+        y = model(x)
+        if order == "twice forward":  # two micro-batches whose backward passes come later
+            model(2 * x)
+        found = torch.autograd.grad(y.square().sum(), wanted)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_what_is_kept_of_a_gradient_within_the_scope_stays_as_it_was():
+    """A base layer that is called gets its output's gradient, which a hook may keep."""
+    model, x, kept = two_layers(), torch.randn(5, 20), []
+    model[1].base_layer.register_forward_hook(lambda module, args, output: output.retain_grad() or kept.append(output))
+    for scope in (nullcontext(), constant_adapters(model)):
+        with scope:
+            model(x).square().sum().backward()
+    assert torch.equal(kept[0].grad, kept[1].grad)
 
 
 # --- never stale ------------------------------------------------------------------------------------------------
