@@ -158,15 +158,15 @@ def test_what_a_hook_keeps_of_the_base_layer_stays_as_it_was():
     assert torch.equal(kept[0], layer.base_layer(x))
 
 
-def two_layers() -> nn.Sequential:
-    """Two adapted layers of which the second has the smaller output."""
-    sizes = ((48, 20), (24, 48))
+def three_layers() -> nn.Sequential:
+    """Adapted layers whose backward passes need the same memory again, and then more."""
+    sizes = ((48, 20), (24, 48), (24, 24))
     return nn.Sequential(*(moved_layer(linear_layer(*size, bias=True), AdapterConfig(rank=4)) for size in sizes))
 
 
 @pytest.mark.parametrize("order", ["forward", "twice forward"])
 def test_layers_that_share_a_scope_change_no_result(order):
-    model, x = two_layers(), torch.randn(5, 20, requires_grad=True)
+    model, x = three_layers(), torch.randn(5, 20, requires_grad=True)
     wanted = [x, *trainable_parameters(model).values()]
     expected = torch.autograd.grad(model(x).square().sum(), wanted)
     with constant_adapters(model):
@@ -179,8 +179,8 @@ def test_layers_that_share_a_scope_change_no_result(order):
 
 def test_what_is_kept_of_a_gradient_within_the_scope_stays_as_it_was():
     """A base layer that is called gets its output's gradient, which a hook may keep."""
-    model, x, kept = two_layers(), torch.randn(5, 20), []
-    model[1].base_layer.register_forward_hook(lambda module, args, output: output.retain_grad() or kept.append(output))
+    model, x, kept = three_layers(), torch.randn(5, 20), []
+    model[2].base_layer.register_forward_hook(lambda module, args, output: output.retain_grad() or kept.append(output))
     for scope in (nullcontext(), constant_adapters(model)):
         with scope:
             model(x).square().sum().backward()
