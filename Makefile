@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two processes of one thread: more would only fight over the cores. A file stays in one, with what its tests share.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two processes of one thread: more would only fight over the cores. A file stays in one, with what its tests share; the
+# folders of long files come first, so that neither process is left with one at the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+SUITE := tests/distributed tests/e2e tests/reliability tests/chaos tests/numerics tests/cli tests/unit
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test chaos check bench bench-full format config-docs clean
@@ -23,7 +25,7 @@ run: setup ## Train the embedded quickstart model and score it, base against tun
 	$(BIN)/dude eval runs/quickstart --base
 
 test: setup ## Run every test; real data is found through DUDE_TEST_DATA
-	$(PYTEST)
+	$(PYTEST) $(SUITE)
 
 chaos: setup ## The long form of tests/chaos: kills, signals, fuzzing; half an hour
 	DUDE_CHAOS=long OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/chaos tests/reliability/test_reproduce.py

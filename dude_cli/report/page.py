@@ -41,21 +41,21 @@ def _section(section: Section) -> Iterator[str]:
     for table in tables:
         if table.title != section.title:
             yield from (f"### {table.title}", "")
-        yield from _table(table)
+        yield from (markdown_table(table), "")
     for heading, items in section.lists.items():
         yield from (f"{_escaped(heading)}:", "")
         yield from (f"- {_escaped(item)}" for item in items)
         yield ""
 
 
-def _table(table: Table) -> Iterator[str]:
-    yield _row([column.heading for column in table.columns])
-    yield "| " + " | ".join("---" if column.is_text else "---:" for column in table.columns) + " |"
-    for row in table.rows:
-        yield _row(table.cells(row))
-    yield ""
-    if table.note:
-        yield from (_escaped(table.note), "")
+def markdown_table(table: Table) -> str:
+    """A table and, under it, its note."""
+    lines = [
+        _row([column.heading for column in table.columns]),
+        "| " + " | ".join("---" if column.is_text else "---:" for column in table.columns) + " |",
+        *(_row(table.cells(row)) for row in table.rows),
+    ]
+    return "\n".join([*lines, "", _escaped(table.note)] if table.note else lines)
 
 
 def _row(cells: Sequence[str]) -> str:

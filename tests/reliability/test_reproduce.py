@@ -29,7 +29,8 @@ seeds: [1, 2]
 threads: 1
 evaluation: {{tasks: [{{name: quickstart_choices, num_fewshot: 0, limit: 8}}], batch_size: 8}}
 numbers:
-  - {{name: loss, of: {{method: dude}}, metric: eval_loss, unit: nats, value: {value}, tolerance: 100.0, source: ours}}
+  - {{name: loss, of: {{method: dude}}, metric: eval_loss, unit: nats, value: {value}, tolerance: 100.0, source: ours,
+     required: {required}}}
   - {{name: choices, of: {{method: dude}}, task: quickstart_choices, metric: "acc,none", value: 50, tolerance: 50,
      source: ours}}
 budget: {{device: CPU, tflops: 0.03, tokens_per_row: 60, models: [{{name: "embedded:quickstart", parameters: 8e5}}]}}
@@ -45,10 +46,10 @@ train: {max_steps: 4, global_batch_size: 4, per_device_batch_size: 4, gradient_c
 """
 
 
-def recipe_file(folder: Path, *, methods: str = "[dude]", value: float = 1.0) -> Path:
+def recipe_file(folder: Path, *, methods: str = "[dude]", value: float = 1.0, required: str = "true") -> Path:
     (folder / "base.yaml").write_text(CONFIG)
     path = folder / "mine.yaml"
-    path.write_text(RECIPE.format(config="base.yaml", methods=methods, value=value))
+    path.write_text(RECIPE.format(config="base.yaml", methods=methods, value=value, required=required))
     return path
 
 
@@ -188,6 +189,11 @@ def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_o
     assert "choices" not in refused.stderr.partition("error:")[2]
     assert "[1/" not in refused.stderr
     assert [number["verdict"] for number in json.loads(refused.stdout)["numbers"]] == ["differs", "reproduced"]
+    # One that is not required is only reported.
+    wrong = recipe_file(tmp_path, value=500.0, required="false")
+    reported = dude_here("reproduce", wrong, "--output", tmp_path / "killed", "--json")
+    assert reported.returncode == 0, reported.stderr
+    assert [number["verdict"] for number in json.loads(reported.stdout)["numbers"]] == ["differs", "reproduced"]
 
 
 SHIPPED = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
