@@ -225,18 +225,23 @@ def _instructions(machine: dict[str, Any]) -> str:
 
 
 def _source(path: Path) -> str:
-    """How the table came about: command, raw numbers, commits, machines."""
-    cases = read(path).values()
+    """How the table came about: command, raw numbers, commits, machines; the cases of each where there are several."""
     command = f"`python benchmarks/{path.stem}.py`"
-    if not cases:
+    groups: dict[str, list[str]] = {}
+    for name, case in read(path).items():
+        machine = case["machine"]
+        where = (
+            f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} cores, "
+            f"torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
+        )
+        groups.setdefault(f"at {case['commit']} ({case['date']}) on {where}", []).append(name)
+    if not groups:
         return f"\nNot measured yet: {command} does it.\n"
-    commits = ", ".join(sorted({f"{case['commit']} ({case['date']})" for case in cases}))
-    machines = {
-        f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} cores, "
-        f"torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
-        for machine in (case["machine"] for case in cases)
-    }
-    return f"\n{command}, raw: {path.relative_to(REPOSITORY)}; at {commits}; on {'; '.join(sorted(machines))}.\n"
+    source = f"\n{command}, raw: {path.relative_to(REPOSITORY)}"
+    if len(groups) == 1:
+        return f"{source}; {next(iter(groups))}.\n"
+    lines = [f"- {', '.join(names)}: {origin}\n" for origin, names in groups.items()]
+    return f"{source}:\n\n{''.join(lines)}"
 
 
 if __name__ == "__main__":
