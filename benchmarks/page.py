@@ -231,8 +231,8 @@ def _source(path: Path) -> str:
     for name, case in read(path).items():
         machine = case["machine"]
         where = (
-            f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} cores, "
-            f"torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
+            f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} "
+            f"cores, torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
         )
         groups.setdefault(f"at {case['commit']} ({case['date']}) on {where}", []).append(name)
     if not groups:
