@@ -257,10 +257,10 @@ def export(
 ) -> None:
     """Write a trained adapter for other programs, load it again, and say how exact it is."""
     with _reported(debug, if_stopped="nothing was exported"):
-        from dude_cli import commands
+        from dude_cli import exchanging
         from dude_cli.console import Output
 
-        commands.export(
+        exchanging.export(
             target,
             out,
             kind=kind,
@@ -296,10 +296,10 @@ def import_adapter(
 ) -> None:
     """Make an adapter of dude's from one of PEFT's, to evaluate, continue or export it."""
     with _reported(debug, if_stopped="nothing was imported"):
-        from dude_cli import commands
+        from dude_cli import exchanging
         from dude_cli.console import Output
 
-        commands.import_adapter(
+        exchanging.import_adapter(
             folder,
             out,
             base_model=base_model,

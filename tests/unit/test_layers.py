@@ -15,6 +15,7 @@ LAYERS = [
     "cli",
     "commands",
     "scoring",
+    "exchanging",
     "reproduce",
     "report",
     "init_report",
