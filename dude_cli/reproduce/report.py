@@ -136,6 +136,9 @@ VERDICT_COLUMNS = [
     "source",
 ]
 
+# A terminal has room for these; report.md has all.
+SCREEN_COLUMNS = ["number", "published", "measured", "sd", "n", "tolerance", "verdict"]
+
 
 def verdict_cells(verdict: Verdict) -> list[str]:
     """One row of the table, under `VERDICT_COLUMNS`; percentages have two decimals, losses four."""
@@ -172,8 +175,9 @@ def result_table(result: Result) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     columns, rows = result.score_rows()
     if result.verdicts:
-        columns = VERDICT_COLUMNS[:9]
-        rows = [verdict_cells(verdict)[: len(columns)] for verdict in result.verdicts]
+        columns = SCREEN_COLUMNS
+        places = [VERDICT_COLUMNS.index(column) for column in columns]
+        rows = [[verdict_cells(verdict)[place] for place in places] for verdict in result.verdicts]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
