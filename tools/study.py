@@ -47,8 +47,8 @@ def _rates(settings: list[dict[str, Any]]) -> str:
     for setting in settings:
         cells = []
         for rate in rates:
-            loss = setting["development"].get(rate)
-            text = "diverged" if loss is None else f"{loss:.4f}"
+            loss = setting["development"].get(rate, "not tried")
+            text = "–" if loss == "not tried" else "diverged" if loss is None else f"{loss:.4f}"
             cells.append(f"**{text}**" if float(rate) == setting["learning_rate"] else text)
         lines.append(f"| {setting['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -66,7 +66,8 @@ def render(text: str, parts: dict[str, dict[str, Any]]) -> str:
 
 def main(folders: list[str]) -> None:
     for part, folder in zip(PARTS, folders, strict=False):
-        text = json.dumps(read_part(Path(folder)), indent=1, ensure_ascii=False)
+        # Where the folders lay is nobody's concern, and another machine's tables are to differ in numbers alone.
+        text = json.dumps(read_part(Path(folder)), indent=1, ensure_ascii=False).replace(f"{Path(folder)}/", "")
         (FOLDER / f"{part}.json").write_text(text + "\n", encoding="utf-8")
     parts = {part: json.loads((FOLDER / f"{part}.json").read_text(encoding="utf-8")) for part in PARTS}
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")

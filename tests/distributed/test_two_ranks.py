@@ -227,8 +227,17 @@ def test_an_evaluation_that_two_ranks_share_has_the_prompts_and_scores_of_one(sh
         two, one = (json.loads((place / file).read_text()) for place in (folder / "run/eval", folder / "alone"))
         for key in ("results", "prompt_hashes", "task_hashes", "prompts_cut", "n-samples", "base", "difference"):
             assert two[key] == one[key], key
-    samples = (folder / "run/eval/samples_drawn.limit-3.jsonl").read_text().splitlines()
-    assert [json.loads(line)["doc_id"] for line in samples] == [0, 1, 2]
+    two, one = (
+        [json.loads(line) for line in (place / "samples_drawn.limit-3.jsonl").read_text().splitlines()]
+        for place in (folder / "run/eval", folder / "alone")
+    )
+    assert [sample["doc_id"] for sample in two] == [0, 1, 2]
+    # Each answer is its own question's: equal scores alone may be chance.
+    assert [likelihoods(sample) for sample in two] == [pytest.approx(likelihoods(sample), rel=1e-4) for sample in one]
+
+
+def likelihoods(sample):
+    return [float(value) for value, _ in sample["filtered_resps"]]
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(tmp_path):
