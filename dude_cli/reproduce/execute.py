@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -147,6 +148,7 @@ class _Child:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
+        _start_server()
         self.answer, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_child_main, args=(job, place, work, theirs, dict(os.environ)))
         self.process.start()
@@ -174,6 +176,21 @@ class _Child:
         say(f"{name} failed: {message}\n  log: {log}")
 
 
+def _start_server() -> None:
+    """Start the server process, if it is not running, so that Ctrl-C does not end it with a traceback while it imports.
+
+    What it forks inherits that SIGINT is blocked.
+    """
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _stop(processes: list[Any], say: Callable[[str], None]) -> None:
     if processes:
         say(f"stopping {len(processes)} runs")
@@ -184,6 +201,7 @@ def _stop(processes: list[Any], say: Callable[[str], None]) -> None:
 
 
 def _child_main(job: Job, place: Slot, work: Work, answer: Connection, environment: dict[str, str]) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()
     os.environ.update(environment)  # the server's is that of an earlier time
     if place.gpu is not None:
@@ -232,8 +250,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _end_with_parent() -> None:
     """When the command is killed, stop as by a signal: a training saves a checkpoint."""
-    import signal
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -154,6 +154,29 @@ def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
         slots(3, None)
 
 
+def test_ctrl_c_while_the_server_of_the_runs_starts_is_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dude_cli",
+        "reproduce",
+        str(recipe_file(tmp_path)),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    line = next(line for line in process.stderr if line.startswith("[1/2]"))
+    time.sleep(1)  # it imports torch and more for seconds
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, line + said
+    assert "Traceback" not in said
+    assert "the same command continues" in said
+
+
 def tables(folder: Path) -> tuple[str, str]:
     return (folder / "report.md").read_text(), (folder / "report.json").read_text()
 
