@@ -31,6 +31,7 @@ PEFT = {
 METHODS = ("lora", "pissa", "dora", "dude")
 NO_AUTOCAST = ", no autocast"
 VOCABULARY = 4096  # the head costs all candidates the same; Llama-2's 32000 would hide much of what differs
+MLP_AND_HEADS = {1024: (2816, 16), 4096: (11008, 32)}  # by hidden size; the second are Llama-2-7B's
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -44,7 +45,7 @@ class Candidate:
 
     def precision(self) -> AbstractContextManager[object]:
         """For a forward pass."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+        return torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=self.autocast)
 
     def step_scope(self) -> AbstractContextManager[object]:
         """For the micro-batches of one optimizer step: ours do once in it what does not change until it ends."""
@@ -106,16 +107,17 @@ def model_candidate(
 
 
 def llama(dtype: str, layers: int, hidden: int, checkpointing: bool, vocabulary: int) -> PreTrainedModel:
-    """A Llama with heads of 64 and an MLP of 11/4 the width; checkpointing as `dude train` turns it on."""
+    """A Llama of random weights; checkpointing as `dude train` turns it on."""
     torch.manual_seed(0)
+    mlp_width, heads = MLP_AND_HEADS[hidden]
     config = AutoConfig.for_model(
         "llama",
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
+        intermediate_size=mlp_width,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=8192,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -154,7 +156,7 @@ class Training:
     @classmethod
     def of(cls, candidate: Candidate, tokens: int) -> Training:
         trained = [parameter for parameter in candidate.module.parameters() if parameter.requires_grad]
-        ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, VOCABULARY, (1, tokens), generator=_generator())
         return cls(candidate, torch.optim.AdamW(trained, lr=1e-5), ids)
 
     def loss(self) -> Tensor:
@@ -170,6 +172,10 @@ class Training:
         self.optimizer.zero_grad()
 
 
+def _generator() -> torch.Generator:
+    return torch.Generator(torch.get_default_device()).manual_seed(0)
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     out_features, in_features = weight.shape
     layer = nn.Linear(in_features, out_features, bias=False, device="meta")
@@ -183,7 +189,7 @@ def _factors(method: str, weight: Tensor, rank: int) -> Factors:
     The start of `pissa` and `dude` has the size of singular vectors times the root of the largest singular value.
     """
     out_features, in_features = weight.shape
-    generator = torch.Generator().manual_seed(0)
+    generator = _generator()
     A = torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features)
     B = torch.randn(out_features, rank, generator=generator) / math.sqrt(out_features)
     if method in ("lora", "dora"):

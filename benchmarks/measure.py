@@ -2,7 +2,9 @@
 
 A benchmark is a list of cases. `results/NAME.json` has one line per case, with the raw seconds, the settings, the
 commit and the machine, so that a case can be measured again alone (`--only`) without losing the others. Medians and
-ratios are not stored: `page.py` computes them from the seconds. `--short` writes to `results/short/` instead.
+ratios are not stored: `page.py` computes them from the seconds. `--short` writes to `results/short/` instead, and
+`--device cuda`, which has cases of its own, to `results/cuda/`. A GPU is torch's default device then: a case makes its
+tensors where they are used.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import torch
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MIN_ROUNDS, MAX_ROUNDS = 3, 31
+GPU_S = 0.02  # a GPU's work is timed in runs of at least this, between two waits for it
 
 Seconds = dict[str, list[float]]
 
@@ -34,7 +38,8 @@ class Case(NamedTuple):
 
     name: str
     settings: dict[str, Any]
-    is_short: bool  # part of `--short`
+    is_short: bool = False  # part of `--short`
+    device: str = "cpu"
 
 
 def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Case, float], dict[str, Any]]) -> Path:
@@ -44,8 +49,10 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     """
     options = _parse(doc)
     torch.set_num_threads(options.threads)
-    path = (RESULTS / "short" if options.short else RESULTS) / f"{name}.json"
-    chosen = [case for case in cases if case.is_short or not options.short]
+    if options.device != "cpu":
+        torch.set_default_device(options.device)
+    path = results(options.device, short=options.short) / f"{name}.json"
+    chosen = [case for case in cases if case.device == options.device and (case.is_short or not options.short)]
     exact = [case for case in chosen if case.name == options.only]
     chosen = exact or [case for case in chosen if options.only in case.name]
     record = _record()
@@ -57,31 +64,59 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     return path
 
 
+def results(device: str, *, short: bool = False) -> Path:
+    """The folder of the result files of a device."""
+    folder = RESULTS if device == "cpu" else RESULTS / device
+    return folder / "short" if short else folder
+
+
 def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> Seconds:
     """Seconds of each candidate in each round, after one round that only warms up.
 
     Each round runs every candidate once, so that a change of the machine's pace hits all alike, and every second one
-    runs in reverse, so that none always follows the same neighbour. Rounds go on until `budget_s` is spent.
+    runs in reverse, so that none always follows the same neighbour. Rounds go on until `budget_s` is spent. On a GPU a
+    candidate runs several times in a row, and the seconds are the mean: its queue is never empty, as in a training.
     """
     seconds: Seconds = {name: [] for name in candidates}
     for run_once in candidates.values():
         run_once()
+    times = {name: _runs_per_round(run_once) for name, run_once in candidates.items()}
     names, started = list(candidates), time.perf_counter()
     for number in range(MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
             break
         gc.collect()
         for name in names if number % 2 == 0 else reversed(names):
-            start = time.perf_counter()
-            candidates[name]()
-            seconds[name].append(round(time.perf_counter() - start, 7))
+            seconds[name].append(round(_timed(candidates[name], times[name]), 7))
     return seconds
 
 
+def _runs_per_round(run_once: Callable[[], object]) -> int:
+    if torch.get_default_device().type == "cpu":
+        return 1
+    return max(1, math.ceil(GPU_S / _timed(run_once, 1)))
+
+
+def _timed(run_once: Callable[[], object], times: int) -> float:
+    """Seconds of one of `times` runs in a row."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run_once()
+    synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def synchronize() -> None:
+    """Wait until the GPU, if that is where the benchmark runs, has done all."""
+    if torch.get_default_device().type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def pace(dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches now: a plain product's FLOP/s in `dtype`, and a copy's bytes/s, read and written."""
+    """What this device reaches now: a plain product's FLOP/s in `dtype`, and a copy's bytes/s, read and written."""
     left, right = torch.randn(2048, 4096, dtype=dtype), torch.randn(4096, 4096, dtype=dtype)
-    source, target = torch.zeros(2**26), torch.empty(2**26)  # 256 MiB each: past every cache
+    source, target = torch.randn(2**26), torch.empty(2**26)  # 256 MiB each: past every cache
     best = {
         name: min(values)
         for name, values in interleave(
@@ -116,6 +151,7 @@ def _parse(doc: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="the case of this name, else all with TEXT in theirs"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--seconds", type=float, help=f"per case, 60, or 5 with --short; at least {MIN_ROUNDS} rounds run"
@@ -138,8 +174,15 @@ def _record() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         }
+        | _gpu()
         | {package: version(package) for package in ("torch", "peft", "transformers")},
     }
+
+
+def _gpu() -> dict[str, str]:
+    if torch.get_default_device().type == "cpu":
+        return {}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), "triton": version("triton")}
 
 
 def _commit() -> str:

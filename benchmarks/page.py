@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import counts
-from measure import REPOSITORY, RESULTS, Seconds, markdown_table, read
+from measure import REPOSITORY, RESULTS, Seconds, markdown_table, read, results
 
 PAGE = REPOSITORY / "docs" / "performance.md"
 LORA = "PEFT lora"
@@ -64,6 +64,28 @@ def step(path: Path) -> str:
         for name, case in read(path).items()
     ]
     return markdown_table(["", f"{LORA}, ms", *others, "PEFT dora + pissa over dude"], rows) + _source(path)
+
+
+def step_on_a_gpu(path: Path) -> str:
+    """An optimizer step of Llama-2-7B's shapes: time, throughput, and the memory that it takes above the weights'."""
+    lora, dora = "lora, no autocast", "PEFT dora + pissa"
+    header = ["", f"{LORA}, ms", dora, "lora", "dude", f"{dora} over dude", "dude, tokens/s"]
+    header += [f"{name}, peak GB" for name in (LORA, dora, "lora", "dude")]
+    rows = []
+    for name, case in read(path).items():
+        settings, seconds = case["settings"], case["seconds"]
+        tokens = settings["tokens"] * settings["accumulation"]
+        rows.append(
+            [
+                name,
+                _ms(seconds, LORA),
+                *(_spread(seconds, other, LORA) for other in (dora, lora, NO_AUTOCAST)),
+                _spread(seconds, dora, NO_AUTOCAST),
+                f"{tokens / statistics.median(seconds[NO_AUTOCAST]):,.0f}",
+                *(f"{case['peak_bytes'][other] / 1e9:.1f}" for other in (LORA, dora, lora, NO_AUTOCAST)),
+            ]
+        )
+    return markdown_table(header, rows) + _source(path)
 
 
 def growth(path: Path) -> str:
@@ -166,6 +188,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "growth": lambda: growth(RESULTS / "growth.json"),
     "limits": lambda: limits(RESULTS / "layer.json"),
     "step_limits": lambda: step_limits(RESULTS / "step.json"),
+    "layer_cuda": lambda: layer(results("cuda") / "layer.json"),
+    "limits_cuda": lambda: limits(results("cuda") / "layer.json"),
+    "step_cuda": lambda: step_on_a_gpu(results("cuda") / "step.json"),
     "operations": counts.operations_table,
     "llama_2_7b": counts.llama_2_7b_table,
 }
@@ -224,17 +249,20 @@ def _instructions(machine: dict[str, Any]) -> str:
     return f" ({machine['instructions']})" if "instructions" in machine else ""
 
 
+def _where(machine: dict[str, Any]) -> str:
+    versions = f"torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
+    if "gpu" in machine:
+        return f"{machine['gpu']}, CUDA {machine['cuda']}, Triton {machine['triton']}, {versions}"
+    cores = f"{machine['threads']} threads on {machine['cores']} cores"
+    return f"{machine['processor']}{_instructions(machine)}, {cores}, {versions}"
+
+
 def _source(path: Path) -> str:
     """How the table came about: command, raw numbers, commits, machines; the cases of each where there are several."""
-    command = f"`python benchmarks/{path.stem}.py`"
+    command = f"`python benchmarks/{path.stem}.py{' --device cuda' * (path.parent == results('cuda'))}`"
     groups: dict[str, list[str]] = {}
     for name, case in read(path).items():
-        machine = case["machine"]
-        where = (
-            f"{machine['processor']}{_instructions(machine)}, {machine['threads']} threads on {machine['cores']} "
-            f"cores, torch {machine['torch']}, PEFT {machine['peft']}, transformers {machine['transformers']}"
-        )
-        groups.setdefault(f"at {case['commit']} ({case['date']}) on {where}", []).append(name)
+        groups.setdefault(f"at {case['commit']} ({case['date']}) on {_where(case['machine'])}", []).append(name)
     if not groups:
         return f"\nNot measured yet: {command} does it.\n"
     source = f"\n{command}, raw: {path.relative_to(REPOSITORY)}"

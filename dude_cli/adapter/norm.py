@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dude_cli.adapter.autocast import without_autocast
 from dude_cli.adapter.factors import Factors
-from dude_cli.adapter.weight import squared_row_norms, weight_chunks, weight_rows, weight_shape
+from dude_cli.adapter.weight import dense_weight, squared_row_norms, weight_chunks, weight_rows, weight_shape
 
 # Below this share of the base's squared norm the factored sum has lost digits to cancellation.
 CANCELLATION = 0.25
@@ -89,12 +89,28 @@ def full_float32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def bfloat16_parts(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bfloat16 tensors whose sum is `values`, float32: 8 + 8 + 8 of its 24 bits."""
+    high = values.to(torch.bfloat16)
+    rest = values - high
+    middle = rest.to(torch.bfloat16)
+    return high, middle, (rest - middle).to(torch.bfloat16)
+
+
 class _BaseProduct(torch.autograd.Function):
-    """W0 Q^T, (out, k), in float32, reading W0 in row chunks in both passes so that no float32 copy of it is kept."""
+    """W0 Q^T, (out, k), in float32, without a float32 copy of W0.
+
+    On a GPU a bfloat16 W0 meets the three parts of Q in one product of its own dtype with float32 sums, which reads it
+    once: as exact, in a fifth of the memory traffic. Elsewhere both passes read W0 in row chunks.
+    """
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, base_layer: nn.Module) -> Tensor:
         ctx.base_layer = base_layer
+        weight = dense_weight(base_layer)
+        if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
+            products = torch.mm(weight, torch.cat(bfloat16_parts(Q)).T, out_dtype=torch.float32)
+            return products.view(len(weight), 3, len(Q)).sum(dim=1)
         product = torch.empty(weight_shape(base_layer)[0], len(Q), device=Q.device)
         for rows, chunk in weight_chunks(base_layer):
             torch.mm(chunk, Q.T, out=product[rows])

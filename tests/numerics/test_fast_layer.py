@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dude_cli.adapter import AdapterConfig, adapter_layers, constant_adapters, patch_model, trainable_parameters
 from dude_cli.adapter.layer import AdapterLayer
-from dude_cli.adapter.norm import frozen_products
+from dude_cli.adapter.norm import bfloat16_parts, frozen_products
 from dude_cli.adapter.row_scale import RowScale, scale_, scale_backward
 
 # Relative error of one rounding to the dtype, times a small number for the roundings on the way.
@@ -406,3 +406,10 @@ def test_a_low_matmul_precision_does_not_reach_the_norms():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@given(st.lists(st.floats(-1e30, 1e30, width=32).filter(lambda x: x == 0 or abs(x) > 1e-30), min_size=1, max_size=50))
+def test_three_bfloat16_parts_are_the_float32_value(values):
+    parts = bfloat16_parts(torch.tensor(values))
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert sum(part.double() for part in parts).tolist() == torch.tensor(values).double().tolist()

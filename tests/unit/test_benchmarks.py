@@ -20,8 +20,8 @@ def test_the_page_has_what_the_result_files_have():
 
 
 def test_every_case_says_what_ran_and_where():
-    for benchmark in ("layer", "step", "memory", "growth"):  # the others write one result, not cases
-        path = measure.RESULTS / f"{benchmark}.json"
+    names = ("layer.json", "step.json", "memory.json", "growth.json")  # the others write one result, not cases
+    for path in [measure.results(device) / name for device in ("cpu", "cuda") for name in names]:
         for name, case in measure.read(path).items():
             assert {"settings", "command", "commit", "date", "machine"} <= set(case), f"{path.name}: {name}"
             assert not case["commit"].endswith("+changes"), f"{path.name}: {name} was measured with uncommitted code"

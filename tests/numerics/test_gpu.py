@@ -1,0 +1,185 @@
+"""What only a GPU can show: the layer on the Triton kernels, whole trainings, their ends and beginnings, real OOM.
+
+Without a GPU these are skipped; the same code is tested on a CPU elsewhere, the kernels through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command import dude_here
+from quickstart_config import quickstart_config
+from test_adapter_reference import METHODS, dense_reference, layer_results, moved_layer, relative_error
+from tiny_models import KINDS, linear_layer, tiny_batch, tiny_model
+from training import StopAfter, train_here
+
+from dude_cli.adapter import AdapterConfig, constant_adapters, disable_adapters, patch_model, product
+from dude_cli.adapter.layer import AdapterLayer
+from dude_cli.adapter.patch import start_factors
+from dude_cli.adapter.weight import weight_rows
+from dude_cli.errors import StoppedError
+from dude_cli.metrics import read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# Relative error of the whole layer: sums of a few hundred float32 terms; a rounding to the dtype, and those on the way.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+RESULT = "adapter/adapter.safetensors"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_equal_the_dense_definition(method, bias, dtype):
+    layer = moved_layer(linear_layer(272, 336, bias=bias, dtype=dtype), AdapterConfig(method=method, rank=24)).cuda()
+    x, grad_y = (torch.randn(3, 70, width, device="cuda").to(dtype) for width in (336, 272))
+    assert product._kernels("cuda") is not None
+    expected, found = dense_reference(layer, x, grad_y), layer_results(layer, x, grad_y)
+    assert set(found) == set(expected)
+    for name in expected:
+        assert relative_error(found[name], expected[name]) <= TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("width", [96, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["dude", "dora"])
+def test_norms_are_exact(method, dtype, width):
+    """Also with TF32 allowed, and where the factors have moved as far as a long training moves them."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        layer = moved_layer(linear_layer(512, width, bias=False, dtype=dtype), AdapterConfig(method=method, rank=32))
+        layer.cuda()
+        found = layer.row_norms().norm.double()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    P, Q = layer.factors.difference()
+    expected = (weight_rows(layer.base_layer, slice(None)).double() + layer.scaling * P.double() @ Q.double()).norm(
+        dim=1
+    )
+    assert float(((found - expected) / expected).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize(("shrink", "tolerance"), [(0.1, 1e-6), (1e-3, 1e-4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_are_exact_where_a_row_shrinks(dtype, shrink, tolerance):
+    base = linear_layer(64, 96, bias=False, dtype=dtype).cuda()
+    config = AdapterConfig(method="dude", rank=64)
+    layer = AdapterLayer(base, config, start_factors(base, config, seed=0))
+    with torch.no_grad():
+        layer.lora_B.mul_(shrink)  # at full rank V becomes shrink * W0
+        P, Q = layer.factors.difference()
+        found = layer.squared_norms().sqrt().double()
+        expected = (weight_rows(base, slice(None)).double() + layer.scaling * P.double() @ Q.double()).norm(dim=1)
+    assert float(((found - expected) / expected).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_step_zero_and_disabled_are_the_base_bit_for_bit(method, dtype, kind):
+    model, ids = tiny_model(kind, dtype).cuda(), tiny_batch().cuda()
+
+    def logits():
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    base = logits()
+    patch_model(model, AdapterConfig(method=method, rank=8, alpha=12.0), seed=5)
+    assert torch.equal(logits(), base)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    with constant_adapters(model):
+        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert not torch.equal(logits(), base)
+    with disable_adapters(model):
+        assert torch.equal(logits(), base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torch_compile_gives_the_same(method):
+    layer = moved_layer(linear_layer(256, 128, bias=True), AdapterConfig(method=method, rank=8)).cuda()
+    x, grad_y = torch.randn(64, 128, device="cuda"), torch.randn(64, 256, device="cuda")
+    expected = layer_results(layer, x, grad_y)
+    compiled = torch.compile(layer)
+    x = x.requires_grad_()
+    layer.zero_grad()
+    y = compiled(x)
+    y.backward(grad_y)
+    assert relative_error(y, expected["y"].double()) <= 1e-5
+    assert relative_error(x.grad, expected["x"].double()) <= 1e-5
+    assert relative_error(layer.lora_A.grad, expected["lora_A"].double()) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_interrupted_run_ends_in_the_same_bytes(dtype, tmp_path):
+    whole = quickstart_config(tmp_path / "whole", dtype=dtype)
+    train_here(whole)
+    assert losses(tmp_path / "whole/run")[-1] < losses(tmp_path / "whole/run")[0]
+    parted = quickstart_config(tmp_path / "parted", dtype=dtype)
+    with pytest.raises(StoppedError):
+        train_here(parted, stop=StopAfter(6))
+    train_here(parted)
+    assert losses(tmp_path / "parted/run") == losses(tmp_path / "whole/run")
+    assert (tmp_path / "parted/run" / RESULT).read_bytes() == (tmp_path / "whole/run" / RESULT).read_bytes()
+
+
+def test_gpu_and_cpu_learn_alike(tmp_path):
+    """float32: the same losses within what 12 steps make of other roundings."""
+    train_here(quickstart_config(tmp_path / "gpu"))
+    environment = json.loads((tmp_path / "gpu/run/environment.json").read_text(encoding="utf-8"))
+    assert environment["device"] == "cuda:0"
+    done = dude_here_on_the_cpu(quickstart_config(tmp_path / "cpu"))
+    assert done == 0
+    assert losses(tmp_path / "gpu/run") == pytest.approx(losses(tmp_path / "cpu/run"), rel=1e-3)
+
+
+def test_real_want_of_memory_halves_an_automatic_batch(tmp_path):
+    """The limit is torch's own for this process; the losses are those of a run that fits."""
+    fits = quickstart_config(tmp_path / "fits", per_device_batch_size="16", global_batch_size="64")
+    train_here(fits, "train.max_steps=2")
+    config = quickstart_config(tmp_path / "auto", per_device_batch_size="auto", global_batch_size="64")
+    said: list[str] = []
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train_here(config, "train.max_steps=1", say=said.append)
+    whole = torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.6 * whole)
+    try:
+        limited = quickstart_config(tmp_path / "limited", per_device_batch_size="auto", global_batch_size="64")
+        train_here(limited, "train.max_steps=2")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert losses(tmp_path / "limited/run") == pytest.approx(losses(tmp_path / "fits/run"), rel=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_is_trained_and_the_run_loads_again(quantization, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = quickstart_config(tmp_path / "quantised", dtype="bfloat16")
+    train_here(config, f"model.quantization={quantization}", "train.learning_rate=2e-3")
+    run = tmp_path / "quantised/run"
+    assert losses(run)[-1] < losses(run)[0]
+    for command in (("export", run, tmp_path / "merged", "--format", "merged"), ("eval", run, "--limit", "4")):
+        done = dude_here(*command)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("form", ["merged", "peft", "lora"])
+def test_a_run_is_exported_within_the_tolerance(form, tmp_path):
+    train_here(quickstart_config(tmp_path / "run", dtype="bfloat16"))
+    done = dude_here("export", tmp_path / "run/run", tmp_path / form, "--format", form)
+    assert done.returncode == 0, done.stderr
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run_dir) if "loss" in record]
+
+
+def dude_here_on_the_cpu(config: Path) -> int:
+    from command import dude
+
+    return dude("train", config, "--quiet", CUDA_VISIBLE_DEVICES="").returncode
