@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import dude_here
+from command import dude, dude_here
 from quickstart_config import quickstart_config
 from test_adapter_reference import METHODS, dense_reference, layer_results, moved_layer, relative_error
 from tiny_models import KINDS, linear_layer, tiny_batch, tiny_model
@@ -163,9 +163,10 @@ def test_a_quantised_base_is_trained_and_the_run_loads_again(quantization, tmp_p
     train_here(config, f"model.quantization={quantization}", "train.learning_rate=2e-3")
     run = tmp_path / "quantised/run"
     assert losses(run)[-1] < losses(run)[0]
-    for command in (("export", run, tmp_path / "merged", "--format", "merged"), ("eval", run, "--limit", "4")):
-        done = dude_here(*command)
-        assert done.returncode == 0, done.stderr
+    exported = dude_here("export", run, tmp_path / "merged", "--format", "merged")
+    assert exported.returncode == 0, exported.stderr
+    scored = dude_here("eval", run, "--task", "quickstart_choices", "--limit", "4")
+    assert scored.returncode == 0, scored.stderr
 
 
 @pytest.mark.parametrize("form", ["merged", "peft", "lora"])
@@ -180,6 +181,4 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def dude_here_on_the_cpu(config: Path) -> int:
-    from command import dude
-
     return dude("train", config, "--quiet", CUDA_VISIBLE_DEVICES="").returncode
