@@ -142,7 +142,7 @@ class _KrylovSpace:
         self._basis, self._projected = (torch.empty(most_columns, side, device=tall.device).T for side in (n, m))
         # Drawn on the CPU: the sketch is then the same on every device.
         self._generator = torch.Generator().manual_seed(0)
-        self._left = torch.randn(m, self._block, generator=self._generator).to(tall.device)
+        self._left = torch.randn(m, self._block, generator=self._generator, device="cpu").to(tall.device)
 
     def extend(self, columns: int) -> None:
         """Add blocks until there are `columns`."""
@@ -202,7 +202,7 @@ def _next_block(Z: Tensor, basis: Tensor, generator: torch.Generator) -> Tensor:
     in general position: a QR alone would complete them with unit vectors, which may lie in the basis. What is left of
     such columns is rounding, half of it in the basis, hence a second projection before the QR and a third after it.
     """
-    noise = torch.randn(Z.shape, generator=generator).to(Z.device)
+    noise = torch.randn(Z.shape, generator=generator, device="cpu").to(Z.device)
     size = torch.linalg.vector_norm(Z, dtype=torch.float64).float() / math.sqrt(Z.numel())
     Z = Z + noise * torch.finfo(Z.dtype).eps * torch.where(size > 0, size, 1.0)
     Z = Z - basis @ (basis.T @ Z)

@@ -4,8 +4,8 @@
     backward   g dy and sum_t dy (y - bias), from one reading of dy and y
 
 The results are those of torch's product and `row_scale.py` within the dtype's rounding: sums are float32, and y is
-rounded once, where torch rounds z + h P^T before it is scaled. Tested through Triton's interpreter; no GPU has run
-them, so the block sizes are not tuned. Imported only where they are used: see `product.py`.
+rounded once, where torch rounds z + h P^T before it is scaled. Tested through Triton's interpreter too. Imported only
+where they are used: see `product.py`.
 """
 
 # A kernel is written in Triton, not in Python: its arguments are pointers and compile-time numbers.

@@ -213,11 +213,25 @@ class AdapterLayer(nn.Module):
         total = float(squared.double().sum())
         return float(S.square().sum()) / total if total > 0 else 1.0
 
-    def hold(self, norms: RowNorms | None = None, scratch: Scratch | None = None) -> None:
-        """Reuse `norms`, or those of the next forward, and what else only a step changes, until `release`."""
+    @torch.no_grad()
+    def step_tensors(self, dtype: torch.dtype, norm: Tensor | None, gain: Tensor | None) -> StepTensors:
+        """What the product in `dtype` needs of A, B, the norm and the gain as they are now; both None without m."""
+        P, Q = self.factors.difference()
+        step = StepTensors((self.scaling * P).to(dtype), Q.to(dtype), self.scaling, scratch=self._scratch)
+        if norm is None or gain is None:
+            return step
+        scale = RowScale.of(self._ratio(norm), self.bias)
+        return step._replace(scale=scale, inverse_gain=torch.where(gain == 0, 0.0, 1 / gain))
+
+    def hold(
+        self, norms: RowNorms | None = None, step: StepTensors | None = None, scratch: Scratch | None = None
+    ) -> None:
+        """Reuse `norms` and `step`, or those of the next forward, until `release`; A, B and m stay as they are."""
         self.is_held = True
         self._held_norms = norms
         self._scratch = scratch
+        if step is not None:
+            self._held_step[step.P.dtype, True] = step
 
     def forget(self) -> None:
         """Compute what is held anew in the next forward: A, B or m have changed."""
@@ -274,11 +288,7 @@ class AdapterLayer(nn.Module):
         held = self._held_step.get(key)
         if held is not None:
             return held
-        P, Q = self.factors.difference()
-        step = StepTensors((self.scaling * P).to(dtype), Q.to(dtype), self.scaling, scratch=self._scratch)
-        if norms is not None and gain is not None:
-            scale = RowScale.of(self._ratio(norms.norm), self.bias)
-            step = step._replace(scale=scale, inverse_gain=torch.where(gain == 0, 0.0, 1 / gain))
+        step = self.step_tensors(dtype, None if norms is None else norms.norm, gain)
         if self.is_held:
             self._held_step[key] = step
         return step

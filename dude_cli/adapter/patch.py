@@ -17,6 +17,7 @@ from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
 from dude_cli.adapter.product import Scratch
+from dude_cli.adapter.recorded import recorded_step
 from dude_cli.adapter.weight import (
     dequantized,
     in_stored_orientation,
@@ -122,9 +123,10 @@ def constant_adapters(model: nn.Module) -> Iterator[None]:
     """A promise that A, B and m do not change within, so that norms and rounded factors are made once.
 
     For the micro-batches between two optimizer steps, for an evaluation and for generation. The norms are computed
-    here, with one wait for the device; those of a sharded or offloaded weight by its first forward within. May be
-    nested. A step of a torch optimizer, `load_state_dict` and `.to()` within end what is held so far; a write to
-    `parameter.data` cannot be seen and breaks the promise.
+    here, with one wait for the device; on a GPU, from the second time on, as one CUDA graph (`recorded.py`). Those of a
+    sharded or offloaded weight are computed by its first forward within. May be nested. A step of a torch optimizer,
+    `load_state_dict` and `.to()` within end what is held so far; a write to `parameter.data` cannot be seen and breaks
+    the promise.
     """
     layers = [layer for layer in adapter_layers(model).values() if not layer.is_held]
     with_norms = [layer for layer in layers if layer.magnitude is not None and is_whole(layer.base_layer)]
@@ -132,8 +134,13 @@ def constant_adapters(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.hold(scratch=scratch)
     try:
-        for layer, norms in zip(with_norms, compute_row_norms(with_norms), strict=True):
-            layer.hold(norms, scratch)
+        recorded = recorded_step(model, layers)
+        if recorded is None:
+            for layer, norms in zip(with_norms, compute_row_norms(with_norms), strict=True):
+                layer.hold(norms, scratch=scratch)
+        else:
+            for layer, (held_norms, step) in zip(layers, recorded.replay(), strict=True):
+                layer.hold(held_norms, step)
         with _forgetting_after_each_step(layers):
             yield
     finally:
@@ -218,7 +225,7 @@ def start_factors(
     # LoRA's start: nn.Linear's own, kaiming_uniform_(a=sqrt(5)), is uniform within 1 / sqrt(in).
     bound = 1 / math.sqrt(in_features)
     generator = torch.Generator().manual_seed(seed)
-    A = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+    A = torch.empty(config.rank, in_features, device="cpu").uniform_(-bound, bound, generator=generator)
     return Factors(A, torch.zeros(out_features, config.rank)).to(device)
 
 

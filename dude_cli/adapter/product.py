@@ -117,19 +117,17 @@ class AdaptedProduct(torch.autograd.Function):
         rank = h.shape[1]
         dz, d_gain = dy, None
         if step.scale is not None:
-            dz, products = _scale_backward(dy.contiguous(), y, step, step.scale, is_only_here=weight is not None)
-            assert step.inverse_gain is not None
-            d_gain = products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
+            dz, d_gain = _scale_backward(dy.contiguous(), y, step, is_only_here=weight is not None)
         dx = None
         with without_autocast(x.device):
             u = dz @ step.P
-            dB = (dz.T @ h).float()
-            dA = (u if u.shape[1] == rank else u[:, :rank] + u[:, rank:]).T @ x
+            dB = _float32_product(dz.T, h)
+            dA = _float32_product((u if u.shape[1] == rank else u[:, :rank] + u[:, rank:]).T, x)
             if ctx.needs_input_grad[1]:
                 dx = u @ step.Q if weight is None else (dz @ weight).addmm_(u, step.Q)
         if step.scaling != 1.0:
             dB.mul_(step.scaling)
-        return dz if ctx.needs_input_grad[0] else None, dx, dA.float(), dB, d_gain, None, None
+        return dz if ctx.needs_input_grad[0] else None, dx, dA, dB, d_gain, None, None
 
 
 def adapted_product(
@@ -162,16 +160,24 @@ def _add_and_scale_(z: Tensor, h: Tensor, step: StepTensors) -> None:
         row_scale.scale_(z, step.scale)
 
 
-def _scale_backward(
-    dy: Tensor, y: Tensor, step: StepTensors, scale: RowScale, is_only_here: bool
-) -> tuple[Tensor, Tensor]:
-    """`row_scale.scale_backward`; `is_only_here` says that nobody gets dz after this backward pass."""
+def _scale_backward(dy: Tensor, y: Tensor, step: StepTensors, is_only_here: bool) -> tuple[Tensor, Tensor]:
+    """dz and the gain's gradient; `is_only_here` says that nobody gets dz after this backward pass."""
+    assert step.scale is not None
+    assert step.inverse_gain is not None
     kernels = _kernels(dy.device.type)
     if kernels is not None:
-        dz, products = kernels.scale_backward(dy, y, scale)
-        return dz, products
-    buffer = step.scratch.like(dy) if step.scratch and is_only_here and row_scale.takes_buffer(dy) else None
-    return row_scale.scale_backward(dy, y, scale, buffer)
+        dz, products = kernels.scale_backward(dy, y, step.scale)
+    else:
+        buffer = step.scratch.like(dy) if step.scratch and is_only_here and row_scale.takes_buffer(dy) else None
+        dz, products = row_scale.scale_backward(dy, y, step.scale, buffer)
+    return dz, products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32: on a GPU the sums of a half-precision product, elsewhere the rounded product."""
+    if left.device.type == "cuda" and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def _kernels(device_type: str) -> ModuleType | None:
