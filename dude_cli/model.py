@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, DType, ModelConfig, Quantization
-from dude_cli.errors import UsageError, nearest
+from dude_cli.errors import ResourceError, UsageError, is_out_of_memory, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -227,7 +227,14 @@ def _explained(config: ModelConfig) -> Iterator[None]:
     name = config.name_or_path
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ResourceError(
+                "out of memory while the base model was loaded",
+                where=f"model.name_or_path: {name}",
+                fix="use model.dtype: bfloat16 or model.quantization: nf4; with several GPUs, "
+                "train.distributed: fsdp needs room for one whole copy all the same",
+            ) from error
         if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "`kernels`")):
             raise _attention_error(config.attn_implementation, str(error)) from error
         if isinstance(error, ImportError) and "bitsandbytes" in str(error):

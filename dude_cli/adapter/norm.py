@@ -62,7 +62,8 @@ def factored_squared_norms(base_layer: nn.Module, factors: Factors, scaling: flo
         else:
             D, E = A - A0, B - B0
             cross = E * frozen.initial + B * base_product(base_layer, D)
-            quadratic = E * (E @ frozen.initial_gram + 2 * (B @ (D @ A0.T))) + B * (B @ (D @ D.T))
+            grams = torch.cat([A0, D]) @ D.T  # A0 D^T and D D^T
+            quadratic = E * (E @ frozen.initial_gram + 2 * (B @ grams[: len(D)].T)) + B * (B @ grams[len(D) :])
     return frozen.squared + (2 * scaling * cross + scaling**2 * quadratic).sum(dim=1)
 
 

@@ -64,7 +64,7 @@ def scale_backward(dy: Tensor, y: Tensor, scale: RowScale, buffer: Tensor | None
             torch.sub(y, scale.bias, out=buffer).mul_(dy)
         products = buffer.sum(0)
         return torch.mul(dy, scale.g, out=buffer), products
-    if dy.device.type != "cpu":
+    if dy.device.type not in ("cpu", "meta"):
         # Without Triton's kernels; torch.compile makes one of it.
         return (dy * scale.g).to(dy.dtype), (dy * (y - scale.bias)).sum(0)
     dz, products, _ = torch.ops.aten.native_batch_norm_backward(

@@ -6,7 +6,7 @@ import pytest
 
 from dude_cli import quickstart
 from dude_cli.config import ModelConfig
-from dude_cli.errors import UsageError
+from dude_cli.errors import ResourceError, UsageError
 from dude_cli.model import check_quantization, load_model
 
 
@@ -19,6 +19,20 @@ def test_an_attention_kernel_that_is_not_there_is_named_as_the_cause(attention, 
         load_model(config)
     assert error.value.where == f"model.attn_implementation: {attention}"
     assert meant in (error.value.fix or "")
+
+
+def test_a_base_that_does_not_fit_is_a_want_of_memory(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    class OutOfMemoryError(RuntimeError):  # as torch's is called
+        pass
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(ResourceError, match="out of memory while the base model was loaded"):
+        load_model(ModelConfig(name_or_path=quickstart.NAME, dtype="float32"))
 
 
 @pytest.mark.parametrize(
