@@ -45,7 +45,8 @@ try:
     on_all_ranks()
 except DudeError as error:
     record["error"] = str(error)
-print(json.dumps(record), flush=True)
+sys.stdout.write(json.dumps(record) + "\\n")  # in one write, or the ranks' lines may mix
+sys.stdout.flush()
 """
 
 

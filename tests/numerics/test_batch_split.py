@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, tiny_model
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
 from dude_cli.loss import SummedLoss
-from dude_cli.train_step import accumulate_gradients
+from dude_cli.train_step import accumulate_gradients, equal_batches
 
 ROWS = 13  # no split below divides it: the last micro-batch is short
 
@@ -80,3 +80,12 @@ def test_a_rank_without_rows_takes_part_with_zero_gradients():
     alone = gradients([unequal_rows()[0]], per_device_batch_size=1)
     for name, expected in alone.items():
         assert float((found[name] - expected).norm() / expected.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize(("rows", "size", "world_size"), [(ROWS, 6, 2), (ROWS, 4, 3), (1, 2, 3)])
+def test_all_ranks_run_equally_many_forward_passes(rows, size, world_size):
+    """A sharded base is gathered in each. None has a row of another one."""
+    shares = [unequal_rows()[rank:rows:world_size] for rank in range(world_size)]
+    batches = [list(equal_batches(share, size, -(-rows // world_size))) for share in shares]
+    assert len({len(each) for each in batches}) == 1
+    assert [[row for batch in each for row in batch if row.source_rows] for each in batches] == shares

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli.checkpoint import checkpoints, is_valid, newest_checkpoint
+from dude_cli import ranks
+from dude_cli.checkpoint import Origin, checkpoints, is_valid, newest_checkpoint
 from dude_cli.metrics import read_metrics
+from dude_cli.resume import checkpoint_to_continue
 
 EXTRA = "  save_steps: 2"
 RESULT = "adapter/adapter.safetensors"
@@ -97,6 +101,18 @@ def test_a_run_without_a_whole_checkpoint_starts_again_at_step_0(unfinished, und
     train_here(unfinished, say=said.append)
     assert any("starts again at step 0" in line for line in said)
     assert losses(tmp_path / "run") == losses(undisturbed)
+
+
+def test_another_rank_takes_the_checkpoint_that_the_main_one_names(tmp_path, monkeypatch):
+    """It does not look for itself: it might see what the main one is setting aside."""
+    damaged = tmp_path / "checkpoints/step-000001"
+    damaged.mkdir(parents=True)
+    told = [None, "chosen"]  # that nothing failed, and which one
+    monkeypatch.setattr(ranks, "gather_json", lambda _, own: [told.pop(0), own])
+    second = SimpleNamespace(num_processes=2, process_index=1, is_main_process=False)
+    found = checkpoint_to_continue(tmp_path, Origin(2, None, {}), second, pytest.fail, allow_changes=False)
+    assert found == Path("chosen")
+    assert damaged.is_dir()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "adapter/../../outside"])

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import pytest
 from command import dude
 from quickstart_config import quickstart_config
+from training import train_here
+
+from dude_cli.errors import DivergedError
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(tmp_path):
@@ -12,6 +16,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(tmp_
     assert "no weight was changed" in stopped.stderr
     assert "training rows" in stopped.stderr
     assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "run/adapter").exists()
+
+
+def test_an_evaluation_loss_that_is_not_finite_stops_the_run(tmp_path):
+    settings = ["train.learning_rate=1e30", "train.warmup_ratio=0", "train.eval_steps=1"]
+    with pytest.raises(DivergedError, match=r"the evaluation loss is (nan|inf) after step 1"):
+        train_here(quickstart_config(tmp_path), *settings)
     assert not (tmp_path / "run/adapter").exists()
 
 

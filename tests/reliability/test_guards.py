@@ -20,7 +20,7 @@ from dude_cli.adapter import unpatch_model
 from dude_cli.checkpoint import checkpoints, is_valid, save_checkpoint
 from dude_cli.config import load_config
 from dude_cli.errors import DivergedError, ResourceError
-from dude_cli.metrics import read_metrics
+from dude_cli.metrics import MetricsLog, read_metrics
 
 TENSORS = "adapter.safetensors"
 
@@ -131,6 +131,15 @@ def test_the_step_that_ran_out_of_memory_is_that_of_the_smaller_batch_to_the_bit
     assert losses(tmp_path / "auto") == losses(tmp_path / "given")
 
 
+def test_a_batch_size_that_is_given_is_not_halved(tmp_path, monkeypatch):
+    shortage = TooLittleMemory(2)
+    shortage.count = 1
+    monkeypatch.setattr(train, "accumulate_gradients", train.accumulate_gradients)  # put back at the end
+    shortage.arm()
+    with pytest.raises(ResourceError, match="out of memory with 4 rows per forward at step 1"):
+        train_here(quickstart_config(tmp_path, max_steps="1", per_device_batch_size="4"))
+
+
 def test_memory_that_is_too_small_for_one_row_ends_both_ranks(tmp_path):
     config = quickstart_config(tmp_path, max_steps="2", global_batch_size="2", per_device_batch_size="1")
     shortage = TooLittleMemory(0)
@@ -182,6 +191,18 @@ def test_a_disk_without_room_is_noticed_before_anything_is_decomposed(tmp_path, 
     assert not (tmp_path / "run/initial").exists()
 
 
+def test_what_the_run_has_written_already_needs_no_more_room(tmp_path, monkeypatch):
+    prepared = init_here(quickstart_config(tmp_path))
+    model = unpatch_model(prepared.model)
+    room = disk.run_bytes(prepared.config, model) - files.size_bytes(tmp_path / "run/initial")
+    usage = disk.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=room))
+    disk.check_disk_space(prepared.config, model)
+    room -= 1
+    with pytest.raises(ResourceError, match="are free"):
+        disk.check_disk_space(prepared.config, model)
+
+
 BEST = "  save_steps: 1\n  save_total_limit: 1\n  eval_steps: 1\n  early_stopping_patience: 5"
 
 
@@ -215,6 +236,15 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_forever(tmp_path):
     assert ranks.processes[0].exitcode == 1, ranks.said()
     assert "another rank is gone, or does not answer" in ranks.logs[0].read_text()
     assert "Traceback" not in ranks.logs[0].read_text()
+
+
+def test_the_lines_of_the_steps_are_synced_before_their_checkpoint(tmp_path, monkeypatch):
+    order = []
+    sync, save = MetricsLog.sync, train.save_checkpoint
+    monkeypatch.setattr(MetricsLog, "sync", lambda log: (order.append("sync"), sync(log)))
+    monkeypatch.setattr(train, "save_checkpoint", lambda *a, **b: (order.append("save"), save(*a, **b)))
+    train_here(quickstart_config(tmp_path, max_steps="2", extra="  save_steps: 1"))
+    assert order == ["sync", "save"] * 2
 
 
 def test_files_and_folders_are_synced_before_the_rename(tmp_path, monkeypatch):

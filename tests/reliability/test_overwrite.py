@@ -38,9 +38,13 @@ def test_a_config_that_cannot_start_deletes_nothing(change, finished, tmp_path):
 
 
 def test_a_new_run_takes_the_place_of_the_old(finished, tmp_path, capsys):
+    for name in ("eval", "best", "tensorboard"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "of_the_old").write_text("x")
     train(finished, "adapter.rank=2", "train.save_steps=null")
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["adapter"]["rank"] == 2
-    assert not (tmp_path / "run/checkpoints").exists()
+    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert sorted(folders) == ["adapter", "initial"]
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

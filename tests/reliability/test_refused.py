@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
 from training import init_here, train_here
 
-from dude_cli import prepare
+from dude_cli import prepare, target
 from dude_cli.checkpoint import Origin, checkpoints, read_state
+from dude_cli.config import load_config
 from dude_cli.errors import UsageError
 from dude_cli.metrics import read_metrics
+from dude_cli.run_dir import changed_settings, is_finished_run
 
 EXTRA = "  save_steps: 2"
 
@@ -102,23 +105,49 @@ def test_another_number_of_ranks_is_refused_before_the_model_is_loaded(unfinishe
     assert read_state(checkpoints(tmp_path / "run")[0]).origin.world_size == 1
 
 
+def recording(load, revisions):
+    """`load`, which adds the commit that it is asked for to `revisions`."""
+    return lambda config, *device: (revisions.append(config.revision), load(config, *device))[1]
+
+
 def test_a_begun_run_stays_on_its_commit_and_another_one_is_refused(unfinished, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "run/checkpoints")
     monkeypatch.setattr(prepare, "hub_commit", lambda config: "a" * 40)
-    load, revisions = prepare.load_model, []
-
-    def loaded(config, device):
-        revisions.append(config.revision)
-        return load(config, device)
-
-    monkeypatch.setattr(prepare, "load_model", loaded)
+    revisions = []
+    for name in ("load_tokenizer", "load_model"):
+        monkeypatch.setattr(prepare, name, recording(getattr(prepare, name), revisions))
     train_here(unfinished)
     assert json.loads((tmp_path / "run/environment.json").read_text())["model_revision"] == "a" * 40
     shutil.rmtree(tmp_path / "run/adapter")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
     monkeypatch.setattr(prepare, "hub_commit", lambda config: "b" * 40)  # the branch has moved on
     train_here(unfinished)
-    assert revisions == ["a" * 40, "a" * 40]
+    assert revisions == ["a" * 40] * 4
     shutil.rmtree(tmp_path / "run/adapter")
     with pytest.raises(UsageError, match=r"model.revision \(commit a{40}, now b{40}\)"):
         train_here(unfinished, "model.revision=other")
+
+
+def test_the_commits_of_data_sets_are_kept(tmp_path, monkeypatch):
+    prepare_data = prepare.prepare_data
+    commits = {"owner/data": "c" * 40}
+    monkeypatch.setattr(prepare, "prepare_data", lambda *given: replace(prepare_data(*given), revisions=commits))
+    init_here(quickstart_config(tmp_path))
+    assert json.loads((tmp_path / "run/environment.json").read_text())["data_revisions"] == commits
+
+
+def test_what_does_not_touch_what_is_learned_may_change(unfinished):
+    changes = ["logging_steps=3", "save_steps=1", "save_total_limit=5", "report_to=[tensorboard]"]
+    changes += ["per_device_batch_size=1", "distributed=fsdp", "distributed_timeout_s=60"]
+    config = load_config(unfinished, [f"train.{change}" for change in changes])
+    assert changed_settings(config) == []
+    assert not is_finished_run(config)
+
+
+def test_a_run_is_loaded_on_the_commit_that_it_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "hub_commit", lambda config: "a" * 40)
+    train_here(quickstart_config(tmp_path, max_steps="1"))
+    revisions = []
+    monkeypatch.setattr(target, "load_model", recording(target.load_model, revisions))
+    target.load_target(target.find_target(str(tmp_path / "run")), None)
+    assert revisions == ["a" * 40]

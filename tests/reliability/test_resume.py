@@ -105,6 +105,13 @@ def test_all_that_a_step_depends_on_is_in_a_checkpoint(name, tmp_path, monkeypat
         assert summary["kept_step"] < summary["steps"] < 12
 
 
+def test_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path):
+    stop = StopAfter(2)
+    train_here(quickstart_config(tmp_path, max_steps="2"), "data.validation=null", stop=stop)
+    assert stop.name
+    assert (tmp_path / "run" / RESULT).is_file()
+
+
 def test_only_the_newest_checkpoints_are_kept(undisturbed):
     assert [folder.name for folder in checkpoints(undisturbed)] == ["step-000012", "step-000009"]
 
@@ -148,11 +155,14 @@ def test_a_run_does_not_go_on_with_another_base(unfinished, monkeypatch):
         train_here(unfinished)
 
 
-@pytest.mark.parametrize(("given", "used"), [("2", 2), ("auto", 4)])
-def test_only_an_automatic_batch_size_is_the_checkpoints(given, used, unfinished, tmp_path):
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000012")
-    train_here(unfinished, f"train.per_device_batch_size={given}")
-    state = json.loads((tmp_path / "run/checkpoints/step-000012/state.json").read_text())
+@pytest.mark.parametrize(("given", "used"), [("2", 2), ("auto", 3)])
+def test_only_an_automatic_batch_size_is_the_checkpoints(given, used, tmp_path):
+    """Without a checkpoint `auto` would be 4 here."""
+    config = quickstart_config(tmp_path, max_steps="2", per_device_batch_size="3", extra="  save_steps: 1")
+    with pytest.raises(StoppedError):
+        train_here(config, stop=StopAfter(1))
+    train_here(config, f"train.per_device_batch_size={given}")
+    state = json.loads((tmp_path / "run/checkpoints/step-000002/state.json").read_text())
     assert state["per_device_batch_size"] == used
 
 

@@ -237,3 +237,14 @@ def test_hub_options_reach_load_dataset(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("owner/data", name="sub", split="test[:3]", revision="v1") == KEPT
     assert seen == {"path": "owner/data", "name": "sub", "split": "test[:3]", "revision": "v1"}
+
+
+def test_the_commit_of_a_data_set_from_the_hub_is_found(monkeypatch):
+    import datasets
+
+    addresses = {f"hf://datasets/owner/data@{'c' * 40}/{name}.parquet": {} for name in ("one", "two")}
+    dataset = datasets.Dataset.from_list(ROWS, info=datasets.DatasetInfo(download_checksums=addresses))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
+    revisions: dict[str, str] = {}
+    read_source(DataSource(path="owner/data"), COLUMNS, revisions)
+    assert revisions == {"owner/data": "c" * 40}

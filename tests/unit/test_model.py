@@ -7,7 +7,7 @@ import pytest
 from dude_cli import quickstart
 from dude_cli.config import ModelConfig
 from dude_cli.errors import ResourceError, UsageError
-from dude_cli.model import check_quantization, load_model
+from dude_cli.model import check_quantization, hub_commit, load_model
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,17 @@ def test_files_that_are_quantised_need_bitsandbytes_too(monkeypatch):
     with pytest.raises(UsageError, match="needs bitsandbytes") as error:
         load_model(ModelConfig(name_or_path=quickstart.NAME))
     assert error.value.where == f"model.name_or_path: {quickstart.NAME}, whose files are quantised"
+
+
+def test_the_commit_of_a_base_is_that_of_its_files_on_the_hub(monkeypatch):
+    asked = []
+
+    def download(name: str, file: str, revision: str | None) -> str:
+        asked.append((name, revision))
+        return f"/cache/models--owner--name/snapshots/{'c' * 40}/{file}"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert hub_commit(ModelConfig(name_or_path="owner/name", revision="v2")) == "c" * 40
+    assert hub_commit(ModelConfig(name_or_path=quickstart.NAME)) is None
+    assert hub_commit(ModelConfig(name_or_path=str(quickstart.MODEL_DIR))) is None
+    assert asked == [("owner/name", "v2")]

@@ -40,6 +40,16 @@ def test_a_new_an_empty_a_prepared_folder_and_a_run_are_used(names, tmp_path):
     check_run_dir(config_in(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("name", ["initial", "adapter", "best"])
+def test_a_folder_that_stepped_aside_before_a_process_was_killed_is_put_back(name, tmp_path):
+    (tmp_path / f"run/.{name}.old").mkdir(parents=True)
+    (tmp_path / f"run/.{name}.old/file").write_text("x")
+    (tmp_path / "run/config.yaml").write_text("")
+    (tmp_path / "run/environment.json").write_text("{}")
+    check_run_dir(config_in(tmp_path / "run"))
+    assert (tmp_path / "run" / name / "file").read_text() == "x"
+
+
 def test_a_folder_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="nothing can be written"):
