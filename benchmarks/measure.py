@@ -78,9 +78,7 @@ def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> 
     candidate runs several times in a row, and the seconds are the mean: its queue is never empty, as in a training.
     """
     seconds: Seconds = {name: [] for name in candidates}
-    for run_once in candidates.values():
-        run_once()
-    times = {name: _runs_per_round(run_once) for name, run_once in candidates.items()}
+    times = {name: _warm_up(run_once) for name, run_once in candidates.items()}
     names, started = list(candidates), time.perf_counter()
     for number in range(MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
@@ -91,8 +89,10 @@ def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> 
     return seconds
 
 
-def _runs_per_round(run_once: Callable[[], object]) -> int:
-    if torch.get_default_device().type == "cpu":
+def _warm_up(run_once: Callable[[], object]) -> int:
+    """Run once, and say how many runs a round should have."""
+    first = _timed(run_once, 1)
+    if torch.get_default_device().type == "cpu" or first > 10 * GPU_S:
         return 1
     return max(1, math.ceil(GPU_S / _timed(run_once, 1)))
 

@@ -3,7 +3,7 @@
     python benchmarks/step.py [--short] [--only "r=16 accumulation=4 float32"] [--threads 2] [--device cuda]
 
 Hidden size 1024, 4 layers, micro-batches of 256 tokens, a vocabulary of 4096; the same loss for all. On a GPU
-Llama-2-7B's shapes, micro-batches of 2048 tokens, a vocabulary of 32000, and the peak of allocated memory.
+Llama-2-7B's shapes, micro-batches of 4096 tokens, a vocabulary of 32000, and the peak of allocated memory.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ NOT_OF_STEP = ("pissa", "dora")  # beside the others in the table of one layer; 
 
 # Four models of 13.5 GB at once; `lora` and `dude` as `dude train` runs them.
 ON_A_GPU = ("PEFT lora", "PEFT dora + pissa", "lora, no autocast", "dude, no autocast")
-LLAMA_2_7B = {"hidden": 4096, "layers": 32, "vocabulary": 32000, "tokens": 2048, "dtype": "bfloat16"}
+LLAMA_2_7B = {"hidden": 4096, "layers": 32, "vocabulary": 32000, "tokens": 4096, "dtype": "bfloat16"}
 
 
 def cases() -> list[Case]:
     found = [
         _on_a_gpu(16, accumulation=1),
-        _on_a_gpu(16, accumulation=8),
-        _on_a_gpu(128, accumulation=8),
-        _on_a_gpu(16, accumulation=8, checkpointing=True),
+        _on_a_gpu(16, accumulation=4),
+        _on_a_gpu(128, accumulation=4),
+        _on_a_gpu(16, accumulation=4, checkpointing=True),
     ]
     for rank in (16, 128):
         for dtype in ("float32", "bfloat16"):
