@@ -15,7 +15,7 @@ from typing import Any
 import page
 import torch
 from candidates import VOCABULARY, Training, candidate_names, model_candidate
-from measure import Case, interleave, pace, run, synchronize
+from measure import Case, interleave, pace, results, run, synchronize
 
 SHORT = (
     "r=16 accumulation=4 float32",
@@ -97,4 +97,5 @@ def _peak_bytes(step: Callable[[], object]) -> int:
 
 
 if __name__ == "__main__":
-    print(page.step(run("step", __doc__, cases(), measure)))
+    path = run("step", __doc__, cases(), measure)
+    print(page.step_on_a_gpu(path) if path.parent == results("cuda") else page.step(path))
