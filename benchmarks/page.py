@@ -88,6 +88,36 @@ def step_on_a_gpu(path: Path) -> str:
     return markdown_table(header, rows) + _source(path)
 
 
+def large(path: Path) -> str:
+    """A training of `large.py`: foreseen and measured memory, pace, and how long the first step took to come."""
+    header = ["", "trained", "foreseen, GB", "measured, GB", "tokens/s", "first step done after, s"]
+    rows, sources = [], []
+    for name, case in read(path).items():
+        steps = [record for record in case["metrics"] if "loss" in record]
+        foreseen = case["memory"]["predicted"]["training"]
+        rows.append(
+            [
+                name,
+                f"{foreseen['gradients'] / 4 / 1e6:.0f} million parameters",
+                f"{case['memory']['predicted_training_bytes'] / 1e9:.1f}",
+                f"{case['memory']['measured_training_bytes'] / 1e9:.1f}",
+                f"{statistics.median(record['tokens_per_s'] for record in steps[1:]):,.0f}",
+                f"{steps[0]['first_step_s']:.0f}",
+            ]
+        )
+        environment = case["environment"]
+        packages = environment["packages"]
+        where = (environment["gpus"] or [environment["platform"]])[0]
+        sources.append(
+            f"{name}: at {environment['git_commit'][:10]} on {where}, torch {packages['torch']}, "
+            f"transformers {packages['transformers']}"
+        )
+    if not rows:
+        return "Not measured yet: `python benchmarks/large.py` does it.\n"
+    raw = f"`python benchmarks/large.py`, raw: {path.relative_to(REPOSITORY)}; {'; '.join(sources)}."
+    return f"{markdown_table(header, rows)}\n{raw}\n"
+
+
 def growth(path: Path) -> str:
     """The step of DuDe over LoRA's as one size grows."""
     rows = [
@@ -191,6 +221,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layer_cuda": lambda: layer(results("cuda") / "layer.json"),
     "limits_cuda": lambda: limits(results("cuda") / "layer.json"),
     "step_cuda": lambda: step_on_a_gpu(results("cuda") / "step.json"),
+    "large": lambda: large(results("cuda") / "large.json"),
     "operations": counts.operations_table,
     "llama_2_7b": counts.llama_2_7b_table,
 }
