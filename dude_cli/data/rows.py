@@ -31,7 +31,7 @@ class Columns:
 def read_sources(sources: Sequence[DataSource], columns: Columns, revisions: dict[str, str] | None = None) -> list[Row]:
     """Return the rows of `sources`, one source after the other, each row with just the columns asked for.
 
-    The commits of those from the Hub are added to `revisions`, by path.
+    The commits of those from the Hub are added to `revisions`, by path and the revision asked for.
     Raises DataError where a source cannot be read, lacks a required column, or has a null in one.
     """
     found = {} if revisions is None else revisions
@@ -131,7 +131,8 @@ def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str
         raise _unreadable_dataset(source, error) from error
     commits = _commits(dataset)
     if commits:
-        revisions[source.path] = ", ".join(commits)
+        asked = source.path if source.revision is None else f"{source.path}@{source.revision}"
+        revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     _check_columns(source, there, columns, empty=len(dataset) == 0)
     kept = [name for name in (*columns.required, *columns.optional) if name in there]

@@ -246,5 +246,6 @@ def test_the_commit_of_a_data_set_from_the_hub_is_found(monkeypatch):
     dataset = datasets.Dataset.from_list(ROWS, info=datasets.DatasetInfo(download_checksums=addresses))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
     revisions: dict[str, str] = {}
-    read_source(DataSource(path="owner/data"), COLUMNS, revisions)
-    assert revisions == {"owner/data": "c" * 40}
+    for revision in (None, "v1"):  # of one data set, two revisions may be in one config
+        read_source(DataSource(path="owner/data", revision=revision), COLUMNS, revisions)
+    assert revisions == {"owner/data": "c" * 40, "owner/data@v1": "c" * 40}
