@@ -33,8 +33,9 @@ from dude_cli.adapter import row_scale
 from dude_cli.adapter.autocast import without_autocast
 from dude_cli.adapter.row_scale import RowScale
 
-# DUDE_LAYER=torch turns the kernels off.
-HAS_KERNELS = os.environ.get("DUDE_LAYER") != "torch" and importlib.util.find_spec("triton") is not None
+# Neither Triton's kernels nor a recorded CUDA graph, to look for a mistake.
+TORCH_ALONE = os.environ.get("DUDE_LAYER") == "torch"
+HAS_KERNELS = not TORCH_ALONE and importlib.util.find_spec("triton") is not None
 
 
 class Scratch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dude_cli.adapter.layer import AdapterLayer, RowNorms
-from dude_cli.adapter.product import StepTensors
+from dude_cli.adapter.product import TORCH_ALONE, StepTensors
 from dude_cli.adapter.weight import is_quantized, is_whole
 
 # Branches of the graph: a kernel of one layer leaves most of a GPU idle.
@@ -89,7 +89,9 @@ _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 def recorded_step(model: nn.Module, layers: Sequence[AdapterLayer]) -> RecordedStep | None:
     """The graph of the layers of `model`; None the first time, as for one evaluation, and where there can be none."""
-    if not layers or not all(map(_can_be_recorded, layers)) or len({layer.weight.device for layer in layers}) > 1:
+    if TORCH_ALONE or not layers or not all(map(_can_be_recorded, layers)):
+        return None
+    if len({layer.weight.device for layer in layers}) > 1:
         return None
     places = [_places(layer) for layer in layers]
     known = _known.get(model)
@@ -104,8 +106,10 @@ def recorded_step(model: nn.Module, layers: Sequence[AdapterLayer]) -> RecordedS
 def _can_be_recorded(layer: AdapterLayer) -> bool:
     """Whether nothing of it depends on values, and all of it is on a GPU and stays there."""
     on_gpu = layer.weight.device.type == "cuda" and layer.lora_A.device == layer.weight.device
+    if not on_gpu or not is_whole(layer.base_layer) or layer.is_plain:
+        return False
     # bitsandbytes has kernels on streams of its own choice; an exact norm has a gradient.
-    return on_gpu and is_whole(layer) and not is_quantized(layer.base_layer) and layer.config.norm_gradient != "exact"
+    return not is_quantized(layer.base_layer) and layer.config.norm_gradient != "exact"
 
 
 def _places(layer: AdapterLayer) -> tuple[object, ...]:
