@@ -226,7 +226,7 @@ def start_factors(
     bound = 1 / math.sqrt(in_features)
     generator = torch.Generator().manual_seed(seed)
     A = torch.empty(config.rank, in_features, device="cpu").uniform_(-bound, bound, generator=generator)
-    return Factors(A, torch.zeros(out_features, config.rank)).to(device)
+    return Factors(A, torch.zeros(out_features, config.rank, device="cpu")).to(device)
 
 
 def seed_for(seed: int, name: str) -> int:

@@ -153,3 +153,15 @@ def test_merging_in_chunks_computes_each_norm_once_and_from_the_base_alone(kind,
     assert len(calls) == len(set(calls)) > 0
     for name in whole:
         torch.testing.assert_close(chunked[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dude", "dora"])
+@pytest.mark.parametrize("algorithm", ["exact", "randomized"])
+def test_the_callers_default_device_changes_no_adapter(method, algorithm):
+    config = AdapterConfig(method=method, rank=4, svd={"algorithm": algorithm})
+    expected = patch_model(tiny_model("llama"), config)
+    model = tiny_model("llama")
+    with torch.device("meta"):  # stands for a GPU that is torch's default, with the model elsewhere
+        patch_model(model, config)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
