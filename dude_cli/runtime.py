@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.errors import UsageError, is_lost_rank, without_tokens
-from dude_cli.stopping import SIGNALS, Interrupted
+from dude_cli.stopping import Interrupted, handling
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,21 +67,18 @@ def stop_signals() -> Iterator[StopSignal]:
     """
     stop = StopSignal()
 
-    def remember(number: int, _frame: Any) -> None:
+    def remember(number: int) -> None:
         if stop and number == signal.SIGINT:
             raise Interrupted
         stop.name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, remember) for number in SIGNALS}
     try:
-        yield stop
+        with handling(remember):
+            yield stop
     except RuntimeError as error:
         if stop and is_lost_rank(error):
             raise Interrupted from error
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def make_accelerator(timeout_s: float | None = None) -> Accelerator:

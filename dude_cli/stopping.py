@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,29 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@contextmanager
+def handling(handler: Callable[[int], None]) -> Iterator[None]:
+    """Within, `handler` answers the signals to this process.
+
+    One that a library forks meanwhile inherits it and ends by the signal, as it would without: pools end theirs so.
+    """
+    owner = os.getpid()
+
+    def answer(number: int, _frame: Any) -> None:
+        if os.getpid() == owner:
+            handler(number)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    before = {number: signal.signal(number, answer) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Interrupted(BaseException):
     """A signal came. Once a KeyboardInterrupt has left `exec`, Python would end by SIGINT, handled or not."""
 
@@ -39,7 +62,7 @@ def interrupting_signals() -> Iterator[None]:
     """Within, a signal raises Interrupted: what is half-written is cleaned up on the way out."""
     has_come = False
 
-    def interrupt(_number: int, _frame: Any) -> None:
+    def interrupt(_number: int) -> None:
         nonlocal has_come
         has_come = True
         raise Interrupted
@@ -50,18 +73,16 @@ def interrupting_signals() -> Iterator[None]:
             _leave()
         sys.__unraisablehook__(error)
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
-        yield
+        with handling(interrupt):
+            yield
     except Exception as error:
         if has_come:  # a library that was interrupted in an import or in C may say so with an error of its own
             raise Interrupted from error
         raise
     finally:
         sys.unraisablehook = hook
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _leave(*_: Any) -> None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
@@ -151,6 +152,7 @@ def watched(folder: Path, *allowed: Path) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
     places = [str(place.resolve()) for place in (*allowed, Path(os.environ["DUDE_CACHE_DIR"]))]
     places += ["/dev/null", "/dev/shm", f"/proc/{os.getpid()}/clear_refs"]
+    places += [str(Path(datasets.config.HF_DATASETS_CACHE).resolve())]  # the cache of Hugging Face's libraries
     outside = [path for path in WRITES.paths if not any(f"{path}/".startswith(f"{place}/") for place in places)]
     # Python's temporary folder is where libraries put what they delete again.
     assert not [

@@ -92,3 +92,23 @@ def wait_for_our_code(pid: int) -> None:
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("the handlers were never installed")
+
+
+POOL = """
+import multiprocessing, time
+from dude_cli.runtime import stop_signals
+from dude_cli.stopping import interrupting_signals
+
+with {scope}():
+    with multiprocessing.get_context("fork").Pool(4) as pool:  # leaving it ends its processes by SIGTERM
+        print(sum(pool.map(abs, range(-100, 0))))
+"""
+
+
+@pytest.mark.parametrize("scope", ["interrupting_signals", "stop_signals"])
+def test_a_librarys_own_processes_end_by_a_signal_without_a_word(scope, tmp_path):
+    """lm-eval has them for bootstrapped errors, datasets to read rows: they are forked, and our handlers with them."""
+    code, env = POOL.format(scope=scope), environment(PYTHONPATH=str(ROOT))
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "5050\n", "")
