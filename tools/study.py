@@ -2,7 +2,7 @@
 
     dude reproduce recipes/quickstart.yaml
     dude reproduce docs/study/gsm8k-text-recipe.yaml
-    python tools/study.py runs/reproduce/quickstart runs/reproduce/gsm8k-text-recipe
+    python tools/study.py runs/reproduce/quickstart runs/reproduce/gsm8k-text-recipe [another/machines/quickstart]
 
 Each block of the page between `<!-- table NAME -->` and `<!-- end -->` is written anew; NAME is a part of the study and
 a table of it. `docs/study/PART.json` has the numbers unrounded. Without folders the tables come from these files.
@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs" / "study.md"
 FOLDER = PAGE.with_suffix("")
-PARTS = ("quickstart", "gsm8k-text")
+PARTS = ("quickstart", "gsm8k-text", "quickstart-again")
+KEPT = "quickstart_base"  # the task of what the base knew
 
 
 def read_part(folder: Path) -> dict[str, Any]:
@@ -36,21 +38,39 @@ def read_part(folder: Path) -> dict[str, Any]:
         "commits": sorted({str(run.environment.get("git_commit")) for run in chosen}),
         "recipe": result,
         "tables": report.record()["tables"],
-        "markdown": {"rates": _rates(result["settings"])} | pages,
+        "markdown": {"rates": _rates(result["settings"]), "kept": _kept(folder, result["settings"])} | pages,
     }
 
 
 def _rates(settings: list[dict[str, Any]]) -> str:
     """The development loss at each rate, with the chosen one in bold."""
+
+    def text(setting: dict[str, Any], rate: str) -> str:
+        loss = setting["development"].get(rate, "not tried")
+        return "–" if loss == "not tried" else "diverged" if loss is None else f"{loss:.4f}"
+
+    return _by_rate(settings, text)
+
+
+def _kept(folder: Path, settings: list[dict[str, Any]]) -> str:
+    """The share of right answers and the perplexity on `KEPT` of the first seed at each rate, where it was scored."""
+
+    def text(setting: dict[str, Any], rate: str) -> str:
+        found = sorted(folder.glob(f"{setting['name']}-lr{rate}-seed*/eval/{KEPT}.json"))
+        if not found:
+            return "–"
+        scores = json.loads(found[0].read_text(encoding="utf-8"))["results"][KEPT]
+        return f"{scores['acc,none']:.1%}, {scores['perplexity,none']:.3g}"
+
+    return _by_rate(settings, text)
+
+
+def _by_rate(settings: list[dict[str, Any]], text: Callable[[dict[str, Any], str], str]) -> str:
     rates = sorted({rate for setting in settings for rate in setting["development"]}, key=float)
     lines = ["| setting | " + " | ".join(rates) + " |", "| --- |" + " ---: |" * len(rates)]
     for setting in settings:
-        cells = []
-        for rate in rates:
-            loss = setting["development"].get(rate, "not tried")
-            text = "–" if loss == "not tried" else "diverged" if loss is None else f"{loss:.4f}"
-            cells.append(f"**{text}**" if float(rate) == setting["learning_rate"] else text)
-        lines.append(f"| {setting['name']} | " + " | ".join(cells) + " |")
+        cells = [(text(setting, rate), float(rate) == setting["learning_rate"]) for rate in rates]
+        lines.append(f"| {setting['name']} | " + " | ".join(f"**{c}**" if best else c for c, best in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
