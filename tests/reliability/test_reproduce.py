@@ -220,11 +220,9 @@ def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_o
 
 
 SHIPPED = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
-# Each takes a training and an evaluation per method: the rest is for `make chaos`.
-SHORT = [name for name in SHIPPED if "quickstart-ci" in name or "pissa-table2" in name]
 
 
-@pytest.mark.parametrize("recipe", SHIPPED if os.environ.get("DUDE_CHAOS") == "long" else SHORT)
+@pytest.mark.parametrize("recipe", SHIPPED)
 def test_a_shipped_recipe_runs_small_and_offline_to_its_report(recipe: str, tmp_path: Path) -> None:
     name = Path(recipe).stem
     done = dude_here("reproduce", recipe, "--smoke", "--output", tmp_path / name, "--jobs", 1)
