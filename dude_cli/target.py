@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
+from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from dude_cli.adapter import SavedAdapter
 
 ADAPTER_CONFIG = Path("adapter_config.json")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
         )
     # `runs/gsm8k` reads like a hub name; a first part that is a folder here means that a path was meant.
     is_path = folder.is_absolute() or target[0] in ".~" or (folder.parts[1:] and Path(folder.parts[0]).is_dir())
-    if is_path or not _HUB_NAME.fullmatch(target):
+    if is_path or not HUB_NAME.fullmatch(target):
         raise _no_such_path(target, folder, runs_dir)
     return Target("model", target)
 

@@ -3,6 +3,7 @@
 from dude_cli.config.read import dump_config, find_file, load_config, load_sections, resolved
 from dude_cli.config.schema import (
     DTYPES,
+    HUB_NAME,
     QUANTIZATIONS,
     AdapterConfig,
     Config,
@@ -22,6 +23,7 @@ from dude_cli.config.schema import (
 
 __all__ = [
     "DTYPES",
+    "HUB_NAME",
     "QUANTIZATIONS",
     "AdapterConfig",
     "Config",

@@ -7,6 +7,7 @@ here are the reference documentation; `docs/config.md` is generated from them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -24,6 +25,7 @@ Quantization = Literal["nf4", "int8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
 Distributed = Literal["ddp", "fsdp"]
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a data set
 Contradiction = tuple[str, tuple[str, ...]]  # a message, and the dotted keys that it is about, from its section on
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.config import DataSource
+from dude_cli.config import HUB_NAME, DataSource
 from dude_cli.data.row_files import FILE_SUFFIXES, Row, first_line, read_file
 from dude_cli.errors import DataError, nearest
 
@@ -60,7 +60,7 @@ def _local_path(source: DataSource) -> Path:
 
 def _looks_like_a_path(text: str) -> bool:
     """A Hub name is `name` or `owner/name`; anything else, or a data file's suffix, means a local path."""
-    return text.startswith((".", "/", "~")) or text.endswith(FILE_SUFFIXES) or text.count("/") > 1
+    return text.startswith((".", "/", "~")) or text.endswith(FILE_SUFFIXES) or not HUB_NAME.fullmatch(text)
 
 
 def _missing_path(source: DataSource) -> DataError:

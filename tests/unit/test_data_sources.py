@@ -135,6 +135,12 @@ def test_optional_columns_may_be_absent_or_null(tmp_path):
     assert [row["b"] for row in read(path, Columns(("a",), ("b",)))] == ["", "", "B"]
 
 
+@pytest.mark.parametrize("path", ["*", "a?", "x y", "{}", "a:b"])
+def test_what_no_name_on_the_hub_looks_like_is_a_path(path):
+    """`datasets` takes a `*` for any data set that is in its cache."""
+    assert "no such data file or folder" in error_of(Path(path)).what
+
+
 def test_missing_file_names_the_nearest(tmp_path):
     write(tmp_path / "rows.jsonl")
     error = error_of(tmp_path / "row.jsonl")
