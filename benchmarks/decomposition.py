@@ -7,7 +7,7 @@ Each matrix has a Gaussian bulk and a head of singular values that decay as k^-1
 weights do; `decaying` has k^-0.3 all through. Accuracy is the sum of the singular values found over that of the r
 largest ones, which the exact algorithm gives, and ||W - U S V^T||_F over that of the best approximation of rank r.
 torch's full decomposition runs once, on the smallest matrix. Prints a Markdown table and writes
-benchmarks/results/decomposition.json, or decomposition_short.json.
+benchmarks/results/decomposition.json, or results/short/decomposition.json.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measure import record, results
 from torch import Tensor
 
 from dude_cli.adapter.decompose import exact_singular_values, truncated_svd
@@ -121,15 +121,6 @@ def llama_totals(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
     }
 
 
-def processor() -> str:
-    names = [
-        text.partition(":")[2].strip()
-        for text in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in text
-    ]
-    return names[0] if names else "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one matrix of 2048 x 2048")
@@ -147,17 +138,10 @@ def main() -> None:
             rows += measure("like trained", W, 128, {"svd, full": full}, 1)
             rows += measure("decaying", decaying(*shape), 128, CANDIDATES, arguments.repeats)
         del W
-    result = {
-        "settings": vars(arguments),
-        "machine": {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "rows": rows,
-    }
+    result = {"settings": vars(arguments)} | record() | {"rows": rows}
     if not arguments.short:
-        result["llama_2_7b_extrapolated_s"] = totals = llama_totals(rows)
-        print("\nLlama-2-7B's 224 layers, extrapolated from one of each shape, minutes:\n")
-        for rank, found in totals.items():
-            print(f"{rank}: " + ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in found.items()))
-    path = Path(__file__).parent / "results" / ("decomposition_short.json" if arguments.short else "decomposition.json")
+        result["llama_2_7b_extrapolated_s"] = llama_totals(rows)
+    path = results("cpu", short=arguments.short) / "decomposition.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -55,10 +55,10 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     chosen = [case for case in cases if case.device == options.device and (case.is_short or not options.short)]
     exact = [case for case in chosen if case.name == options.only]
     chosen = exact or [case for case in chosen if options.only in case.name]
-    record = _record()
+    about = record()
     for number, case in enumerate(chosen, start=1):
         print(f"{name} {number}/{len(chosen)}: {case.name}", file=sys.stderr, flush=True)
-        found = {"settings": case.settings} | record | measure(case, options.seconds)
+        found = {"settings": case.settings} | about | measure(case, options.seconds)
         write(path, read(path) | {case.name: found})
         gc.collect()
     return path
@@ -163,7 +163,7 @@ def _parse(doc: str | None) -> argparse.Namespace:
     return options
 
 
-def _record() -> dict[str, Any]:
+def record() -> dict[str, Any]:
     """What ran, when, and where."""
     return {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
