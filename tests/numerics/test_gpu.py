@@ -25,6 +25,7 @@ from dude_cli.adapter import (
     disable_adapters,
     patch_model,
     product,
+    recorded,
     unpatch_model,
 )
 from dude_cli.adapter.layer import AdapterLayer
@@ -149,6 +150,7 @@ def test_what_a_step_changes_is_replayed_as_it_is_now(method, change):
         with torch.no_grad():
             for parameter in trained:
                 parameter.add_(0.02 * torch.randn_like(parameter))
+    assert change != "none" or recorded._known[model].recorded is not None
 
 
 def changed(model, change):
