@@ -7,6 +7,7 @@ Ratios are of two candidates in the same round; shown are the median over the ro
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable
@@ -147,6 +148,31 @@ def memory(path: Path) -> str:
     return "\n".join(parts) + _source(path)
 
 
+def decomposition(path: Path) -> str:
+    """Seconds and accuracy of each algorithm, and what that makes for all layers of Llama-2-7B."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    header = ["out x in", "rank", "algorithm", "seconds", "share of the sum", "residual above the best"]
+    rows = [
+        [
+            f"{row['matrix']}, {row['shape'][0]}x{row['shape'][1]}",
+            str(row["rank"]),
+            row["algorithm"],
+            f"{row['median_s']:.2f}",
+            f"{row['share']:.3%}",
+            f"{row['residual'] - 1:.1e}",
+        ]
+        for row in result["rows"]
+    ]
+    totals = result["llama_2_7b_extrapolated_s"]
+    names = list(next(iter(totals.values())))
+    minutes = [[rank, *(f"{found[name] / 60:.1f}" for name in names)] for rank, found in totals.items()]
+    return (
+        f"{markdown_table(header, rows)}\nAll 224 layers, minutes, from one layer of each shape:\n\n"
+        f"{markdown_table(['', *names], minutes)}\n`python benchmarks/decomposition.py`, raw: "
+        f"{path.relative_to(REPOSITORY)}; at {result['commit']} ({result['date']}) on {_where(result['machine'])}.\n"
+    )
+
+
 def limits(path: Path) -> str:
     """The measured micro-batch of one layer beside the count of its operations and bytes."""
     header = [
@@ -216,6 +242,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "step": lambda: step(RESULTS / "step.json"),
     "memory": lambda: memory(RESULTS / "memory.json"),
     "growth": lambda: growth(RESULTS / "growth.json"),
+    "decomposition": lambda: decomposition(RESULTS / "decomposition.json"),
     "limits": lambda: limits(RESULTS / "layer.json"),
     "step_limits": lambda: step_limits(RESULTS / "step.json"),
     "layer_cuda": lambda: layer(results("cuda") / "layer.json"),
