@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
+import page
 import torch
 from measure import record, results
 from torch import Tensor
@@ -96,16 +98,8 @@ def measure(kind: str, W: Tensor, rank: int, candidates: dict[str, Svd], repeats
             }
     for name, row in rows.items():
         row |= {"median_s": statistics.median(seconds[name]), "seconds": seconds[name]}
-        print(line(row), flush=True)
+        print(kind, tuple(W.shape), rank, name, f"{row['median_s']:.2f} s", file=sys.stderr, flush=True)
     return list(rows.values())
-
-
-def line(row: dict[str, object]) -> str:
-    out, width = row["shape"]  # type: ignore[misc]
-    return (
-        f"| {row['matrix']} | {out} x {width} | {row['rank']} | {row['algorithm']} | {row['median_s']:.2f} | "
-        f"{row['share']:.4%} | {row['residual'] - 1:.1e} |"  # type: ignore[operator]
-    )
 
 
 def llama_totals(rows: list[dict[str, object]]) -> dict[str, dict[str, float]]:
@@ -126,8 +120,6 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one matrix of 2048 x 2048")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    print("| matrix | shape | rank | algorithm | s | share of the sum | residual above the best |")
-    print("| --- | ---: | ---: | --- | ---: | ---: | ---: |")
     rows: list[dict[str, object]] = []
     shapes = [(2048, 2048)] if arguments.short else list(LLAMA_2_7B)
     for shape in shapes:
@@ -139,11 +131,12 @@ def main() -> None:
             rows += measure("decaying", decaying(*shape), 128, CANDIDATES, arguments.repeats)
         del W
     result = {"settings": vars(arguments)} | record() | {"rows": rows}
-    if not arguments.short:
+    if not arguments.short:  # with a layer of each shape
         result["llama_2_7b_extrapolated_s"] = llama_totals(rows)
     path = results("cpu", short=arguments.short) / "decomposition.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+    print(page.decomposition(path))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 import measure
 import page
 import torch
-from candidates import MLP_AND_HEADS
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from candidates import llama
+from transformers import AutoTokenizer
 
 from dude_cli import quickstart
 
@@ -54,7 +54,11 @@ def main() -> None:
     config = folder / "config.yaml"
     config.write_text(CONFIG.format(folder=folder, data=options.data.resolve(), steps=options.steps), encoding="utf-8")
     # In a process of its own: the pace is that of the command, and this one holds memory.
-    subprocess.run([sys.executable, "-m", "dude_cli", "train", config, "--quiet"], cwd=measure.REPOSITORY, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "dude_cli", "train", config, "--quiet", "--overwrite"],
+        cwd=measure.REPOSITORY,
+        check=True,
+    )
     path = measure.results(device) / "large.json"
     name = f"Llama-2-7B's shapes, {options.layers} layers"
     measure.write(path, measure.read(path) | {name: found(folder / "run")})
@@ -63,21 +67,8 @@ def main() -> None:
 
 def save_model(folder: Path, layers: int, device: str) -> None:
     """Random bfloat16 weights as files, and the embedded tokenizer."""
-    torch.manual_seed(0)
-    mlp_width, heads = MLP_AND_HEADS[4096]
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=mlp_width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
     with torch.device(device):
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        llama("bfloat16", layers, hidden=4096, checkpointing=False, vocabulary=32000).save_pretrained(folder)
     AutoTokenizer.from_pretrained(quickstart.MODEL_DIR).save_pretrained(folder)
 
 

@@ -163,13 +163,14 @@ def decomposition(path: Path) -> str:
         ]
         for row in result["rows"]
     ]
-    totals = result["llama_2_7b_extrapolated_s"]
-    names = list(next(iter(totals.values())))
-    minutes = [[rank, *(f"{found[name] / 60:.1f}" for name in names)] for rank, found in totals.items()]
+    text = markdown_table(header, rows)
+    if totals := result.get("llama_2_7b_extrapolated_s"):
+        names = list(next(iter(totals.values())))
+        minutes = [[rank, *(f"{found[name] / 60:.1f}" for name in names)] for rank, found in totals.items()]
+        text += "\nAll 224 layers, minutes, from one layer of each shape:\n\n" + markdown_table(["", *names], minutes)
     return (
-        f"{markdown_table(header, rows)}\nAll 224 layers, minutes, from one layer of each shape:\n\n"
-        f"{markdown_table(['', *names], minutes)}\n`python benchmarks/decomposition.py`, raw: "
-        f"{path.relative_to(REPOSITORY)}; at {result['commit']} ({result['date']}) on {_where(result['machine'])}.\n"
+        f"{text}\n`python benchmarks/decomposition.py`, raw: {path.relative_to(REPOSITORY)}; "
+        f"at {result['commit']} ({result['date']}) on {_where(result['machine'])}.\n"
     )
 
 
@@ -284,7 +285,8 @@ def _memory_rows(cases: dict[str, Any], amount: Callable[[dict[str, int]], int],
 
 
 def _ms(seconds: Seconds, name: str) -> str:
-    return f"{statistics.median(seconds[name]) * 1e3:.0f}"
+    milliseconds = statistics.median(seconds[name]) * 1e3
+    return f"{milliseconds:.0f}" if milliseconds >= 10 else f"{milliseconds:.2f}"
 
 
 def _ratio(seconds: Seconds, name: str, reference: str) -> float:

@@ -86,7 +86,7 @@ class Generator:
         stream = _TextStream(self.tokenizer, prompt.ids, self.stop_ids, on_text)
         ids = torch.tensor([prompt.ids], device=self.model.device)
         seed_everything(self.sampling.seed, number)
-        with constant_adapters(self.model), _memory_errors(), self._own_settings():
+        with _memory_errors(), constant_adapters(self.model), self._own_settings():
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

@@ -34,7 +34,8 @@ def ignore_signals() -> None:
 def handling(handler: Callable[[int], None]) -> Iterator[None]:
     """Within, `handler` answers the signals to this process.
 
-    One that a library forks meanwhile inherits it and ends by the signal, as it would without: pools end theirs so.
+    One that a library forks meanwhile inherits it and ends by the signal, as it would without: pools end theirs so. A
+    Ctrl-C at the terminal reaches it too, and a pool that has lost a process in that way may wait for it.
     """
     owner = os.getpid()
 

@@ -113,7 +113,7 @@ class _BaseProduct(torch.autograd.Function):
             products = torch.mm(weight, torch.cat(bfloat16_parts(Q)).T, out_dtype=torch.float32)
             return products.view(len(weight), 3, len(Q)).sum(dim=1)
         product = torch.empty(weight_shape(base_layer)[0], len(Q), device=Q.device)
-        for rows, chunk in weight_chunks(base_layer):
+        for rows, chunk in weight_chunks(base_layer, weight):
             torch.mm(chunk, Q.T, out=product[rows])
         return product
 

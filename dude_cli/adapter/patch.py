@@ -17,7 +17,7 @@ from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
 from dude_cli.adapter.product import Scratch
-from dude_cli.adapter.recorded import recorded_step
+from dude_cli.adapter.recorded import forget_recorded, recorded_step
 from dude_cli.adapter.weight import (
     dequantized,
     in_stored_orientation,
@@ -77,6 +77,7 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Put the base layers back, in place, and drop the adapters. The base weights were never changed."""
     for name, layer in adapter_layers(model).items():
         model.set_submodule(name, layer.base_layer)
+    forget_recorded(model)
     return model
 
 
@@ -126,7 +127,7 @@ def constant_adapters(model: nn.Module) -> Iterator[None]:
     here, with one wait for the device; on a GPU, from the second time on, as one CUDA graph (`recorded.py`). Those of a
     sharded or offloaded weight are computed by its first forward within. May be nested. A step of a torch optimizer,
     `load_state_dict` and `.to()` within end what is held so far; a write to `parameter.data` cannot be seen and breaks
-    the promise.
+    the promise. The backward pass of a forward within belongs within too: the next scope may write what it needs anew.
     """
     layers = [layer for layer in adapter_layers(model).values() if not layer.is_held]
     with_norms = [layer for layer in layers if layer.magnitude is not None and is_whole(layer.base_layer)]
@@ -139,7 +140,7 @@ def constant_adapters(model: nn.Module) -> Iterator[None]:
             for layer, norms in zip(with_norms, compute_row_norms(with_norms), strict=True):
                 layer.hold(norms, scratch=scratch)
         else:
-            for layer, (held_norms, step) in zip(layers, recorded.replay(), strict=True):
+            for layer, (held_norms, step) in zip(layers, recorded.replay(layers), strict=True):
                 layer.hold(held_norms, step)
         with _forgetting_after_each_step(layers):
             yield

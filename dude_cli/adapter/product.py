@@ -176,7 +176,7 @@ def _scale_backward(dy: Tensor, y: Tensor, step: StepTensors, is_only_here: bool
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32: on a GPU the sums of a half-precision product, elsewhere the rounded product."""
-    if left.device.type == "cuda" and left.dtype != torch.float32:
+    if left.device.type == "cuda" and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
 

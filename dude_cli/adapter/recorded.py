@@ -1,6 +1,6 @@
 """What only an optimizer step changes, of all layers, as one CUDA graph: norms, ratios, factors in the base's dtype.
 
-That is some sixty small kernels for each layer, and starting one takes the host longer than running it takes the GPU.
+That is dozens of small kernels for each layer, and starting one takes the host longer than running it takes the GPU.
 The graph is one start for all of them. It reads the tensors where they are: it holds as long as they stay there,
 whatever is written to them.
 """
@@ -24,11 +24,10 @@ Places = list[tuple[object, ...]]
 
 
 class RecordedStep:
-    """The graph of some layers on one GPU, and the tensors that a replay writes."""
+    """The graph of some layers on the current GPU, and the tensors that a replay writes; not the layers themselves."""
 
     @torch.no_grad()
     def __init__(self, layers: Sequence[AdapterLayer]) -> None:
-        self._layers = layers
         self._squared: list[Tensor | None] = []
         self._norms: list[Tensor | None] = []
         self._steps: list[StepTensors] = []
@@ -47,14 +46,18 @@ class RecordedStep:
                 trunk.wait_stream(branch)
             self._checks = torch.stack(checks)
 
-    def replay(self) -> Iterator[tuple[RowNorms | None, StepTensors | None]]:
+    @torch.no_grad()
+    def replay(self, layers: Sequence[AdapterLayer]) -> Iterator[tuple[RowNorms | None, StepTensors | None]]:
         """Each layer's norms and step tensors as A, B and m are now, valid until the next replay.
 
         None for norms without a magnitude, and for the step tensors where rows have to be summed densely.
         """
         self._graph.replay()
+        has_norms = any(norm is not None for norm in self._norms)
+        # Without norms there is nothing to wait for.
+        checks = self._checks.tolist() if has_norms else [(False, False)] * len(layers)
         for layer, squared, norm, step, (cancels, has_zero) in zip(
-            self._layers, self._squared, self._norms, self._steps, self._checks.tolist(), strict=True
+            layers, self._squared, self._norms, self._steps, checks, strict=True
         ):
             if squared is None or norm is None:
                 yield None, step
@@ -82,6 +85,7 @@ class _Known:
     def __init__(self, places: Places) -> None:
         self.places = places
         self.recorded: RecordedStep | None = None
+        self.is_impossible = False
 
 
 _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
@@ -89,24 +93,32 @@ _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 def recorded_step(model: nn.Module, layers: Sequence[AdapterLayer]) -> RecordedStep | None:
     """The graph of the layers of `model`; None the first time, as for one evaluation, and where there can be none."""
-    if TORCH_ALONE or not layers or not all(map(_can_be_recorded, layers)):
-        return None
-    if len({layer.weight.device for layer in layers}) > 1:
+    if TORCH_ALONE or torch.is_inference_mode_enabled() or not layers or not all(map(_can_be_recorded, layers)):
         return None
     places = [_places(layer) for layer in layers]
     known = _known.get(model)
     if known is None or known.places != places:
         _known[model] = _Known(places)
         return None
-    if known.recorded is None:
-        known.recorded = RecordedStep(layers)
+    if known.recorded is None and not known.is_impossible:
+        try:
+            known.recorded = RecordedStep(layers)
+        except RuntimeError:  # too little memory for one of its own, or something that cannot be recorded
+            known.is_impossible = True
     return known.recorded
 
 
+def forget_recorded(model: nn.Module) -> None:
+    """Let go of the graph of `model` and of its memory: its adapters go."""
+    _known.pop(model, None)
+
+
 def _can_be_recorded(layer: AdapterLayer) -> bool:
-    """Whether nothing of it depends on values, and all of it is on a GPU and stays there."""
-    on_gpu = layer.weight.device.type == "cuda" and layer.lora_A.device == layer.weight.device
-    if not on_gpu or not is_whole(layer.base_layer) or layer.is_plain:
+    """Whether nothing of it depends on values, and all of it is on the current GPU and stays there."""
+    device = layer.weight.device
+    if device.type != "cuda" or device.index != torch.cuda.current_device() or layer.lora_A.device != device:
+        return False
+    if not is_whole(layer.base_layer) or layer.is_plain:
         return False
     # bitsandbytes has kernels on streams of its own choice; an exact norm has a gradient.
     return not is_quantized(layer.base_layer) and layer.config.norm_gradient != "exact"
@@ -115,4 +127,4 @@ def _can_be_recorded(layer: AdapterLayer) -> bool:
 def _places(layer: AdapterLayer) -> tuple[object, ...]:
     tensors = [layer.weight, layer.bias, *layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     found = [None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in tensors]
-    return (id(layer), *found)
+    return (layer.scaling, *found)

@@ -64,10 +64,10 @@ def weight_rows(layer: nn.Module, rows: slice | Tensor) -> Tensor:
     return dense_weight(layer)[rows].to(torch.float32)
 
 
-def weight_chunks(layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
-    """The whole weight as (row range, float32 rows), in chunks of bounded memory."""
+def weight_chunks(layer: nn.Module, weight: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The whole weight as (row range, float32 rows), in bounded chunks; from `weight` where it is dense already."""
     out_features, in_features = weight_shape(layer)
-    weight = dense_weight(layer)
+    weight = dense_weight(layer) if weight is None else weight
     step = max(1, (CHUNK_VALUES if weight.device.type == "cpu" else GPU_CHUNK_VALUES) // in_features)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
