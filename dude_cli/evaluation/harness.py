@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import sys
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -130,23 +130,30 @@ def left_as_found(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval's prints off stdout, and its warnings and the bar that it draws for each subject off the screen."""
+    """Keep lm-eval's prints, its warnings, and its bars for subjects and standard errors off the screen."""
     import datasets
     import lm_eval.api.task as task_module
+    import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
-    bar, bars_on = task_module.tqdm, datasets.are_progress_bars_disabled() is False
+
+    class NoBar(tqdm.tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **(settings | {"disable": True}))
+
+    # One is imported once, the other by each function that draws.
+    bars, bars_on = (task_module.tqdm, tqdm.tqdm), datasets.are_progress_bars_disabled() is False
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        task_module.tqdm = lambda rows, **_: rows
+        task_module.tqdm = tqdm.tqdm = NoBar
         datasets.disable_progress_bars()
-        with contextlib.redirect_stdout(sys.stderr):
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        task_module.tqdm = bar
+        task_module.tqdm, tqdm.tqdm = bars
         if bars_on:
             datasets.enable_progress_bars()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import dude, environment
+from command import dude, dude_here, environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,6 +198,15 @@ def test_shipped_configs_run_in_smoke_form_offline(name, tmp_path):
     done = dude("train", f"configs/{name}.yaml", "--smoke", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3
+
+
+def test_a_quiet_evaluation_prints_the_scores_alone(tmp_path):
+    """lm-eval prints a line and draws a bar for each error that it bootstraps, such as a perplexity's."""
+    task = ("--task", "quickstart_base", "--limit", "4", "--output", tmp_path / "out")
+    done = dude_here("eval", "embedded:quickstart", *task, "--quiet", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"]["quickstart_base"]["perplexity_stderr,none"] > 0
+    assert done.stderr == ""
 
 
 def test_quiet_prints_the_result_alone(tmp_path, rows):
