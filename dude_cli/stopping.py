@@ -34,24 +34,42 @@ def ignore_signals() -> None:
 def handling(handler: Callable[[int], None]) -> Iterator[None]:
     """Within, `handler` answers the signals to this process.
 
-    One that a library forks meanwhile inherits it and ends by the signal, as it would without: pools end theirs so. A
-    Ctrl-C at the terminal reaches it too, and a pool that has lost a process in that way may wait for it.
+    One that a library forks meanwhile ends by a signal, as it would without: pools end theirs so. A Ctrl-C at the
+    terminal reaches it too, and a pool that has lost a process in that way may wait for it.
     """
-    owner = os.getpid()
-
-    def answer(number: int, _frame: Any) -> None:
-        if os.getpid() == owner:
-            handler(number)
-        else:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    before = {number: signal.signal(number, answer) for number in SIGNALS}
+    global _handled
+    before = {number: signal.signal(number, lambda number, _: handler(number)) for number in SIGNALS}
+    _handled += 1
     try:
         yield
     finally:
+        _handled -= 1
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+_handled = 0  # scopes of `handling` that are open
+_mask: set[Any] = set()  # what was blocked before a fork
+
+
+def _before_fork() -> None:
+    # A child forgets a signal that comes before it is set up, and would be waited for in vain: it waits in the kernel.
+    global _mask
+    _mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS if _handled else ())
+
+
+def _after_fork_in_child() -> None:
+    if _handled:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, _mask),
+    after_in_child=_after_fork_in_child,
+)
 
 
 class Interrupted(BaseException):
