@@ -13,7 +13,15 @@ import torch
 from command import dude, dude_here
 from packaging.version import Version
 from quickstart_config import quickstart_config
-from test_adapter_reference import METHODS, dense_reference, layer_results, moved_layer, relative_error
+from test_adapter_reference import (
+    METHODS,
+    dense_reference,
+    layer_results,
+    moved_layer,
+    norm_error,
+    relative_error,
+    shrunk_layer,
+)
 from tiny_models import KINDS, linear_layer, tiny_batch, tiny_model
 from training import StopAfter, train_here
 
@@ -28,9 +36,6 @@ from dude_cli.adapter import (
     recorded,
     unpatch_model,
 )
-from dude_cli.adapter.layer import AdapterLayer
-from dude_cli.adapter.patch import start_factors
-from dude_cli.adapter.weight import weight_rows
 from dude_cli.errors import ResourceError, StoppedError
 from dude_cli.metrics import read_metrics
 
@@ -63,28 +68,15 @@ def test_norms_are_exact(method, dtype, width):
     try:
         layer = moved_layer(linear_layer(512, width, bias=False, dtype=dtype), AdapterConfig(method=method, rank=32))
         layer.cuda()
-        found = layer.row_norms().norm.double()
+        assert norm_error(layer) <= 1e-6
     finally:
         torch.set_float32_matmul_precision("highest")
-    P, Q = layer.factors.difference()
-    expected = (weight_rows(layer.base_layer, slice(None)).double() + layer.scaling * P.double() @ Q.double()).norm(
-        dim=1
-    )
-    assert float(((found - expected) / expected).abs().max()) <= 1e-6
 
 
 @pytest.mark.parametrize(("shrink", "tolerance"), [(0.1, 1e-6), (1e-3, 1e-4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norms_are_exact_where_a_row_shrinks(dtype, shrink, tolerance):
-    base = linear_layer(64, 96, bias=False, dtype=dtype).cuda()
-    config = AdapterConfig(method="dude", rank=64)
-    layer = AdapterLayer(base, config, start_factors(base, config, seed=0))
-    with torch.no_grad():
-        layer.lora_B.mul_(shrink)  # at full rank V becomes shrink * W0
-        P, Q = layer.factors.difference()
-        found = layer.squared_norms().sqrt().double()
-        expected = (weight_rows(base, slice(None)).double() + layer.scaling * P.double() @ Q.double()).norm(dim=1)
-    assert float(((found - expected) / expected).abs().max()) <= tolerance
+    assert norm_error(shrunk_layer(linear_layer(64, 96, bias=False, dtype=dtype).cuda(), shrink)) <= tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
