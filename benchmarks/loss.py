@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dude_cli.live_bytes import counted
-from dude_cli.loss import CHUNK_VALUES, MIN_CHUNK_TOKENS, linear_cross_entropy
+from dude_cli.loss import chunk_tokens, linear_cross_entropy
 
 
 def plain(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def plain(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 
 
 def recomputed(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    size = max(MIN_CHUNK_TOKENS, CHUNK_VALUES // head.out_features)
+    size = chunk_tokens(len(hidden), head.out_features)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.stack([checkpoint(plain, part, head, ids, use_reentrant=False) for part, ids in parts]).sum()
 

@@ -18,10 +18,7 @@ from dude_cli.data.batches import NOT_LEARNED
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Float32 logits that exist at once: 64 MiB, or those of 256 tokens, below which reading the head's weight again for
-# each chunk would cost more than the product itself.
-CHUNK_VALUES = 16 * 2**20
-MIN_CHUNK_TOKENS = 256
+MAX_CHUNK_VALUES = 16 * 2**20  # 64 MiB of float32
 
 
 class SummedLoss(nn.Module):
@@ -77,6 +74,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     return loss
 
 
+def chunk_tokens(tokens: int, vocabulary: int) -> int:
+    """How many of a batch's tokens have their logits at once.
+
+    An eighth of them, so that their logits stay small beside the activations; in a large batch those of
+    `MAX_CHUNK_VALUES`, or 256. Never less than 128: the head's weight is read for each chunk, which would then take
+    longer than the product.
+    """
+    return max(128, min(tokens // 8, max(256, MAX_CHUNK_VALUES // vocabulary)))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradient with the loss, when a chunk's logits are there: (softmax(z) - onehot) W, (n, d).
 
@@ -89,19 +96,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        size = max(MIN_CHUNK_TOKENS, CHUNK_VALUES // weight.shape[0])
+        size = chunk_tokens(len(hidden), weight.shape[0])
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            logits = F.linear(hidden[rows], weight, bias)
-            log_probabilities = F.log_softmax(logits, dim=1, dtype=torch.float32)
-            targets = target_ids[rows, None]
-            at_targets = log_probabilities.gather(1, targets)
-            loss -= at_targets.sum()
-            if gradient is not None:
-                probabilities = log_probabilities.exp_()
-                probabilities.scatter_(1, targets, at_targets.exp() - 1)
-                # Into the logits' own memory: they are not needed any more.
-                torch.mm(logits.copy_(probabilities), weight, out=gradient[rows])
+            into = None if gradient is None else gradient[rows]
+            loss += _chunk_loss(hidden[rows], weight, bias, target_ids[rows], into)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return loss
@@ -110,6 +109,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0], None, None, None
+
+
+def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids: Tensor, into: Tensor | None) -> Tensor:
+    """The sum over some tokens, and its gradient into `into`. Every step is in the memory of the logits."""
+    logits = F.linear(hidden, weight, bias)
+    targets = target_ids[:, None]
+    values = logits.float()  # the logits themselves if they are float32
+    values -= values.amax(1, keepdim=True)
+    at_targets = values.gather(1, targets)
+    sums = values.exp_().sum(1, keepdim=True)
+    if into is not None:
+        values /= sums
+        values.scatter_(1, targets, at_targets.exp() / sums - 1)
+        torch.mm(logits.copy_(values), weight, out=into)
+    return (sums.log() - at_targets).sum()
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear | None:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dude_cli import loss as loss_module
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
-from dude_cli.loss import SummedLoss, linear_cross_entropy, with_targets
+from dude_cli.live_bytes import counted
+from dude_cli.loss import SummedLoss, chunk_tokens, linear_cross_entropy, with_targets
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -45,8 +46,8 @@ def assert_equal_to_plain(model: PreTrainedModel, batch: dict[str, torch.Tensor]
         assert difference <= tolerance * float(gradient.norm() + 0.01 * whole), name
 
 
-def chunks_of(tokens: int) -> mock._patch_dict:
-    return mock.patch.multiple(loss_module, CHUNK_VALUES=1, MIN_CHUNK_TOKENS=tokens)
+def chunks_of(tokens: int) -> mock._patch:
+    return mock.patch.object(loss_module, "chunk_tokens", return_value=tokens)
 
 
 @functools.cache
@@ -183,6 +184,27 @@ def test_logits_never_exist_at_once_forward_or_backward():
     # The check on its first eight tokens is the largest.
     assert seen.largest <= 8 * VOCABULARY
     assert BATCH["labels"].numel() > 4 * 8
+
+
+@pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 4), (torch.bfloat16, 2 + 4)])
+def test_one_chunk_of_logits_and_no_second_tensor_of_its_size(dtype, bytes_each):
+    tokens, vocabulary, width = 4096, 8000, 64
+    hidden = torch.empty(tokens, width, dtype=dtype, device="meta", requires_grad=True)
+    head = nn.Linear(width, vocabulary, bias=False, dtype=dtype, device="meta").requires_grad_(False)
+    targets = torch.empty(tokens, dtype=torch.int64, device="meta")
+    with counted(head) as live:
+        linear_cross_entropy(hidden, head.weight, None, targets)
+    chunk = chunk_tokens(tokens, vocabulary)
+    beside = 2 * hidden.nbytes + targets.nbytes + 32 * chunk  # input, gradient, targets; some values for each token
+    assert live.peak.total() <= chunk * vocabulary * bytes_each + beside
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "expected"),
+    [(1, 32000, 128), (256, 32000, 128), (2048, 32000, 256), (16384, 32000, 524), (16384, 256000, 256)],
+)
+def test_a_chunk_is_a_share_of_its_batch_within_bounds(tokens, vocabulary, expected):
+    assert chunk_tokens(tokens, vocabulary) == expected
 
 
 def test_positions_without_a_target_get_no_logits():
