@@ -48,7 +48,7 @@ BENCHMARKS := layer step memory growth decomposition
 bench: setup ## The short benchmarks beside PEFT, interleaved: ten minutes on two cores
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --short; done
 
-bench-full: setup ## All benchmarks, in two hours, and the tables of docs/performance.md
+bench-full: setup ## The CPU benchmarks in full, in two hours, and the tables of docs/performance.md
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py
 

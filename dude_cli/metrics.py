@@ -89,7 +89,7 @@ def check_trackers(report_to: Sequence[str]) -> None:
         raise UsageError(
             "TensorBoard is not installed",
             where="train.report_to: tensorboard",
-            fix="pip install 'dude-cli[tensorboard]', or leave it out: metrics.jsonl has the same numbers",
+            fix="pip install tensorboard, or leave it out: metrics.jsonl has the same numbers",
         )
 
 

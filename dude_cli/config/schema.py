@@ -66,7 +66,7 @@ class ModelConfig(Section):
     quantization: Quantization | None = Field(
         None,
         description=(
-            "Keep the frozen base in fewer bits, through bitsandbytes (`pip install 'dude-cli[quantization]'`): nf4 is "
+            "Keep the frozen base in fewer bits, through bitsandbytes (`pip install bitsandbytes`): nf4 is "
             "QLoRA's 4 bits, int8 is LLM.int8(); null: as its files are. `dtype` is what it multiplies in."
         ),
     )
@@ -232,7 +232,7 @@ class TrainConfig(Section):
         None, description="Steps between two evaluation losses; null: before the first step and after the last."
     )
     save_steps: PositiveInt | None = Field(
-        None, description="Steps between two checkpoints; null: none but the result."
+        500, description="Steps between two checkpoints; null: none but the result, and one after a signal."
     )
     save_total_limit: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted.")
     early_stopping_patience: PositiveInt | None = Field(
