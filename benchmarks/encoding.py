@@ -13,12 +13,13 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from measure import record
 
 from dude_cli.config import DataConfig, DataSource, ModelConfig
 from dude_cli.data import prepare_data
@@ -90,7 +91,7 @@ def main() -> None:
         }
     result = {
         "settings": {"model": arguments.model, "count": arguments.count, "rows": arguments.rows.name},
-        "machine": {"processor": platform.processor(), "cpu_count": os.cpu_count()},
+        **record(),
         "seconds": seconds,
     }
     path = Path(__file__).parent / "results" / "encoding.json"

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import record
 
 from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
 from dude_cli.config import DataConfig, DataSource, ModelConfig
@@ -90,7 +89,7 @@ def main() -> None:
                 rates[name].append(rate)
     result = {
         "settings": vars(arguments) | {"rows": Path(arguments.rows).name, "count": len(rows)},
-        "machine": {"processor": platform.processor(), "torch": torch.__version__, "cpu_count": os.cpu_count()},
+        **record(),
         "padding_share": {name: padding_share(o, rows.lengths, arguments.micro_batch) for name, o in found.items()},
         "median_tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
         "tokens_per_s": rates,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from measure import record
 
 BAD_CONFIG = "model: {name_or_path: some/model}\nadapter: {method: doda}\ntrain: {learnin_rate: 1e-4}\n"
 
@@ -67,7 +66,7 @@ def main() -> None:
             measured.append(measure(Path(folder)))
     median = {name: statistics.median(run[name] for run in measured) for name in measured[0]}
     result = {
-        "machine": {"processor": platform.processor(), "torch": torch.__version__, "cpu_count": os.cpu_count()},
+        **record(),
         "median_s": median,
         "seconds": measured,
     }
