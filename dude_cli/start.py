@@ -16,8 +16,9 @@ from dude_cli.console import Counter
 from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import AdapterError
 from dude_cli.init_from import keeps_own_start, source_folder, source_sha256
-from dude_cli.ranks import on_main_rank
+from dude_cli.ranks import failing_together, on_main_rank
 from dude_cli.run_dir import INITIAL, RESULT, initial_key
+from dude_cli.uncalled import refusing_uncalled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,15 +45,29 @@ class Start:
         """Patch with the adapter of `initial/`, made first if it is not there or not of this config.
 
         Returns whether it was there. All ranks decompose, the main one makes and checks it, the others read it.
-        Raises AdapterError unless the base model is still there, bit for bit; see `_check`.
+        Raises UsageError for a target layer that the model does not call, and AdapterError unless the base model is
+        still there, bit for bit; see `_check`.
         """
-        base_logits = self._logits() if accelerator.is_main_process else None
+        base_logits = None
+        with failing_together(accelerator):
+            if accelerator.is_main_process:
+                base_logits = self._base_logits()
         reused = on_main_rank(accelerator, lambda: self._reuse(overwrite=overwrite))
         found = {} if reused else self._decompose(accelerator)
         on_main_rank(accelerator, lambda: self._make_checked(None if reused else found, base_logits))
         if not accelerator.is_main_process:
             self._load(self.config.run_dir / INITIAL / RESULT)
         return reused
+
+    def _base_logits(self) -> torch.Tensor:
+        """Those of the model before it is patched. Raises UsageError for a target layer that it does not call.
+
+        That is better known before an hour of decomposing.
+        """
+        from dude_cli.adapter import find_targets
+
+        with refusing_uncalled(find_targets(self.model, self.config.adapter)):
+            return self._logits()
 
     def _make_checked(self, found: dict[str, PrincipalFactors] | None, base_logits: torch.Tensor | None) -> None:
         assert base_logits is not None

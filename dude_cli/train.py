@@ -31,6 +31,7 @@ from dude_cli.train_step import (
     make_loss_scaler,
     make_optimizer,
 )
+from dude_cli.uncalled import check_gradients
 
 if TYPE_CHECKING:
     import numpy as np
@@ -265,6 +266,7 @@ class _Run:
                 flags = [own_loss.new_tensor(float(flag)) for flag in (bool(stop), is_short)]
                 loss, stopped_ranks, short_ranks = self._sum_over_ranks(own_loss, *flags)
                 if not short_ranks:
+                    self._check_all_trained()
                     exchange_gradients(self.wrapped, self.collate, self.accelerator.device, self._backward)
                     return loss, stopped_ranks > 0
             self._shrink_batch()
@@ -294,6 +296,13 @@ class _Run:
                 # The others wait in this rank's forward for its part of the base, and cannot be told.
                 raise self._out_of_memory() from error
         return torch.zeros((), device=self.accelerator.device), True
+
+    def _check_all_trained(self) -> None:
+        """Raise UsageError for an adapter without a gradient; on all ranks, before one of them waits for it."""
+        from dude_cli.adapter import adapter_layers
+
+        if any(parameter.grad is None for parameter in self._trainable()):
+            check_gradients(adapter_layers(self.model))
 
     def _share(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """This rank's part of `rows`, which all ranks share."""

@@ -33,6 +33,7 @@ LAYERS = [
     "run_dir",
     "checkpoint",
     "train_step",
+    "uncalled",
     "sharding",
     "loss",
     "metrics",
