@@ -45,7 +45,7 @@ class LayerMovement:
 
 
 def movements(model: nn.Module) -> list[LayerMovement]:
-    """Every adapter layer's movement, in the model's order; those of weights that are sharded or offloaded left out."""
+    """Every adapter layer's movement, in the model's order; those of sharded weights left out."""
     layers = adapter_layers(model)
     return [layer_movement(name, layer) for name, layer in layers.items() if is_whole(layer.base_layer)]
 

@@ -19,6 +19,7 @@ from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
 from dude_cli.adapter.product import Scratch
 from dude_cli.adapter.recorded import forget_recorded, recorded_step
 from dude_cli.adapter.weight import (
+    check_readable,
     dequantized,
     in_stored_orientation,
     is_linear,
@@ -45,7 +46,8 @@ def patch_model(
 
     Random starts depend on `seed` and the layer's name, an SVD start on the layer's weight alone. `decompose` says how
     to come by that: `DecompositionCache(folder).decompose` keeps it there; as it is, nothing is written to disk.
-    Raises UsageError for a pattern without a layer and a rank too large; AdapterError if `model` is patched already.
+    Raises UsageError for a pattern without a layer, a rank too large and a base whose weights cannot be read (see
+    `check_readable`); AdapterError if `model` is patched already or offloaded.
     """
     _refuse_patched(model)
     if config.init_from is not None:
@@ -125,7 +127,7 @@ def constant_adapters(model: nn.Module) -> Iterator[None]:
 
     For the micro-batches between two optimizer steps, for an evaluation and for generation. The norms are computed
     here, with one wait for the device; on a GPU, from the second time on, as one CUDA graph (`recorded.py`). Those of a
-    sharded or offloaded weight are computed by its first forward within. May be nested. A step of a torch optimizer,
+    sharded weight are computed by its first forward within. May be nested. A step of a torch optimizer,
     `load_state_dict` and `.to()` within end what is held so far; a write to `parameter.data` cannot be seen and breaks
     the promise. The backward pass of a forward within belongs within too: the next scope may write what it needs anew.
     """
@@ -179,7 +181,9 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
 
     A pattern matches a layer whose name is equal to it or ends in `.` and it, or, as a regular expression, the whole
     name. A layer that shares its weight with the input embedding is left alone: adapting one would untie them.
+    Raises as `patch_model` does.
     """
+    check_readable(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     _check_patterns(config, list(linear))
     tied = {name for name, module in linear.items() if is_tied(model, module)}

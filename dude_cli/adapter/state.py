@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,7 @@ from dude_cli.adapter.folder import (
     read_factors,
 )
 from dude_cli.adapter.patch import adapter_layers, is_tied, patch_with_factors
-from dude_cli.adapter.weight import is_linear, quantization, quantization_state, weight_shape
+from dude_cli.adapter.weight import check_readable, is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError
 
@@ -83,13 +83,13 @@ def load_adapter(
     `settings` replaces the saved config, for one that differs in what the tensors do not depend on, such as dropout.
     `allow_other_base` puts the learned difference on a base with other weights, of the same layers and shapes.
     Raises AdapterError, before the model is touched, for a folder that is not an adapter or is not as it was saved
-    (see `folder.read_factors`), misshapen tensors, and another base model.
+    (see `folder.read_factors`), misshapen tensors, another base model and an offloaded one; UsageError for one whose
+    weights cannot be read (see `check_readable`).
     """
     folder = Path(folder)
     saved = read_adapter_config(folder)
     factors = read_factors(folder, saved)
-    for name, given in factors.items():
-        check_factors(model, name, given, str(folder / TENSORS_FILE))
+    check_factors(model, factors, str(folder / TENSORS_FILE))
     if not allow_other_base:
         check_base(model, folder, saved)
     config = settings or saved.config
@@ -182,8 +182,17 @@ def check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> Non
         )
 
 
-def check_factors(model: PreTrainedModel, name: str, factors: Factors, where: str) -> None:
-    """Raise AdapterError, naming `where` they come from, unless `factors` fit the layer `name` of the base `model`."""
+def check_factors(model: PreTrainedModel, factors: Mapping[str, Factors], where: str) -> None:
+    """Raise AdapterError, naming `where` they come from, unless `factors` fit the layers of the base `model`.
+
+    UsageError for a base whose weights cannot be read; see `check_readable`.
+    """
+    check_readable(model)
+    for name, given in factors.items():
+        _check_layer(model, name, given, where)
+
+
+def _check_layer(model: PreTrainedModel, name: str, factors: Factors, where: str) -> None:
     base = model.config.name_or_path
     fix = "load the base model that the adapter was made on"
     try:

@@ -14,14 +14,49 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dude_cli.errors import AdapterError
+from dude_cli.errors import AdapterError, UsageError
 
 # Float32 values that one chunk of rows may hold: 8 MiB stays in a CPU's cache (a bfloat16 weight of 4096 x 4096 is read
 # four times as fast as in chunks of 64 MiB), and 64 MiB is few launches on a GPU.
 CHUNK_VALUES = 2 * 2**20
 GPU_CHUNK_VALUES = 16 * 2**20
+
+
+# What a plain layer's weight may be stored in; another dtype has its scales elsewhere.
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_readable(model: PreTrainedModel) -> None:
+    """Raise UsageError for a base that others than bitsandbytes have quantised, AdapterError for an offloaded one.
+
+    There a layer's weight is not what it multiplies with, which the SVD and the norms need.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantization(model) is None:
+        method = quantizer.quantization_config.quant_method
+        raise _unreadable(
+            f"the base model is quantised by {getattr(method, 'value', method)}", model.config.name_or_path
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            raise AdapterError(
+                "the base model is offloaded: its weights come to the device for a forward alone",
+                where=name,
+                fix="load it onto one device; model.quantization: nf4 takes a quarter of bfloat16's memory",
+            )
+        if isinstance(module, nn.Linear) and not is_quantized(module) and module.weight.dtype not in PLAIN_DTYPES:
+            raise _unreadable(f"the base model has a weight in {module.weight.dtype}", name)
+
+
+def _unreadable(what: str, where: str) -> UsageError:
+    return UsageError(
+        f"{what}, and adapters need one in float32, bfloat16 or float16, or in nf4, fp4 or int8 of bitsandbytes",
+        where=where,
+        fix="use the model that it was made from, or save a dequantised copy of it",
+    )
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -75,7 +110,7 @@ def weight_chunks(layer: nn.Module, weight: Tensor | None = None) -> Iterator[tu
 
 
 def is_whole(layer: nn.Module) -> bool:
-    """Whether the weight is here outside of a forward: neither sharded over ranks nor offloaded."""
+    """Whether the weight is here outside of a forward, and not sharded over ranks; a forecast's has no values."""
     weight = stored_weight(layer)
     return not weight.is_meta and not hasattr(weight, "device_mesh")
 

@@ -54,8 +54,8 @@ def import_peft(model: PreTrainedModel, folder: Path, *, initial: Path | None = 
 
     adapter = read_peft_adapter(folder)
     _refuse_unsupported(adapter)
-    for name, layer in adapter.layers.items():
-        check_factors(model, name, _factors(layer, None, layer.lora_A.shape[0], 1.0), str(folder))
+    given = {name: _factors(layer, None, layer.lora_A.shape[0], 1.0) for name, layer in adapter.layers.items()}
+    check_factors(model, given, str(folder))
     _check_base_weights(model, adapter)
     start = _subtracted_start(model, adapter, initial)
     config = _adapter_config(model, adapter, has_start=start is not None)

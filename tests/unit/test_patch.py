@@ -1,21 +1,31 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import tiny_batch, tiny_model, train_a_little
+from torch import nn
+from transformers import PreTrainedModel
 
 from dude_cli.adapter import (
     AdapterConfig,
     AdapterLayer,
     adapter_layers,
     find_targets,
+    load_adapter,
     merge_adapter,
     patch_model,
+    save_adapter,
     trainable_parameters,
     unpatch_model,
     weight,
 )
+from dude_cli.config import ModelConfig
 from dude_cli.errors import AdapterError, UsageError
+from dude_cli.model import load_model
 
 
 def targets(kind: str, **settings) -> list[str]:
@@ -120,6 +130,61 @@ def test_starts_depend_on_the_seed_and_the_name_alone():
 
     assert torch.equal(start(1), start(1, target_modules=["up_proj"]))
     assert not torch.equal(start(1), start(2))
+
+
+def bitnet_model(folder: Path) -> PreTrainedModel:
+    """A model whose linear layers round their weights to -1, 0 and 1 in each forward."""
+    tiny_model("llama").save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    saved["quantization_config"] = {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+    }
+    (folder / "config.json").write_text(json.dumps(saved))
+    return load_model(ModelConfig(name_or_path=str(folder), dtype="float32"))
+
+
+def float8_model(_: Path) -> PreTrainedModel:
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+def offloaded_model(_: Path) -> PreTrainedModel:
+    return cpu_offload(tiny_model("llama"), execution_device="cpu")
+
+
+UNREADABLE = {
+    "is quantised by bitnet": (bitnet_model, UsageError),
+    "has a weight in torch.float8_e4m3fn": (float8_model, UsageError),
+    "is offloaded": (offloaded_model, AdapterError),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_base_whose_weights_are_not_what_it_multiplies_with_is_refused(what, tmp_path):
+    make, kind = UNREADABLE[what]
+    model = make(tmp_path / "model")
+    patched = patch_model(tiny_model("llama"), AdapterConfig(method="lora", rank=2))
+    save_adapter(patched, tmp_path / "adapter")
+    with pytest.raises(kind, match=f"the base model {what}"):
+        find_targets(model, AdapterConfig(rank=2))
+    with pytest.raises(kind, match=f"the base model {what}"):
+        load_adapter(model, tmp_path / "adapter", allow_other_base=True)
+    assert not adapter_layers(model)
+
+
+def test_a_dequantised_base_is_a_plain_one(tmp_path):
+    """transformers dequantises FP8 where there is no GPU for it, and then forgets that it was."""
+    model = tiny_model("llama", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8], "dequantize": True}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = load_model(ModelConfig(name_or_path=str(tmp_path), dtype="bfloat16"))
+    assert len(find_targets(loaded, AdapterConfig(rank=2))) == 14
 
 
 @pytest.mark.parametrize("method", ["dude", "dora", "pissa", "lora"])
