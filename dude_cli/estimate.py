@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dude_cli.adapter import Factors, constant_adapters, find_targets, patch_with_factors
-from dude_cli.adapter.patch import check_ranks, is_tied
+from dude_cli.adapter.patch import check_ranks, tied_layers
 from dude_cli.adapter.weight import is_linear, stored_weight, weight_shape
 from dude_cli.config import Config, Quantization
 from dude_cli.errors import UsageError
@@ -215,7 +215,8 @@ def _storage_bytes(model: nn.Module) -> int:
 def _quantized_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that bitsandbytes would quantise: transformers leaves out the head and what is tied."""
     linear = [module for module in model.modules() if is_linear(module)]
-    return [layer for layer in linear if layer is not model.get_output_embeddings() and not is_tied(model, layer)]
+    plain = tied_layers(model) | {model.get_output_embeddings()}
+    return [layer for layer in linear if layer not in plain]
 
 
 def _saved_by_quantization(model: PreTrainedModel, quantization: Quantization | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -180,13 +181,15 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
     """The linear layers that `target_modules` names and `exclude_modules` does not, in the model's order.
 
     A pattern matches a layer whose name is equal to it or ends in `.` and it, or, as a regular expression, the whole
-    name. A layer that shares its weight with the input embedding is left alone: adapting one would untie them.
+    name. A layer that shares its weight with the input embedding or another layer is left alone: adapting one would
+    untie them, and what is merged into one would be in both.
     Raises as `patch_model` does.
     """
     check_readable(model)
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     _check_patterns(config, list(linear))
-    tied = {name for name, module in linear.items() if is_tied(model, module)}
+    shared = tied_layers(model)
+    tied = {name for name, module in linear.items() if module in shared}
     excluded = {name for name in linear if any(_matches(pattern, name) for pattern in config.exclude_modules)}
     candidates = {name: module for name, module in linear.items() if name not in tied | excluded}
     if config.target_modules == "all-linear":
@@ -264,10 +267,12 @@ def _check_patterns(config: AdapterConfig, linear: list[str]) -> None:
             raise _matches_nothing(pattern, linear, f"adapter.exclude_modules: {pattern}")
 
 
-def is_tied(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Whether `layer` shares its weight with the input embedding."""
-    embedding = model.get_input_embeddings()
-    return embedding is not None and getattr(embedding, "weight", None) is layer.weight
+def tied_layers(model: PreTrainedModel) -> set[nn.Module]:
+    """The linear layers whose weight is elsewhere too: in the input embedding, in another layer, in another block."""
+    embedding = getattr(model.get_input_embeddings(), "weight", None)
+    places = [module for _, module in model.named_modules(remove_duplicate=False) if is_linear(module)]
+    counts = Counter(map(stored_weight, places))
+    return {layer for layer in places if layer.weight is embedding or counts[stored_weight(layer)] > 1}
 
 
 def _no_such_layer(pattern: str, linear: list[str], tied: set[str], excluded: set[str]) -> UsageError:
@@ -275,7 +280,8 @@ def _no_such_layer(pattern: str, linear: list[str], tied: set[str], excluded: se
     where = f"adapter.target_modules: {pattern}"
     if any(name in tied for name in matching):
         return UsageError(
-            f"`{matching[0]}` shares its weight with the input embedding and cannot have an adapter of its own",
+            f"`{matching[0]}` shares its weight with the input embedding or another layer and cannot have an adapter "
+            "of its own",
             where=where,
             fix="take it out of adapter.target_modules",
         )

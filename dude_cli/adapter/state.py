@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -24,7 +24,7 @@ from dude_cli.adapter.folder import (
     read_adapter_config,
     read_factors,
 )
-from dude_cli.adapter.patch import adapter_layers, is_tied, patch_with_factors
+from dude_cli.adapter.patch import adapter_layers, patch_with_factors, tied_layers
 from dude_cli.adapter.weight import check_readable, is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError
@@ -188,11 +188,12 @@ def check_factors(model: PreTrainedModel, factors: Mapping[str, Factors], where:
     UsageError for a base whose weights cannot be read; see `check_readable`.
     """
     check_readable(model)
+    tied = tied_layers(model)
     for name, given in factors.items():
-        _check_layer(model, name, given, where)
+        _check_layer(model, name, given, where, tied)
 
 
-def _check_layer(model: PreTrainedModel, name: str, factors: Factors, where: str) -> None:
+def _check_layer(model: PreTrainedModel, name: str, factors: Factors, where: str, tied: Collection[nn.Module]) -> None:
     base = model.config.name_or_path
     fix = "load the base model that the adapter was made on"
     try:
@@ -201,9 +202,9 @@ def _check_layer(model: PreTrainedModel, name: str, factors: Factors, where: str
         layer = None
     if layer is None or not is_linear(layer):
         raise AdapterError(f"the adapter has a layer {name}, and {base} has no such linear layer", where=where, fix=fix)
-    if is_tied(model, layer):
+    if layer in tied:
         raise AdapterError(
-            f"the adapter has a layer {name}, whose weight is the input embedding's too in {base}",
+            f"the adapter has a layer {name}, whose weight is the input embedding's or another layer's too in {base}",
             where=where,
             fix="adapters on tied layers are not supported: train without it",
         )

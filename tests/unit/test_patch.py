@@ -49,6 +49,32 @@ def test_a_tied_head_is_left_alone_and_refused_by_name():
         targets("gemma", target_modules=["lm_head"], exclude_modules=[])
 
 
+def one_weight_in_two_layers() -> PreTrainedModel:
+    model = tiny_model("llama")
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight = first.weight
+    return model
+
+
+def one_layer_in_two_blocks() -> PreTrainedModel:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    return model
+
+
+@pytest.mark.parametrize("make", [one_weight_in_two_layers, one_layer_in_two_blocks])
+def test_a_weight_that_two_layers_share_is_left_alone_and_refused_by_name(make, tmp_path):
+    """As in Zamba: an adapter on one of them would be merged into both."""
+    model = make()
+    assert len(find_targets(model, AdapterConfig(rank=2))) == 2 * 7 - 2
+    with pytest.raises(UsageError, match="shares its weight with the input embedding or another layer"):
+        find_targets(model, AdapterConfig(rank=2, target_modules=["up_proj"]))
+    apart = patch_model(tiny_model("llama"), AdapterConfig(rank=2, target_modules=["layers.0.mlp.up_proj"]))
+    save_adapter(apart, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.up_proj, whose weight is .* another layer's too"):
+        load_adapter(model, tmp_path / "adapter", allow_other_base=True)
+
+
 @pytest.mark.parametrize(
     ("pattern", "count"),
     [
