@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dude_cli.adapter.autocast import full_float32
 from dude_cli.adapter.weight import dense_weight
 from dude_cli.config import AdapterConfig, SvdConfig
 from dude_cli.errors import AdapterError
@@ -89,7 +90,9 @@ def truncated_svd(W: Tensor, rank: int, config: SvdConfig) -> TruncatedSvd:
     is_wide = W.shape[0] < W.shape[1]
     tall = W.T if is_wide else W
     exact = is_exact((W.shape[0], W.shape[1]), rank, config)
-    left, S, right = _exact_svd(tall, rank) if exact else _krylov_svd(tall.to(torch.float32), rank, config.iterations)
+    with full_float32(W.device):
+        found = _exact_svd(tall, rank) if exact else _krylov_svd(tall.to(torch.float32), rank, config.iterations)
+    left, S, right = found
     U, V = (right, left) if is_wide else (left, right)
     sign = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
     return TruncatedSvd(U * sign, S, (V * sign).T)

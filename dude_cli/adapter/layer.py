@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dude_cli.adapter.autocast import product_dtype
+from dude_cli.adapter.autocast import full_float32, product_dtype
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.norm import (
     FrozenProducts,
@@ -191,7 +191,8 @@ class AdapterLayer(nn.Module):
         P, Q = self.factors.difference()
         g = None if self.magnitude is None else self.magnitude_ratio()[:, None]
         for rows, W0 in weight_chunks(self.base_layer):
-            difference = self.scaling * (P[rows] @ Q)
+            with full_float32(P.device):
+                difference = self.scaling * (P[rows] @ Q)
             yield rows, difference if g is None else (g[rows] - 1) * W0 + g[rows] * difference, W0
 
     def adapted_chunks(self) -> Iterator[tuple[slice, Tensor]]:

@@ -11,14 +11,12 @@ base is stored in: a bfloat16 product is 2e-3 to 27 times off once a row shrinks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dude_cli.adapter.autocast import without_autocast
+from dude_cli.adapter.autocast import full_float32
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.weight import dense_weight, squared_row_norms, weight_chunks, weight_rows, weight_shape
 
@@ -76,18 +74,6 @@ def dense_squared_norms(base_layer: nn.Module, P: Tensor, Q: Tensor, scaling: fl
     """||W0_i + s P_i Q||^2 of the given rows, summed in float64, rounded to float32; differentiable in P and Q."""
     V = weight_rows(base_layer, rows).double() + scaling * P[rows].double() @ Q.double()
     return V.square().sum(dim=1).float()
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Within, float32 products are float32: no autocast, no TF32 on a GPU, no bfloat16 in oneDNN."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with without_autocast(device):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def bfloat16_parts(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,13 +99,16 @@ def import_to(
 def _reduced_base(model: PreTrainedModel) -> Iterator[None]:
     """Within, the base weights are W0 - s B0 A0, as PEFT holds them after a start that it subtracts."""
     from dude_cli.adapter import adapter_layers
+    from dude_cli.adapter.autocast import full_float32
     from dude_cli.adapter.weight import in_stored_orientation, stored_weight, weight_rows
 
     kept = {}
     for layer in adapter_layers(model).values():
         if layer.initial_A is not None and layer.initial_B is not None:
             weight = kept[layer.base_layer] = stored_weight(layer.base_layer).data
-            reduced = weight_rows(layer.base_layer, slice(None)) - layer.scaling * layer.initial_B @ layer.initial_A
+            with full_float32(weight.device):
+                start = layer.scaling * layer.initial_B @ layer.initial_A
+            reduced = weight_rows(layer.base_layer, slice(None)) - start
             stored_weight(layer.base_layer).data = in_stored_orientation(layer.base_layer, reduced).to(weight.dtype)
     try:
         yield

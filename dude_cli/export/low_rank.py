@@ -83,13 +83,15 @@ def best_lora(layer: AdapterLayer, rank: int, svd: SvdConfig) -> _Lora:
     from torch.nn import functional as F
 
     from dude_cli.adapter import Factors
+    from dude_cli.adapter.autocast import full_float32
     from dude_cli.adapter.decompose import principal_factors
 
     change = learned_change(layer)
     own_rank = min(rank, *change.shape)
     A, B = principal_factors(change, own_rank, svd)
     size = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-    left_out = float(torch.linalg.vector_norm(change - B @ A, dtype=torch.float64))
+    with full_float32(change.device):
+        left_out = float(torch.linalg.vector_norm(change - B @ A, dtype=torch.float64))
     missing = rank - own_rank
     padded = Factors(F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)))
     return _Lora(padded, left_out / size if size > 0 else 0.0)

@@ -396,18 +396,6 @@ def test_torch_compile_finds_no_graph_break_within_the_scope(method, norm_gradie
                 assert relative_error(found[name], expected[name].double()) <= TOLERANCE, name
 
 
-def test_a_low_matmul_precision_does_not_reach_the_norms():
-    layer = moved_layer(linear_layer(256, 256, bias=False), AdapterConfig(rank=16))
-    expected = layer.squared_norms()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert torch.equal(layer.squared_norms(), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @given(
     st.lists(
         st.floats(-(2.0**100), 2.0**100, width=32).filter(lambda x: x == 0 or abs(x) > 2.0**-90),
