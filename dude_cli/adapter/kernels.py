@@ -4,12 +4,13 @@
     backward   g dy and sum_t dy (y - bias), from one reading of dy and y
 
 The results are those of torch's product and `row_scale.py` within the dtype's rounding: sums are float32, and y is
-rounded once, where torch rounds z + h P^T before it is scaled. Tested through Triton's interpreter too. Imported only
-where they are used: see `product.py`.
+rounded once, where torch rounds z + h P^T before it is scaled. Triton launches on the current device, whatever tensors
+it is given, so theirs is made that. Tested through Triton's interpreter too. Imported only where they are used: see
+`product.py`.
 """
 
 # A kernel is written in Triton, not in Python: its arguments are pointers and compile-time numbers.
-# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="import-untyped, no-untyped-call, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -69,11 +70,12 @@ def _scale_and_sum(
 def add_and_scale_(z: Tensor, h: Tensor, P: Tensor, scale: RowScale) -> None:
     """z = g (z - bias + h P^T) + bias, in place; z (tokens, out), h (tokens, k) and P (out, k) of one dtype."""
     tokens, out_features = z.shape
-    k = h.shape[1]
-    _add_and_scale[_grid(tokens, out_features)](
-        z, h.contiguous(), P, scale.g, scale.zero if scale.offset is None else scale.offset, tokens, out_features, k,
-        BLOCK_T=BLOCK_TOKENS, BLOCK_O=BLOCK_OUT, BLOCK_K=_block_k(k), HAS_OFFSET=scale.offset is not None,
-    )  # fmt: skip
+    k, offset = h.shape[1], scale.zero if scale.offset is None else scale.offset
+    with torch.cuda.device_of(z):
+        _add_and_scale[_grid(tokens, out_features)](
+            z, h.contiguous(), P, scale.g, offset, tokens, out_features, k,
+            BLOCK_T=BLOCK_TOKENS, BLOCK_O=BLOCK_OUT, BLOCK_K=_block_k(k), HAS_OFFSET=scale.offset is not None,
+        )  # fmt: skip
 
 
 def scale_backward(dy: Tensor, y: Tensor, scale: RowScale) -> tuple[Tensor, Tensor]:
@@ -81,9 +83,10 @@ def scale_backward(dy: Tensor, y: Tensor, scale: RowScale) -> tuple[Tensor, Tens
     tokens, out_features = dy.shape
     dz = torch.empty_like(dy)
     sums = torch.empty(triton.cdiv(tokens, BLOCK_TOKENS), out_features, device=dy.device)
-    _scale_and_sum[_grid(tokens, out_features)](
-        dy, y, scale.g, scale.bias, dz, sums, tokens, out_features, BLOCK_T=BLOCK_TOKENS, BLOCK_O=BLOCK_OUT
-    )
+    with torch.cuda.device_of(dy):
+        _scale_and_sum[_grid(tokens, out_features)](
+            dy, y, scale.g, scale.bias, dz, sums, tokens, out_features, BLOCK_T=BLOCK_TOKENS, BLOCK_O=BLOCK_OUT
+        )
     return dz, sums.sum(dim=0)
 
 

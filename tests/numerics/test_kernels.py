@@ -6,6 +6,8 @@ float32 and float16, the passes in bfloat16 within two roundings.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from test_adapter_reference import METHODS, dense_reference, layer_results, moved_layer, relative_error
@@ -72,6 +74,30 @@ def test_the_layer_on_kernels_equals_the_dense_definition(method, bias, monkeypa
     assert bool(used) == (layer.magnitude is not None)
     for name in expected:
         assert relative_error(found[name], expected[name]) <= 1e-5, name
+
+
+def test_they_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton takes the current one. With a model on several GPUs that is another one for most of its layers."""
+    current: list[Tensor] = []
+    launches: list[bool] = []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda first, *_, **__: launches.append(current[-1] is first)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("_add_and_scale", "_scale_and_sum"):
+        monkeypatch.setattr(kernels, name, Kernel())
+    z, h, P = (random(*size, torch.float32) for size in ((5, 8), (5, 2), (8, 2)))
+    kernels.add_and_scale_(z, h, P, row_scale_of(8, bias=True))
+    kernels.scale_backward(z, z, row_scale_of(8, bias=True))
+    assert launches == [True, True]
 
 
 def test_a_cpu_does_not_ask_for_them():
