@@ -62,9 +62,14 @@ def _unreadable(what: str, where: str) -> UsageError:
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can sit on `module`: an `nn.Linear`, or GPT-2's `Conv1D`, which stores (in, out).
 
-    bitsandbytes' layers are of the first kind; transformers quantises a `Conv1D` into one of them.
+    bitsandbytes' layers are of the first kind; transformers quantises a `Conv1D` into one of them. What a subclass with
+    a forward of its own computes is not known: some routers of experts are one. Falcon's is the same product.
     """
-    return isinstance(module, nn.Linear | Conv1D)
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    kind = type(module)
+    is_own = kind.forward is not nn.Linear.forward and kind.forward is not Conv1D.forward
+    return not is_own or kind.__name__ == "FalconLinear" or is_quantized(module)
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
