@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Batch normalisation has them with float32 factors, and float64 not.
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class RowScale(NamedTuple):
     """g per row and what goes with it; each (out,), float32."""
@@ -36,7 +39,7 @@ def scale_(product: Tensor, scale: RowScale) -> None:
 
     A g of one leaves the product as it is, bit for bit, with a bias too.
     """
-    if product.device.type == "cpu" and product.dtype != torch.float32:
+    if product.device.type == "cpu" and product.dtype in _HALF:
         # Here torch would make a float32 copy of the product for a float32 factor.
         offset = scale.zero if scale.offset is None else scale.offset
         channels, nothing = _as_channels(product), product.new_empty(0, dtype=torch.float32)
@@ -64,9 +67,9 @@ def scale_backward(dy: Tensor, y: Tensor, scale: RowScale, buffer: Tensor | None
             torch.sub(y, scale.bias, out=buffer).mul_(dy)
         products = buffer.sum(0)
         return torch.mul(dy, scale.g, out=buffer), products
-    if dy.device.type not in ("cpu", "meta"):
+    if dy.device.type not in ("cpu", "meta") or dy.dtype == torch.float64:
         # Without Triton's kernels; torch.compile makes one of it.
-        return (dy * scale.g).to(dy.dtype), (dy * (y - scale.bias)).sum(0)
+        return (dy * scale.g).to(dy.dtype), (dy * (y - scale.bias)).sum(0).float()
     dz, products, _ = torch.ops.aten.native_batch_norm_backward(
         _as_channels(dy), _as_channels(y), scale.g, scale.bias, scale.one, None, None, False, 0.0, [True, True, False]
     )

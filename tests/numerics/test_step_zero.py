@@ -20,7 +20,7 @@ def logits(model, ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_step_zero_and_disabled_are_the_base_bit_for_bit(method, dtype, kind):
     model, ids = tiny_model(kind, dtype), tiny_batch()
