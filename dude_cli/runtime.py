@@ -22,6 +22,7 @@ from dude_cli.errors import UsageError, is_lost_rank, without_tokens
 from dude_cli.stopping import Interrupted, handling
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 RECORDED_PACKAGES = (
@@ -88,7 +89,6 @@ def make_accelerator(timeout_s: float | None = None) -> Accelerator:
     call decides. Mixed precision stays off there: the base has its dtype, the adapters are float32, and the layer
     casts. Raises UsageError if accelerate's own configuration asks for an engine that shards models itself.
     """
-    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     _refuse_other_engines()
@@ -99,7 +99,7 @@ def make_accelerator(timeout_s: float | None = None) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
     group = InitProcessGroupKwargs(timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
-    return Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available(), kwargs_handlers=[ddp, group])
+    return Accelerator(mixed_precision="no", cpu=_gpu() is None, kwargs_handlers=[ddp, group])
 
 
 def _refuse_other_engines() -> None:
@@ -148,8 +148,16 @@ def best_device() -> str:
     """The device of this process: the GPU if there is one, the rank's own of several."""
     import torch
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else f"{accelerator.type}:{torch.accelerator.current_device_index()}"
+    gpu = _gpu()
+    return "cpu" if gpu is None else f"{gpu.type}:{torch.accelerator.current_device_index()}"
+
+
+def _gpu() -> torch.device | None:
+    """The kind of GPU that is here. Apple's is none: it has no float64, which the norms and the SVD need."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None or found.type == "mps" else found
 
 
 def quiet_libraries() -> None:
