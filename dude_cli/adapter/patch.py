@@ -94,7 +94,7 @@ def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrai
     after = before if dtype is None else getattr(torch, dtype)
     with torch.no_grad():
         for layer in adapter_layers(model).values():
-            _merge_layer(layer, after)
+            _merge_layer(layer, before, after)
         unpatch_model(model)
         _dequantize(model, after)
     cast_parameters(model, before, after)
@@ -319,10 +319,11 @@ def _refuse_patched(model: nn.Module) -> None:
         raise AdapterError("the model has adapters already", fix="call unpatch_model first, or load the model anew")
 
 
-def _merge_layer(layer: AdapterLayer, dtype: torch.dtype) -> None:
+def _merge_layer(layer: AdapterLayer, before: torch.dtype, after: torch.dtype) -> None:
     base = layer.base_layer
-    plain = dequantized(base, dtype) if is_quantized(base) else base
+    plain = dequantized(base, after) if is_quantized(base) else base
     weight = stored_weight(plain)
+    dtype = after if is_quantized(base) or weight.dtype == before else weight.dtype
     merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
     out_in = in_stored_orientation(plain, merged)
     for rows, values in layer.adapted_chunks():

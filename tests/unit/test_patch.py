@@ -225,6 +225,21 @@ def test_merging_gives_the_patched_models_logits(kind, method):
     assert float((merged - patched).abs().max() / patched.abs().max()) <= 1e-5
 
 
+def test_a_layer_that_the_model_keeps_in_another_dtype_is_merged_in_it():
+    model = tiny_model("qwen2", torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj.float()
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    layer.register_forward_hook(lambda _, inputs, output: output.bfloat16())
+    patch_model(model, AdapterConfig(rank=4))
+    train_a_little(model)
+    adapted = adapter_layers(model)["model.layers.0.self_attn.q_proj"].adapted_chunks()
+    expected = torch.cat([rows for _, rows in adapted])
+    merge_adapter(model, "float16")
+    assert torch.equal(layer.weight, expected)
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+    assert model.model.layers[1].self_attn.q_proj.weight.dtype == torch.float16
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_merging_in_chunks_computes_each_norm_once_and_from_the_base_alone(kind, monkeypatch):
     def merged(chunk_values: int) -> dict[str, torch.Tensor]:
