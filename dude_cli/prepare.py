@@ -146,6 +146,7 @@ def prepare(
     say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
     model = load_model(base, accelerator.device)
     check_vocabulary(model, tokenizer)
+    _say_left_out(config, model, say)
     if config.train.distributed == "fsdp":
         blocks_of(model)  # that cannot be sharded is better known before an hour of decomposing
     on_main_rank(accelerator, lambda: check_disk_space(config, model))
@@ -174,6 +175,16 @@ def prepare(
         origin=origin,
         checkpoint=checkpoint,
     )
+
+
+def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -> None:
+    from dude_cli.adapter import smaller_than_rank, target_names
+
+    names = smaller_than_rank(model, config.adapter)
+    if names:
+        short = target_names(model, names)
+        shown = ", ".join(short[:4]) + (" ..." if len(short) > 4 else "")
+        say(f"{len(names)} layers smaller than rank {config.adapter.rank} get no adapter: {shown}")
 
 
 def _write_run(config: Config, record: dict[str, Any], *, overwrite: bool) -> None:

@@ -182,7 +182,8 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
 
     A pattern matches a layer whose name is equal to it or ends in `.` and it, or, as a regular expression, the whole
     name. A layer that shares its weight with the input embedding or another layer is left alone: adapting one would
-    untie them, and what is merged into one would be in both.
+    untie them, and what is merged into one would be in both. `all-linear` also leaves out those that are smaller than
+    the rank, such as a gate of one output, unless all are.
     Raises as `patch_model` does.
     """
     check_readable(model)
@@ -199,12 +200,23 @@ def find_targets(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.
                 where="adapter.target_modules: all-linear",
                 fix="check adapter.exclude_modules; supported are torch.nn.Linear and transformers' Conv1D",
             )
-        return candidates
+        wide = {name: layer for name, layer in candidates.items() if config.rank <= min(weight_shape(layer))}
+        if not wide:
+            check_ranks(candidates, config.rank)
+        return wide
     patterns = _target_patterns(config)
     for pattern in patterns:
         if not any(_matches(pattern, name) for name in candidates):
             raise _no_such_layer(pattern, list(linear), tied, excluded)
     return {name: module for name, module in candidates.items() if any(_matches(pattern, name) for pattern in patterns)}
+
+
+def smaller_than_rank(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """The layers of the plain `model` that `all-linear` leaves out because they are smaller than the rank."""
+    if config.target_modules != "all-linear":
+        return []
+    found = find_targets(model, config)
+    return [name for name in find_targets(model, config.model_copy(update={"rank": 1})) if name not in found]
 
 
 def target_names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:

@@ -96,14 +96,17 @@ class AdapterConfig(Section):
         "dude",
         description="dude: SVD init and magnitude; pissa: SVD init; dora: magnitude; lora: neither.",
     )
-    rank: PositiveInt = Field(16, description="Rank r of the trained factors; at most min(in, out) of each layer.")
+    rank: PositiveInt = Field(16, description="Rank r of the trained factors; at most a target layer's min(in, out).")
     alpha: float | None = Field(
         None, gt=0, description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given."
     )
     target_modules: str | list[str] = Field(
         "all-linear",
         min_length=1,
-        description="`all-linear`, or module names (`q_proj`, `mlp.up_proj`) or regular expressions over full names.",
+        description=(
+            "`all-linear` (without layers smaller than the rank), or module names (`q_proj`, `mlp.up_proj`) or regular "
+            "expressions over full names."
+        ),
     )
     exclude_modules: list[str] = Field(
         default_factory=lambda: ["lm_head"], description="Module names or regular expressions to leave alone."

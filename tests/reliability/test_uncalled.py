@@ -1,4 +1,7 @@
-"""A target layer that the model does not call is refused by name: its adapter would stay as it is."""
+"""A target layer that the model does not call is refused by name: its adapter would stay as it is.
+
+One that `all-linear` leaves out is named too.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,30 @@ from dude_cli.uncalled import refusing_uncalled
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 56}
 
 
-def save_mamba(folder):
-    """A model that multiplies with the weight of `dt_proj` itself."""
+def save_model(folder, kind, **sizes):
+    """A random model of the given sizes beside the embedded model's tokenizer, as overrides of a config."""
     tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
-    config = AutoConfig.for_model(
-        "mamba", hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4, vocab_size=len(tokenizer)
-    )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes))
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return f"model.name_or_path={folder}", "model.attn_implementation=eager"
+
+
+def save_mamba(folder):
+    """A model that multiplies with the weight of `dt_proj` itself."""
+    return save_model(folder, "mamba", hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4)
+
+
+def test_the_layers_that_are_smaller_than_the_rank_are_named_once(tmp_path):
+    model = save_model(tmp_path / "llama", "llama", num_key_value_heads=1, **SIZES)
+    said = []
+    init_here(quickstart_config(tmp_path), *model, "adapter.rank=10", say=said.append)
+    assert said.count("2 layers smaller than rank 10 get no adapter: k_proj, v_proj") == 1
+    assert not [line for line in said if "no forecast" in line]
+    said.clear()
+    init_here(quickstart_config(tmp_path), *model, "adapter.rank=8", say=said.append)
+    assert not [line for line in said if "get no adapter" in line]
 
 
 def test_a_layer_that_the_model_does_not_call_is_refused_before_anything_is_decomposed(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload
 from tiny_models import tiny_batch, tiny_model, train_a_little
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dude_cli.adapter import (
     AdapterConfig,
@@ -19,6 +19,7 @@ from dude_cli.adapter import (
     merge_adapter,
     patch_model,
     save_adapter,
+    smaller_than_rank,
     trainable_parameters,
     unpatch_model,
     weight,
@@ -119,10 +120,25 @@ def test_a_layer_that_is_target_and_excluded_is_an_error():
         targets("llama", target_modules=["q_proj"], exclude_modules=["q_proj"])
 
 
-def test_a_rank_above_the_smaller_side_names_the_layer_and_the_largest_rank():
-    with pytest.raises(UsageError, match=r"rank 17 .* model\.layers\.0\.self_attn\.k_proj") as error:
-        patch_model(tiny_model("llama"), AdapterConfig(rank=17))
-    assert "at most 16" in (error.value.fix or "")
+@pytest.mark.parametrize(("rank", "target_modules"), [(17, ["q_proj", "k_proj"]), (33, "all-linear")])
+def test_a_rank_above_the_smaller_side_names_the_layer_and_the_largest_rank(rank, target_modules):
+    with pytest.raises(UsageError, match=rf"rank {rank} .* model\.layers\.0\.self_attn\.") as error:
+        patch_model(tiny_model("llama"), AdapterConfig(rank=rank, target_modules=target_modules))
+    assert f"at most {16 if rank == 17 else 32}" in (error.value.fix or "")
+
+
+def test_all_linear_leaves_out_what_is_smaller_than_the_rank():
+    """Such as the gate of one output in Qwen2-MoE, with the default config."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "num_experts": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", vocab_size=96, **sizes))
+    gates = [f"model.layers.{number}.mlp.shared_expert_gate" for number in range(2)]
+    config = AdapterConfig()
+    assert smaller_than_rank(model, config) == gates
+    assert not set(gates) & set(find_targets(model, config))
+    patch_model(model, config)
+    with pytest.raises(UsageError, match=r"rank 16 .*mlp\.shared_expert_gate, which is 1 x 32"):
+        patch_model(unpatch_model(model), AdapterConfig(target_modules=["q_proj", "shared_expert_gate"]))
 
 
 def test_only_the_adapters_are_trainable_and_in_float32():
