@@ -43,7 +43,7 @@ def _precise_products() -> Iterator[None]:
     backends: Any = torch.backends
     # Each with what it follows while it says "none" itself, which cannot be read: on a GPU, and in oneDNN.
     products = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
-    before = [("none" if of.fp32_precision == own.fp32_precision else own.fp32_precision) for own, of in products]
+    before = ["none" if of.fp32_precision == own.fp32_precision else own.fp32_precision for own, of in products]
     for own, _ in products:
         own.fp32_precision = "ieee"
     try:

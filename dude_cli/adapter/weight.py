@@ -24,7 +24,6 @@ from dude_cli.errors import AdapterError, UsageError
 CHUNK_VALUES = 2 * 2**20
 GPU_CHUNK_VALUES = 16 * 2**20
 
-
 # What a plain layer's weight may be stored in; another dtype has its scales elsewhere.
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

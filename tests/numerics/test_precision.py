@@ -11,7 +11,7 @@ from test_adapter_reference import moved_layer
 from tiny_models import linear_layer, tiny_model
 from torch import Tensor, nn
 
-from dude_cli.adapter import AdapterConfig, patch_model
+from dude_cli.adapter import AdapterConfig, autocast, patch_model
 from dude_cli.adapter.autocast import full_float32
 from dude_cli.adapter.decompose import exact_singular_values, truncated_svd
 from dude_cli.config import SvdConfig
@@ -125,3 +125,12 @@ def test_what_followed_another_setting_still_does_afterwards(how):
         return
     torch.backends.fp32_precision = "ieee"
     assert settings() == ["ieee"] * 4
+
+
+def test_a_torch_of_one_way_alone_is_set_and_put_back(monkeypatch):
+    """As before 2.9."""
+    monkeypatch.setattr(autocast, "hasattr", lambda *_: False, raising=False)
+    torch.set_float32_matmul_precision("medium")
+    with full_float32(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == "medium"
