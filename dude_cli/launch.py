@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dude_cli.errors import StoppedError, UsageError
+from dude_cli.gpu import gpu_kind
 from dude_cli.stopping import SIGNALS
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def ranks_to_start(num_processes: int | None) -> int:
         )
     import torch
 
-    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    gpus = 0 if gpu_kind() is None else torch.accelerator.device_count()
     if gpus and num_processes is not None and num_processes > gpus:
         raise UsageError(
             f"there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'} for {num_processes} ranks",

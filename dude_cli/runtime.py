@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.errors import UsageError, is_lost_rank, without_tokens
+from dude_cli.gpu import gpu_kind
 from dude_cli.stopping import Interrupted, handling
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
 
 RECORDED_PACKAGES = (
@@ -99,7 +99,7 @@ def make_accelerator(timeout_s: float | None = None) -> Accelerator:
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Without `cpu`, accelerate 1.15 takes several ranks on a CPU for as many single processes.
     group = InitProcessGroupKwargs(timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
-    return Accelerator(mixed_precision="no", cpu=_gpu() is None, kwargs_handlers=[ddp, group])
+    return Accelerator(mixed_precision="no", cpu=gpu_kind() is None, kwargs_handlers=[ddp, group])
 
 
 def _refuse_other_engines() -> None:
@@ -148,16 +148,8 @@ def best_device() -> str:
     """The device of this process: the GPU if there is one, the rank's own of several."""
     import torch
 
-    gpu = _gpu()
+    gpu = gpu_kind()
     return "cpu" if gpu is None else f"{gpu.type}:{torch.accelerator.current_device_index()}"
-
-
-def _gpu() -> torch.device | None:
-    """The kind of GPU that is here. Apple's is none: it has no float64, which the norms and the SVD need."""
-    import torch
-
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None or found.type == "mps" else found
 
 
 def quiet_libraries() -> None:

@@ -195,10 +195,11 @@ def test_a_second_interrupt_ends_ranks_that_do_not_answer(launched):
 def test_how_many_ranks_are_started(monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert [ranks_to_start(None), ranks_to_start(3)] == [1, 3]
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    for kind in (None, torch.device("mps")):  # what is taken for no GPU
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available, kind=kind: kind)
+        assert [ranks_to_start(None), ranks_to_start(3)] == [1, 3]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     assert [ranks_to_start(None), ranks_to_start(2)] == [4, 2]
     with pytest.raises(UsageError, match="there are 4 GPUs for 5 ranks"):
         ranks_to_start(5)

@@ -54,6 +54,7 @@ LAYERS = [
     "ranks",
     "runtime",
     "launch",
+    "gpu",
     "files",
     "cache_dir",
     "stopping",
