@@ -225,8 +225,9 @@ def reproduce(
 
 
 def reproduce_run(job: Job) -> None:
-    """One run of a recipe, in a process of its own: `dude train`, then `dude eval` for each task that it lacks."""
-    from dude_cli.scoring import EvalOptions, evaluate
+    """One run of a recipe, in a process of its own: `dude train`, then `dude eval` on the tasks that it lacks."""
+    from dude_cli.scoring import EvalOptions, evaluate_tasks
+    from dude_cli.target import find_target
 
     output = Output()
     if job.anew or not job.run.is_finished:
@@ -239,15 +240,10 @@ def reproduce_run(job: Job) -> None:
             num_processes=1,
             output=output,
         )
-    for task in job.missing_tasks():
-        options = EvalOptions(
-            task_names=[task.name],
-            num_fewshot=task.num_fewshot,
-            limit=task.limit,
-            data_dir=job.data_dir,
-            num_processes=1,
-        )
-        evaluate(str(job.run.folder), options, compare_base=job.base, compare_with=None, output=output)
+    missing = job.missing_tasks()
+    if missing:
+        options = EvalOptions(data_dir=job.data_dir, num_processes=1)
+        evaluate_tasks(find_target(str(job.run.folder)), missing, options, compare_base=job.base, output=output)
 
 
 def report(folders: Sequence[Path], out: Path | None, losses: Sequence[float], *, output: Output) -> None:

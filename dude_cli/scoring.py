@@ -54,15 +54,23 @@ def evaluate(
             )
         _compare(compare_with, options, output)
         return
+    from dude_cli.target import find_target
+
+    target = find_target(target_name)
+    evaluate_tasks(target, _eval_tasks(target, options), options, compare_base=compare_base, output=output)
+
+
+def evaluate_tasks(
+    target: Target, tasks: Sequence[EvalTask], options: EvalOptions, *, compare_base: bool, output: Output
+) -> None:
+    """Score a target on these tasks, whatever `options` says of tasks; show the table, write the results."""
     from dude_cli.evaluation import plain_results, results_table
     from dude_cli.run_dir import REPORT_FILES, refuse_links
     from dude_cli.runtime import part_ranks
-    from dude_cli.target import find_target, results_dir
+    from dude_cli.target import results_dir
 
-    target = find_target(target_name)
     if options.output_dir is None and target.kind == "run" and target.path is not None:
         refuse_links(target.path, ["eval", *REPORT_FILES])
-    tasks = _eval_tasks(target, options)
     accelerator = _eval_ranks(options)
     output = output.on_rank(accelerator.is_main_process)
     folder = options.output_dir or results_dir(target)
@@ -177,11 +185,10 @@ def _score(
     *,
     compare_base: bool = False,
 ) -> dict[str, Any]:
-    """Load a target, score it, and write the results to `folder`, if there is one, and the report of a run."""
-    from dude_cli.evaluation import EvalRequest, write_results
+    """Load a target and score it; the results of each task are written to `folder`, if there is one, at once."""
+    from dude_cli.evaluation import EvalRequest, load_request
     from dude_cli.evaluation import evaluate as score
-    from dude_cli.report import write_report_if_possible
-    from dude_cli.target import eval_config, load_target, results_dir
+    from dude_cli.target import eval_config, load_target
 
     output.say(f"evaluating {target}")
     request = EvalRequest(
@@ -191,25 +198,39 @@ def _score(
         include_paths=tuple(options.include_paths),
         compare_base=compare_base,
     )
+    loaded_tasks = load_request(request, accelerator=accelerator, log=output.say)  # quick beside the model
     loaded = load_target(
         target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base
     )
+
+    def keep(results: dict[str, Any]) -> None:
+        if accelerator.is_main_process and folder is not None:
+            _write(results, target, folder, output)
+
     with output.counter("requests") as on_progress:
-        results = score(
+        return score(
             loaded.model,
             loaded.tokenizer,
             request,
+            tasks=loaded_tasks,
             accelerator=accelerator,
             adapter_sha256=loaded.adapter_sha256,
+            on_task=keep,
             log=output.say,
             on_progress=on_progress,
         )
-    if accelerator.is_main_process and folder is not None:
-        for path in write_results(results, folder):
-            output.say(f"wrote {path}")
-        if target.path is not None and folder == results_dir(target):
-            write_report_if_possible([target.path], target.path / "report.html", output.say)
-    return results
+
+
+def _write(results: dict[str, Any], target: Target, folder: Path, output: Output) -> None:
+    """Write results, and with those of a run's own folder its report."""
+    from dude_cli.evaluation import write_results
+    from dude_cli.report import write_report_if_possible
+    from dude_cli.target import results_dir
+
+    for path in write_results(results, folder):
+        output.say(f"wrote {path}")
+    if target.path is not None and folder == results_dir(target):
+        write_report_if_possible([target.path], target.path / "report.html", output.say)
 
 
 def _given(**values: int | None) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from dude_cli.evaluation.compare import Comparison, compare_results, comparison_shown, different_settings
 from dude_cli.evaluation.results import plain_results, results_json, results_table
-from dude_cli.evaluation.run import EvalRequest, evaluate
+from dude_cli.evaluation.run import EvalRequest, evaluate, load_request
 from dude_cli.evaluation.saved import (
     find_results,
     read_results,
@@ -20,6 +20,7 @@ __all__ = [
     "different_settings",
     "evaluate",
     "find_results",
+    "load_request",
     "plain_results",
     "read_results",
     "requested_task",

@@ -6,8 +6,8 @@ import contextlib
 import importlib.metadata
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from dude_cli.config import EvalTask
 from dude_cli.errors import ResourceError, UsageError
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
+from dude_cli.evaluation.saved import task_results
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
 from dude_cli.runtime import local_main_first
 
@@ -43,13 +44,31 @@ class EvalRequest:
     compare_base: bool = False
 
 
+def load_request(
+    request: EvalRequest,
+    *,
+    accelerator: Accelerator | None = None,
+    log: Callable[[str], None] = lambda message: None,
+) -> list[LoadedTask]:
+    """The tasks of `request` with their data. What is wrong with them is told here, before any model is loaded.
+
+    Raises UsageError as `load_tasks` does.
+    """
+    with quiet(), _off_network(request):
+        _seed()
+        with nullcontext() if accelerator is None else local_main_first(accelerator):  # it fills the cache of datasets
+            return load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     request: EvalRequest,
     *,
+    tasks: Sequence[LoadedTask] | None = None,
     accelerator: Accelerator | None = None,
     adapter_sha256: str | None = None,
+    on_task: Callable[[dict[str, Any]], None] = lambda results: None,
     log: Callable[[str], None] = lambda message: None,
     on_progress: OnProgress = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -62,6 +81,9 @@ def evaluate(
     task's own and the one used), `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and
     `difference` tuned minus base with the paired standard error (see `statistics.paired_difference`).
 
+    One task after the other, each with its base; `on_task` receives the document of each as soon as it is scored.
+    `tasks` are those of `request` where `load_request` has loaded them already.
+
     The ranks of `accelerator` share the questions, each with the whole model; all of them return the same but for
     standard errors that are bootstrapped, which the main one alone has.
 
@@ -69,7 +91,7 @@ def evaluate(
     random generators are seeded as lm-eval does. `log` receives one line for each stage, `on_progress` the requests
     done and their number. Raises UsageError for what the user can put right and ResourceError out of GPU memory.
     """
-    from dude_cli.adapter import adapter_layers, constant_adapters, disable_adapters
+    from dude_cli.adapter import adapter_layers
 
     if request.compare_base and not adapter_layers(model):
         raise UsageError(
@@ -78,65 +100,72 @@ def evaluate(
             fix="give a run or an adapter, or leave --base out",
         )
     start = time.time()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(left_as_found(model))
-        stack.enter_context(quiet())
-        if request.data_dir is not None or is_offline():
-            stack.enter_context(offline())
-        _seed()
-        with nullcontext() if accelerator is None else local_main_first(accelerator):  # it fills the cache of datasets
-            loaded = load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
+    if tasks is None:
+        tasks = load_request(request, accelerator=accelerator, log=log)
+    with left_as_found(model), quiet(), _off_network(request):
         lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator)
         bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
-        lengths = _fit_generation_lengths(lm, loaded, log)
-        with constant_adapters(model):
-            tuned = _score(lm, loaded, "", log, bootstrap_iters)
-        if request.compare_base:
-            with disable_adapters(model):
-                base = _score(lm, loaded, " (base)", log, bootstrap_iters)
-            tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
-            tuned["difference"] = differences(base, tuned, _weighting(loaded))
-        return tuned | {
-            "requested": {found.request.name: {"names": found.names, "limit": found.request.limit} for found in loaded},
-            "fewshot_sampler": {name: sampler_note(task) for found in loaded for name, task in found.tasks.items()},
-            "max_gen_toks": lengths,
-            "adapter_sha256": adapter_sha256,
-            **_environment(lm, request),
-            "date": start,
-            "total_evaluation_time_seconds": str(time.time() - start),
-        }
+        document = {"requested": {}, "adapter_sha256": adapter_sha256, **_environment(lm, request), "date": start}
+        for found in tasks:
+            _add(document, _scored(lm, found, log, bootstrap_iters, compare_base=request.compare_base))
+            document["total_evaluation_time_seconds"] = str(time.time() - start)
+            on_task(task_results(document, found.request.name))
+        return document
 
 
-def _score(
-    lm: Any, loaded: list[LoadedTask], suffix: str, log: Callable[[str], None], bootstrap_iters: int
+def _add(document: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Put one task's part, and its base's, to those of the tasks before."""
+    for key in ("requested", *BY_TASK, "samples"):
+        if key in part:
+            document.setdefault(key, {}).update(part[key])
+    if "base" in part:
+        _add(document.setdefault("base", {}), part["base"])
+
+
+def _scored(
+    lm: Any, found: LoadedTask, log: Callable[[str], None], bootstrap_iters: int, *, compare_base: bool
 ) -> dict[str, Any]:
-    """lm-eval's results for all requested tasks, merged, and what we add to each task's."""
+    """One requested task's part of the document: the tuned model's scores, and the base's if asked for."""
+    from dude_cli.adapter import constant_adapters, disable_adapters
+
+    facts = {
+        "requested": {found.request.name: {"names": found.names, "limit": found.request.limit}},
+        "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
+        "max_gen_toks": _fit_generation_lengths(lm, found, log),
+    }
+    with constant_adapters(lm.model):
+        tuned = _score(lm, found, "", log, bootstrap_iters)
+    if compare_base:
+        with disable_adapters(lm.model):
+            base = _score(lm, found, " (base)", log, bootstrap_iters)
+        tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
+        tuned["difference"] = differences(base, tuned, _weighting(found))
+    return tuned | facts
+
+
+def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], bootstrap_iters: int) -> dict[str, Any]:
+    """lm-eval's results for one requested task, and what we add to them."""
     import lm_eval
 
-    merged: dict[str, Any] = {"results": {}, "samples": {}}
-    for found in loaded:
-        name, limit = found.request.name, found.request.limit
-        log(f"scoring {name}{suffix}: {_questions(found)} questions")
-        lm.cut_prompts.clear()
-        _seed()
-        for task in found.tasks.values():
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        with _memory_errors(lm.batch_size):
-            results = lm_eval.evaluate(
-                lm=lm,
-                task_dict={"tasks": found.tasks, "groups": found.groups},
-                limit=limit,
-                bootstrap_iters=bootstrap_iters,
-            )
-        results |= _prompt_facts(results["samples"], lm.cut_prompts)
-        results["n-shot"] |= _group_num_fewshot(found)
-        cut = sum(results["prompts_cut"].values())
-        if cut and not suffix:
-            log(f"{name}: {cut} prompts lost their start to fit the context of {lm.max_length} tokens")
-        for key in (*BY_TASK, "samples"):
-            if key in results:
-                merged.setdefault(key, {}).update(results[key])
-    return merged
+    name, limit = found.request.name, found.request.limit
+    log(f"scoring {name}{suffix}: {_questions(found)} questions")
+    lm.cut_prompts.clear()
+    _seed()
+    for task in found.tasks.values():
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    with _memory_errors(lm.batch_size):
+        results: dict[str, Any] = lm_eval.evaluate(
+            lm=lm,
+            task_dict={"tasks": found.tasks, "groups": found.groups},
+            limit=limit,
+            bootstrap_iters=bootstrap_iters,
+        )
+    results |= _prompt_facts(results["samples"], lm.cut_prompts)
+    results["n-shot"] |= _group_num_fewshot(found)
+    cut = sum(results["prompts_cut"].values())
+    if cut and not suffix:
+        log(f"{name}: {cut} prompts lost their start to fit the context of {lm.max_length} tokens")
+    return results
 
 
 def _prompt_facts(samples: dict[str, list[dict[str, Any]]], cut_prompts: set[str]) -> dict[str, dict[str, Any]]:
@@ -166,24 +195,22 @@ def _prompt_facts(samples: dict[str, list[dict[str, Any]]], cut_prompts: set[str
     return facts
 
 
-def _fit_generation_lengths(lm: Any, loaded: list[LoadedTask], log: Callable[[str], None]) -> dict[str, dict[str, int]]:
+def _fit_generation_lengths(lm: Any, found: LoadedTask, log: Callable[[str], None]) -> dict[str, dict[str, int]]:
     lengths = {}
-    for found in loaded:
-        for name, task in found.tasks.items():
-            fitted = fit_generation_length(lm, task)
-            if fitted is None:
-                continue
-            own, used = fitted
-            lengths[name] = {"official": own, "used": used}
-            if used < own:
-                log(f"{name}: answers have {used} tokens at most, not {own}: half of the context of {lm.max_length}")
+    for name, task in found.tasks.items():
+        fitted = fit_generation_length(lm, task)
+        if fitted is None:
+            continue
+        own, used = fitted
+        lengths[name] = {"official": own, "used": used}
+        if used < own:
+            log(f"{name}: answers have {used} tokens at most, not {own}: half of the context of {lm.max_length}")
     return lengths
 
 
-def _weighting(loaded: list[LoadedTask]) -> dict[str, dict[str, bool]]:
+def _weighting(found: LoadedTask) -> dict[str, dict[str, bool]]:
     return {
         name: {metric.metric: metric.weight_by_size for metric in group.aggregate_metric_list or ()}
-        for found in loaded
         for name, group in found.groups.items()
     }
 
@@ -225,6 +252,10 @@ def _environment(lm: Any, request: EvalRequest) -> dict[str, Any]:
         "lm_eval_version": importlib.metadata.version("lm_eval"),
         "transformers_version": importlib.metadata.version("transformers"),
     }
+
+
+def _off_network(request: EvalRequest) -> AbstractContextManager[None]:
+    return offline() if request.data_dir is not None or is_offline() else nullcontext()
 
 
 def _seed() -> None:

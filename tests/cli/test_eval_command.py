@@ -1,0 +1,82 @@
+"""`dude eval`: what it keeps when something goes wrong, what it reuses, what it refuses before anything is scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+from command import dude_here
+from quickstart_config import quickstart_config
+
+CHOICES = ("--task", "quickstart_choices", "--limit", "2")
+BOTH = (*CHOICES, "--task", "quickstart_problems")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two trained runs, `runs/a` and `runs/b`."""
+    place = tmp_path_factory.mktemp("place")
+    for seed, name in enumerate(("a", "b")):
+        config = quickstart_config(place / name, rows="16", max_steps="2", output_dir=str(place / "runs" / name))
+        done = dude_here("train", config, f"seed={seed}")
+        assert done.returncode == 0, done.stderr
+    return place
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that lm-eval is asked to score, as they come."""
+    names: list[str] = []
+    ours = lm_eval.evaluate
+
+    def evaluate(**settings: Any) -> Any:
+        names.extend(settings["task_dict"]["tasks"])
+        return ours(**settings)
+
+    monkeypatch.setattr(lm_eval, "evaluate", evaluate)
+    return names
+
+
+def test_a_task_that_is_scored_stays_when_the_next_one_fails(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = lm_eval.evaluate
+
+    def evaluate(**settings: Any) -> Any:
+        if "quickstart_problems" in settings["task_dict"]["tasks"]:
+            raise MemoryError
+        return ours(**settings)
+
+    monkeypatch.setattr(lm_eval, "evaluate", evaluate)
+    done = dude_here("eval", "runs/a", *BOTH, "--base", "--output", tmp_path, cwd=runs)
+    assert done.returncode == 5, done.stderr
+    document = json.loads((tmp_path / "quickstart_choices.limit-2.json").read_text())
+    assert set(document["results"]) == set(document["base"]["results"]) == {"quickstart_choices"}
+    assert len((tmp_path / "samples_quickstart_choices.limit-2.base.jsonl").read_text().splitlines()) == 2
+
+
+def test_several_tasks_are_one_document_and_a_file_each(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    done = dude_here("eval", "runs/a", *BOTH, "--base", "--json", "--output", tmp_path, cwd=runs)
+    assert done.returncode == 0, done.stderr
+    names = ["quickstart_choices", "quickstart_problems"]
+    assert scored == [names[0], names[0], names[1], names[1]]  # each with its base
+    document = json.loads(done.stdout)
+    assert list(document["requested"]) == list(document["results"]) == list(document["difference"]) == names
+    assert list(document["base"]["results"]) == names
+    for name in names:
+        own = json.loads((tmp_path / f"{name}.limit-2.json").read_text())
+        assert own["results"] == {name: document["results"][name]}
+        assert own["base"]["results"] == {name: document["base"]["results"][name]}
+        assert own["config"]["limit"] == 2
+
+
+def test_what_is_wrong_with_a_task_is_told_before_the_model_is_loaded(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dude_cli.target.load_model", lambda *_: pytest.fail("the model was loaded"))
+    done = dude_here("eval", "runs/a", "--task", "quickstart_choises", "--output", tmp_path, cwd=runs)
+    assert done.returncode == 2
+    assert "quickstart_choices" in done.stderr
