@@ -82,3 +82,13 @@ def _peak_resident_bytes() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_models() -> None:
+    """Give back what models that are no longer used have held: those in a cycle, as lm-eval's is, Python frees late."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -86,6 +86,7 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
     A run's results are read from its eval/ if they were scored with these options, and else made.
     """
     from dude_cli.evaluation import read_results, requested_task, task_results
+    from dude_cli.memory import free_models
     from dude_cli.runtime import part_ranks
     from dude_cli.target import find_target, results_dir
 
@@ -109,6 +110,7 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
         if accelerator is not None and own:
             results = _score(targets[name], own, options, folder or results_dir(targets[name]), accelerator, output)
             side.update({task.name: task_results(results, task.name) for task in own})
+            free_models()  # before the next one is loaded
     if is_main:
         _show_comparison(names, [tuple(side[task.name] for side in sides) for task in tasks], output)
     if accelerator is not None:

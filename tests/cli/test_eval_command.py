@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import lm_eval
 import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
+
+from dude_cli.model import load_model
 
 CHOICES = ("--task", "quickstart_choices", "--limit", "2")
 BOTH = (*CHOICES, "--task", "quickstart_problems")
@@ -80,3 +83,20 @@ def test_what_is_wrong_with_a_task_is_told_before_the_model_is_loaded(
     done = dude_here("eval", "runs/a", "--task", "quickstart_choises", "--output", tmp_path, cwd=runs)
     assert done.returncode == 2
     assert "quickstart_choices" in done.stderr
+
+
+def test_a_comparison_has_one_model_in_memory_at_a_time(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(*arguments: Any) -> Any:
+        assert [model() for model in loaded] == [None] * len(loaded)
+        model = load_model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("dude_cli.target.load_model", load)
+    done = dude_here("eval", "--compare", "runs/a", "runs/b", *CHOICES, "--output", tmp_path, cwd=runs)
+    assert done.returncode == 0, done.stderr
+    assert len(loaded) == 2
