@@ -47,7 +47,7 @@ def init(
     if estimate:
         _estimate(config, count, output)
         return
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.train.distributed_timeout_s)
     output = output.on_rank(accelerator.is_main_process)
     check_run_dir(config)
     is_finished = is_finished_run(config)

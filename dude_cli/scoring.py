@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from dude_cli.target import Target
 
 
+# A rank waits for the others at the end of a task, and while the main one downloads data and computes errors.
+RANKS_WAIT_S = 6 * 3600.0
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """The options of `dude eval` that say how a target is scored; None and empty ones leave it to the target."""
@@ -174,7 +178,7 @@ def _eval_ranks(options: EvalOptions) -> Accelerator:
     count = ranks_to_start(options.num_processes)
     if count > 1:
         run_ranks(count)
-    return make_accelerator()
+    return make_accelerator(RANKS_WAIT_S)
 
 
 def _score(

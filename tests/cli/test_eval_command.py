@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import weakref
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import lm_eval
 import pytest
 from command import dude_here
@@ -100,3 +102,21 @@ def test_a_comparison_has_one_model_in_memory_at_a_time(
     done = dude_here("eval", "--compare", "runs/a", "runs/b", *CHOICES, "--output", tmp_path, cwd=runs)
     assert done.returncode == 0, done.stderr
     assert len(loaded) == 2
+
+
+def test_ranks_of_init_wait_as_the_config_says_and_those_of_an_evaluation_for_hours(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    ours = accelerate.InitProcessGroupKwargs
+
+    def record(timeout: timedelta) -> Any:
+        waits.append(timeout.total_seconds())
+        return ours(timeout=timeout)
+
+    monkeypatch.setattr(accelerate, "InitProcessGroupKwargs", record)
+    config = quickstart_config(tmp_path, rows="16", extra="  distributed_timeout_s: 77")
+    assert dude_here("init", config).returncode == 0
+    assert dude_here("eval", "runs/a", *CHOICES, "--output", tmp_path, cwd=runs).returncode == 0
+    assert waits[0] == 77
+    assert waits[1] >= 3600
