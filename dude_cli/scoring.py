@@ -146,11 +146,20 @@ def _saved(
     from dude_cli.adapter import read_adapter_config
     from dude_cli.evaluation import find_results
 
-    # A score is known to be of this target by its adapter's hash, which says nothing of another base.
-    if folder is None or target.adapter_dir is None or options.base_model is not None or options.allow_other_base:
+    # Which base another one may be is known when it is loaded.
+    if folder is None or target.adapter_dir is None or options.allow_other_base:
         return {}
-    sha256 = read_adapter_config(target.adapter_dir).sha256
-    found = {task.name: find_results(folder, task, adapter_sha256=sha256, dtype=options.dtype) for task in tasks}
+    saved = read_adapter_config(target.adapter_dir)
+    found = {
+        task.name: find_results(
+            folder,
+            task,
+            adapter_sha256=saved.sha256,
+            base_fingerprint=saved.base_fingerprint,
+            dtype=options.dtype,
+        )
+        for task in tasks
+    }
     return {name: results for name, results in found.items() if results is not None}
 
 
@@ -194,7 +203,7 @@ def _score(
     """Load a target and score it; the results of each task are written to `folder`, if there is one, at once."""
     from dude_cli.evaluation import EvalRequest, load_request
     from dude_cli.evaluation import evaluate as score
-    from dude_cli.target import eval_config, load_target
+    from dude_cli.target import eval_config, load_target, results_dir
 
     output.say(f"evaluating {target}")
     request = EvalRequest(
@@ -208,6 +217,9 @@ def _score(
     loaded = load_target(
         target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base
     )
+    if loaded.is_on_other_base and folder == results_dir(target):
+        folder = None
+        output.say("note: scores on another base are not kept with the run's own; --output FOLDER keeps them")
 
     def keep(results: dict[str, Any]) -> None:
         if accelerator.is_main_process and folder is not None:
@@ -221,6 +233,7 @@ def _score(
             tasks=loaded_tasks,
             accelerator=accelerator,
             adapter_sha256=loaded.adapter_sha256,
+            base_fingerprint=loaded.base_fingerprint,
             on_task=keep,
             log=output.say,
             on_progress=on_progress,

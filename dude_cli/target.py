@@ -71,12 +71,13 @@ def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A model ready to be used, with what it was made from; without an adapter `adapter` is None."""
+    """A model ready to be used, with what it was made from; without an adapter the last two are None."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: ModelConfig
     adapter: SavedAdapter | None
+    base_fingerprint: str | None
 
     @property
     def saved(self) -> SavedAdapter:
@@ -87,6 +88,11 @@ class LoadedTarget:
     @property
     def adapter_sha256(self) -> str | None:
         return None if self.adapter is None else self.adapter.sha256
+
+    @property
+    def is_on_other_base(self) -> bool:
+        """Whether the adapter is on a base with other weights than its own."""
+        return self.adapter is not None and self.base_fingerprint != self.adapter.base_fingerprint
 
 
 def load_target(
@@ -101,6 +107,7 @@ def load_target(
     import torch
 
     from dude_cli.adapter import cast_parameters, check_base, load_adapter, read_adapter_config
+    from dude_cli.adapter.state import base_fingerprint
     from dude_cli.runtime import best_device, quiet_libraries
 
     quiet_libraries()
@@ -116,7 +123,7 @@ def load_target(
         name = target.name if target.path is None else str(target.path)
         config = ModelConfig(name_or_path=name)
         config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
-        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None)
+        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None, None)
     saved = read_adapter_config(folder)
     config = _model_config(target) or ModelConfig(
         name_or_path=saved.base_model,
@@ -136,14 +143,17 @@ def load_target(
         if base_model is not None:
             raise
         raise UsageError(error.what, where=error.where, fix=f"{error.fix}; or say where it is: --base-model") from error
-    if not allow_other_base:
+    if allow_other_base:
+        fingerprint = base_fingerprint(model)
+    else:
         check_base(model, folder, saved)
+        fingerprint = saved.base_fingerprint
     # What was trained on is cast: rounded to float16 from the files, the same base would have another fingerprint.
     if chosen is not None:
         cast_parameters(model, model.dtype, getattr(torch, chosen))
         config = config.model_copy(update={"dtype": chosen})
     load_adapter(model, folder, allow_other_base=True)
-    return LoadedTarget(model, load_tokenizer(config, folder), config, saved)
+    return LoadedTarget(model, load_tokenizer(config, folder), config, saved, fingerprint)
 
 
 def eval_config(target: Target) -> EvalConfig:

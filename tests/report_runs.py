@@ -78,6 +78,7 @@ def scored(
         "max_length": 64,
         "lm_eval_version": "0.4.13",
         "adapter_sha256": "a" * 64,
+        "base_fingerprint": "b" * 64,
     }
     if base_right is not None:
         mean = sum(right) / len(right) - sum(base_right) / len(base_right)

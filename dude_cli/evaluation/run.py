@@ -68,6 +68,7 @@ def evaluate(
     tasks: Sequence[LoadedTask] | None = None,
     accelerator: Accelerator | None = None,
     adapter_sha256: str | None = None,
+    base_fingerprint: str | None = None,
     on_task: Callable[[dict[str, Any]], None] = lambda results: None,
     log: Callable[[str], None] = lambda message: None,
     on_progress: OnProgress = lambda done, total: None,
@@ -76,10 +77,11 @@ def evaluate(
 
     lm-eval's keys (`results`, `groups`, `group_subtasks`, `configs`, `versions`, `n-shot`, `higher_is_better`,
     `n-samples`, `samples`, `config`, `task_hashes`) and these: `requested` (each task asked for, with the names it
-    stands for and its limit), `prompt_hashes` (SHA-256 over a task's prompts), `prompt_examples` (the text of the first
-    one), `prompts_cut` (how many did not fit the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the
-    task's own and the one used), `adapter_sha256`. With `compare_base`, `base` has the untuned model's part and
-    `difference` tuned minus base with the paired standard error (see `statistics.paired_difference`).
+    stands for, its limit and its number of examples if given), `prompt_hashes` (SHA-256 over a task's prompts),
+    `prompt_examples` (the text of the first one), `prompts_cut` (how many did not fit the context and lost their
+    start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used), `adapter_sha256` and
+    `base_fingerprint` as given. With `compare_base`, `base` has the untuned model's part and `difference` tuned minus
+    base with the paired standard error (see `statistics.paired_difference`).
 
     One task after the other, each with its base; `on_task` receives the document of each as soon as it is scored.
     `tasks` are those of `request` where `load_request` has loaded them already.
@@ -105,7 +107,8 @@ def evaluate(
     with left_as_found(model), quiet(), _off_network(request):
         lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator)
         bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
-        document = {"requested": {}, "adapter_sha256": adapter_sha256, **_environment(lm, request), "date": start}
+        names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint}
+        document = {"requested": {}, **names, **_environment(lm, request), "date": start}
         for found in tasks:
             _add(document, _scored(lm, found, log, bootstrap_iters, compare_base=request.compare_base))
             document["total_evaluation_time_seconds"] = str(time.time() - start)
@@ -128,8 +131,9 @@ def _scored(
     """One requested task's part of the document: the tuned model's scores, and the base's if asked for."""
     from dude_cli.adapter import constant_adapters, disable_adapters
 
+    asked = found.request
     facts = {
-        "requested": {found.request.name: {"names": found.names, "limit": found.request.limit}},
+        "requested": {asked.name: {"names": found.names, "limit": asked.limit, "num_fewshot": asked.num_fewshot}},
         "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
         "max_gen_toks": _fit_generation_lengths(lm, found, log),
     }

@@ -98,29 +98,48 @@ def read_results(path: Path, *, samples: bool = True) -> dict[str, Any]:
 
 
 def find_results(
-    folder: Path, task: EvalTask, *, adapter_sha256: str | None, dtype: str | None
+    folder: Path,
+    task: EvalTask,
+    *,
+    adapter_sha256: str,
+    base_fingerprint: str,
+    dtype: str | None = None,
+    samples: bool = True,
 ) -> dict[str, Any] | None:
-    """What a folder of results has of a task, if it was scored so: None if not, and for another adapter's score.
+    """What a folder of results has of a task, if it was scored so, with this adapter on this base; else None.
 
-    A number of examples and a `dtype` of None take any.
+    A number of examples and a `dtype` of None take any. A document that cannot be read is as good as none.
     """
     path = results_path(folder, task.name, task.limit)
-    if not path.is_file() or not _samples_path(path).is_file():
+    try:
+        results = read_results(path, samples=samples)
+    except UsageError:
         return None
-    results = read_results(path, samples=False)
     is_wanted = (
         results["adapter_sha256"] == adapter_sha256
-        and task.num_fewshot in (None, requested_task(results).num_fewshot)
+        # Results of an earlier version do not say on which base.
+        and results.get("base_fingerprint") == base_fingerprint
+        and task.num_fewshot in (None, *_examples(results))
         and (dtype is None or results["config"]["model_dtype"] == f"torch.{dtype}")
     )
-    return read_results(path) if is_wanted else None
+    return results if is_wanted else None
 
 
 def requested_task(results: Mapping[str, Any]) -> EvalTask:
-    """The task that a document is about, as it was asked for; `num_fewshot` None if its parts differ in it."""
+    """The task that a document is about, as it may be asked for again."""
     ((name, request),) = results["requested"].items()
+    return EvalTask(name=name, num_fewshot=_examples(results)[0], limit=request["limit"])
+
+
+def _examples(results: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """The number of examples in the prompts, None if the parts of a task differ in it, and the one asked for.
+
+    They are not the same where a prompt is written for no examples, whatever is asked for.
+    """
+    (request,) = results["requested"].values()
     shots = {results["n-shot"].get(part) for part in request["names"]} - {None}
-    return EvalTask(name=name, num_fewshot=shots.pop() if len(shots) == 1 else None, limit=request["limit"])
+    asked = request.get("num_fewshot")
+    return (shots.pop() if len(shots) == 1 else asked), asked
 
 
 def _samples_path(path: Path, side: str = "") -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_cli.config import EvalTask
+from dude_cli.evaluation import find_results
 from dude_cli.metrics import run_summary
 from dude_cli.reproduce.plan import Run
 
@@ -45,12 +46,9 @@ def task_score(run: Run, task: EvalTask, metric: str, *, base: bool = False) -> 
 
 def task_results(run: Run, task: EvalTask) -> dict[str, Any] | None:
     """The results of a task, if they are of the run's adapter as it is now and were asked for in the same way."""
-    stem = task.name if task.limit is None else f"{task.name}.limit-{task.limit}"
     try:
-        results: dict[str, Any] = json.loads((run.folder / "eval" / f"{stem}.json").read_text(encoding="utf-8"))
         adapter = json.loads((run.folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    shots = results["n-shot"].get(task.name)
-    same_shots = task.num_fewshot is None or shots in (None, task.num_fewshot)
-    return results if results["adapter_sha256"] == adapter["sha256"] and same_shots else None
+    wanted = {"adapter_sha256": adapter["sha256"], "base_fingerprint": adapter["base_model"]["fingerprint"]}
+    return find_results(run.folder / "eval", task, **wanted, samples=False)

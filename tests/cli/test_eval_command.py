@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import accelerate
 import lm_eval
 import pytest
+import torch
 from command import dude_here
 from quickstart_config import quickstart_config
+from transformers import AutoModelForCausalLM
 
+from dude_cli import quickstart
 from dude_cli.model import load_model
 
 CHOICES = ("--task", "quickstart_choices", "--limit", "2")
@@ -120,3 +124,32 @@ def test_ranks_of_init_wait_as_the_config_says_and_those_of_an_evaluation_for_ho
     assert dude_here("eval", "runs/a", *CHOICES, "--output", tmp_path, cwd=runs).returncode == 0
     assert waits[0] == 77
     assert waits[1] >= 3600
+
+
+def test_a_score_on_another_base_is_not_taken_for_the_runs_own(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    shutil.copytree(quickstart.MODEL_DIR, tmp_path / "moved")
+    model = AutoModelForCausalLM.from_pretrained(quickstart.MODEL_DIR)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    shutil.copytree(quickstart.MODEL_DIR, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+
+    def compared(*more: object) -> None:
+        scored.clear()
+        done = dude_here("eval", "--compare", "runs/a", "runs/b", *CHOICES, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    other = ("--base-model", "other", "--allow-other-base")
+    done = dude_here("eval", "runs/a", *CHOICES, *other, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "scores on another base are not kept with the run's own" in done.stderr
+    assert not (tmp_path / "runs/a/eval").exists()
+    # In a folder of its own it is kept, and told from a score on the adapter's base.
+    compared(*other, "--output", "out")
+    compared("--output", "out")
+    assert len(scored) == 2
+    compared("--output", "out", "--base-model", "moved")
+    assert not scored
+    compared(*other, "--output", "out")
+    assert len(scored) == 2

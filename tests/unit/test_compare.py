@@ -37,18 +37,26 @@ def test_results_from_disk_are_those_that_were_written(tmp_path: Path) -> None:
     assert not (tmp_path / "samples_sums.base.jsonl").exists(), "the base's answers of an earlier evaluation"
 
 
-def test_a_score_is_reused_for_the_same_adapter_examples_and_dtype_alone(tmp_path: Path) -> None:
+def test_a_score_is_reused_for_the_same_adapter_base_examples_and_dtype_alone(tmp_path: Path) -> None:
     write_results(scored(A), tmp_path)
 
-    def found(task: EvalTask, sha256: str = "a" * 64, dtype: str | None = None) -> bool:
-        return find_results(tmp_path, task, adapter_sha256=sha256, dtype=dtype) is not None
+    def found(task: EvalTask, sha256: str = "a" * 64, base: str = "b" * 64, dtype: str | None = None) -> bool:
+        wanted = {"adapter_sha256": sha256, "base_fingerprint": base}
+        return find_results(tmp_path, task, **wanted, dtype=dtype) is not None
 
     assert found(EvalTask(name="sums"))
     assert found(EvalTask(name="sums", num_fewshot=0), dtype="float32")
     assert not found(EvalTask(name="sums"), sha256="b" * 64)
+    assert not found(EvalTask(name="sums"), base="c" * 64)
     assert not found(EvalTask(name="sums", num_fewshot=5))
     assert not found(EvalTask(name="sums", limit=3))
     assert not found(EvalTask(name="sums"), dtype="bfloat16")
+
+    # Of five examples that were asked for, a prompt that is written for none has none.
+    write_results(scored(A, requested={"sums": {"names": ["sums"], "limit": None, "num_fewshot": 5}}), tmp_path)
+    assert found(EvalTask(name="sums", num_fewshot=5))
+    (tmp_path / "sums.json").write_text("{}")
+    assert not found(EvalTask(name="sums"))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_runs import scored
 from scipy import stats
 
 from dude_cli import shipped
 from dude_cli.errors import ConfigError, NumberNotMetError
+from dude_cli.evaluation import write_results
 from dude_cli.reproduce import Plan, Recipe, Result, check_result, load_recipe, make_plan, plan_document, smoke_recipe
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, number_of_steps
@@ -48,16 +50,17 @@ def plan_of(tmp_path: Path, text: str = TEXT, *, smoke: bool = False) -> Plan:
 def finish(run: Run, *, eval_loss: float | None = None, score: float | None = None, **changes: Any) -> None:
     """Write what a finished run has; `changes` are of its results."""
     (run.folder / "adapter").mkdir(parents=True, exist_ok=True)
-    (run.folder / "adapter" / "adapter_config.json").write_text(json.dumps({"sha256": f"of {run.name}"}))
+    (run.folder / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"sha256": f"of {run.name}", "base_model": {"fingerprint": "of the base"}})
+    )
     if eval_loss is not None:
         lines = [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": eval_loss}]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if score is not None:
         name = "quickstart_problems"
         scores = {"exact_match,strict-match": score, "exact_match_stderr,strict-match": 0.02}
-        results = {"adapter_sha256": f"of {run.name}", "n-shot": {name: 0}, "results": {name: scores}} | changes
-        (run.folder / "eval").mkdir(exist_ok=True)
-        (run.folder / "eval" / f"{name}.json").write_text(json.dumps(results))
+        results = scored([1.0], task=name, adapter_sha256=f"of {run.name}", base_fingerprint="of the base")
+        write_results(results | {"results": {name: scores}} | changes, run.folder / "eval")
 
 
 def test_every_problem_of_a_recipe_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
@@ -262,8 +265,10 @@ def test_a_number_of_an_unknown_protocol_is_measured_and_not_compared(tmp_path: 
     assert verdict.measured.mean == 50
 
 
-@pytest.mark.parametrize("changes", [{"adapter_sha256": "another"}, {"n-shot": {"quickstart_problems": 5}}])
-def test_results_of_another_adapter_or_prompt_do_not_count(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"adapter_sha256": "another"}, {"base_fingerprint": "another"}, {"n-shot": {"quickstart_problems": 5}}]
+)
+def test_results_of_another_adapter_base_or_prompt_do_not_count(tmp_path: Path, changes: dict[str, Any]) -> None:
     plan = plan_of(tmp_path)
     for run in plan.settings[0].final[0.002]:
         finish(run, eval_loss=0.1, score=0.5, **changes)
