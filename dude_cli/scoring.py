@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,8 @@ def evaluate(
     from dude_cli.target import find_target
 
     target = find_target(target_name)
-    evaluate_tasks(target, _eval_tasks(target, options), options, compare_base=compare_base, output=output)
+    _check(target, options)
+    evaluate_tasks(target, _eval_tasks([target], options), options, compare_base=compare_base, output=output)
 
 
 def evaluate_tasks(
@@ -87,16 +89,20 @@ def evaluate_tasks(
 def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> None:
     """Compare two results, or the scores of two runs, adapters or models, on the same questions.
 
-    A run's results are read from its eval/ if they were scored with these options, and else made.
+    A run's results are read from its eval/ if they were scored with these options, and else made. Whatever can be
+    known to be wrong with either of the two is told before one is scored.
     """
-    from dude_cli.evaluation import read_results, requested_task, task_results
+    from dude_cli.evaluation import read_results, refuse_other_questions, requested_task, task_results
     from dude_cli.memory import free_models
     from dude_cli.runtime import part_ranks
     from dude_cli.target import find_target, results_dir
 
     files = {name: read_results(Path(name)) for name in names if Path(name).is_file()}
     targets = {name: find_target(name) for name in names if name not in files}
-    tasks = [requested_task(results) for results in files.values()][:1] or _eval_tasks(targets[names[0]], options)
+    for target in targets.values():
+        if target.kind == "model":  # nothing of it is saved
+            _check(target, options)
+    tasks = [_file_task(files, options)] if files else _eval_tasks(list(targets.values()), options)
     folders = [None if options.output_dir is None else options.output_dir / place for place in "ab"]
     sides: list[dict[str, Any]] = []
     for name, folder in zip(names, folders, strict=True):
@@ -104,10 +110,19 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
             sides.append({tasks[0].name: files[name]})
         else:
             sides.append(_saved(targets[name], tasks, options, folder or results_dir(targets[name])))
+    for place, task in enumerate(tasks):
+        known = [side[task.name] for side in sides if task.name in side]
+        if len(known) == 2:
+            refuse_other_questions(*known)
+        elif known:
+            tasks[place] = requested_task(known[0])  # the other one is scored in the form of this
     # What is missing is known before any of it is written, so all ranks of an evaluation agree on it.
     missing = [[task for task in tasks if task.name not in side] for side in sides]
+    for name, own in zip(names, missing, strict=True):
+        if own:
+            _check(targets[name], options)
     accelerator = _eval_ranks(options) if any(missing) else None
-    is_main = accelerator is None or accelerator.is_main_process
+    is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
     output = output.on_rank(is_main)
     for name, folder, side, own in zip(names, folders, sides, missing, strict=True):
         output.say(*(f"{name}: {task} was scored before" for task in side if name in targets))
@@ -119,6 +134,33 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
         _show_comparison(names, [tuple(side[task.name] for side in sides) for task in tasks], output)
     if accelerator is not None:
         part_ranks()
+
+
+def _check(target: Target, options: EvalOptions) -> None:
+    from dude_cli.target import check_target
+
+    check_target(target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base)
+
+
+def _file_task(files: Mapping[str, Mapping[str, Any]], options: EvalOptions) -> EvalTask:
+    """The task of the result files. Raises UsageError if the options ask for another one, or in another form."""
+    from dude_cli.evaluation import requested_task
+
+    for name, results in files.items():
+        task = requested_task(results)
+        pairs = {
+            "--task": (" ".join(options.task_names) or None, task.name),
+            "--num-fewshot": (options.num_fewshot, task.num_fewshot),
+            "--limit": (options.limit, task.limit),
+        }
+        for option, (asked, found) in pairs.items():
+            if asked not in (None, found):
+                raise UsageError(
+                    f"{option} is {asked}, and in the result file it is {'not given' if found is None else found}",
+                    where=name,
+                    fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
+                )
+    return requested_task(next(iter(files.values())))
 
 
 def _show_comparison(names: tuple[str, str], pairs: Sequence[tuple[dict[str, Any], ...]], output: Output) -> None:
@@ -163,21 +205,21 @@ def _saved(
     return {name: results for name, results in found.items() if results is not None}
 
 
-def _eval_tasks(target: Target, options: EvalOptions) -> list[EvalTask]:
-    """The tasks asked for, else those of the run's config."""
+def _eval_tasks(targets: Sequence[Target], options: EvalOptions) -> list[EvalTask]:
+    """The tasks asked for, else those of the config of the first run that has some."""
     from dude_cli.target import eval_config
 
     given = _given(num_fewshot=options.num_fewshot, limit=options.limit)
-    tasks = [EvalTask(name=name, **given) for name in options.task_names] or [
-        task.model_copy(update=given) for task in eval_config(target).tasks
-    ]
-    if not tasks:
+    if options.task_names:
+        return [EvalTask(name=name, **given) for name in options.task_names]
+    found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
+    if not found:
         raise UsageError(
             "no task to evaluate on",
-            where=str(target),
+            where=", ".join(map(str, targets)),
             fix="name one, such as --task mmlu, or set eval.tasks in the config",
         )
-    return tasks
+    return [task.model_copy(update=given) for task in found]
 
 
 def _eval_ranks(options: EvalOptions) -> Accelerator:

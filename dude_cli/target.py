@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from dude_cli.adapter import SavedAdapter
 
 ADAPTER_CONFIG = Path("adapter_config.json")
+RUNS_DIR = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Target:
         return f"{self.kind} {self.name}"
 
 
-def find_target(target: str | None, runs_dir: Path = Path("runs")) -> Target:
+def find_target(target: str | None, runs_dir: Path = RUNS_DIR) -> Target:
     """Say what `target` is; with None, the newest finished run under `runs_dir`.
 
     A run is finished once `adapter/adapter_config.json` exists in it; the newest is the one whose file is youngest.
@@ -106,43 +109,22 @@ def load_target(
     """
     import torch
 
-    from dude_cli.adapter import cast_parameters, check_base, load_adapter, read_adapter_config
+    from dude_cli.adapter import cast_parameters, check_base, load_adapter
     from dude_cli.adapter.state import base_fingerprint
     from dude_cli.runtime import best_device, quiet_libraries
 
     quiet_libraries()
     chosen = check_dtype(dtype)
+    config, saved = _parts(target, base_model, allow_other_base=allow_other_base)
     folder = target.adapter_dir
-    if folder is None:
-        if base_model is not None or allow_other_base:
-            raise UsageError(
-                f"{target} is no adapter, so it has no base model",
-                where="--base-model, --allow-other-base",
-                fix="give a run or an adapter, or leave these options out",
-            )
-        name = target.name if target.path is None else str(target.path)
-        config = ModelConfig(name_or_path=name)
-        config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
-        return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None, None)
-    saved = read_adapter_config(folder)
-    config = _model_config(target) or ModelConfig(
-        name_or_path=saved.base_model,
-        revision=saved.base_revision,
-        dtype=saved.base_dtype,
-        # Another one than these is not the config's: the base's own files have it.
-        quantization=next((known for known in QUANTIZATIONS if known == saved.base_quantization), None),
-    )
-    # The commit that was trained on, not what a branch points to by now.
-    place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
-    config = config.model_copy(update=place)
+    if folder is None or saved is None:
+        with _explained(target, base_model):
+            config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
+            return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None, None)
     if chosen is not None and config.quantization is not None:
         config = config.model_copy(update={"dtype": chosen})
-    try:
+    with _explained(target, base_model):
         model = load_model(config, best_device())
-    except UsageError as error:
-        if base_model is not None:
-            raise
-        raise UsageError(error.what, where=error.where, fix=f"{error.fix}; or say where it is: --base-model") from error
     if allow_other_base:
         fingerprint = base_fingerprint(model)
     else:
@@ -154,6 +136,69 @@ def load_target(
         config = config.model_copy(update={"dtype": chosen})
     load_adapter(model, folder, allow_other_base=True)
     return LoadedTarget(model, load_tokenizer(config, folder), config, saved, fingerprint)
+
+
+def check_target(
+    target: Target, dtype: str | None, *, base_model: str | None = None, allow_other_base: bool = False
+) -> None:
+    """Raise what `load_target` would for a model or a base that is not there, and for options that do not fit.
+
+    Of the model only its config is read.
+    """
+    from dude_cli.runtime import quiet_libraries
+
+    quiet_libraries()
+    check_dtype(dtype)
+    config, _ = _parts(target, base_model, allow_other_base=allow_other_base)
+    with _explained(target, base_model):
+        saved_dtype(config)
+
+
+def _parts(
+    target: Target, base_model: str | None, *, allow_other_base: bool
+) -> tuple[ModelConfig, SavedAdapter | None]:
+    """Where the model or the base is and how it is loaded, and what the adapter says of itself, if there is one."""
+    from dude_cli.adapter import read_adapter_config
+
+    folder = target.adapter_dir
+    if folder is None:
+        if base_model is not None or allow_other_base:
+            raise UsageError(
+                f"{target} is no adapter, so it has no base model",
+                where="--base-model, --allow-other-base",
+                fix="give a run or an adapter, or leave these options out",
+            )
+        return ModelConfig(name_or_path=target.name if target.path is None else str(target.path)), None
+    saved = read_adapter_config(folder)
+    config = _model_config(target) or ModelConfig(
+        name_or_path=saved.base_model,
+        revision=saved.base_revision,
+        dtype=saved.base_dtype,
+        # Another one than these is not the config's: the base's own files have it.
+        quantization=next((known for known in QUANTIZATIONS if known == saved.base_quantization), None),
+    )
+    # The commit that was trained on, not what a branch points to by now.
+    place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
+    return config.model_copy(update=place), saved
+
+
+@contextmanager
+def _explained(target: Target, base_model: str | None) -> Iterator[None]:
+    """Add to an error of loading what else the user may have meant."""
+    try:
+        yield
+    except UsageError as error:
+        if target.adapter_dir is not None and base_model is None:
+            fix = f"{error.fix}; or say where it is: --base-model"
+            raise UsageError(error.what, where=error.where, fix=fix) from error
+        if target.kind == "model" and target.path is None and "/" not in target.name:
+            close = _close_folders(Path(target.name), RUNS_DIR)
+            raise UsageError(
+                f"there is no run, folder or file `{target.name}` here; as a model's name: {error.what}",
+                where=str(Path.cwd()),
+                fix=f"nearest: {', '.join(close)}" if close else error.fix,
+            ) from error
+        raise
 
 
 def eval_config(target: Target) -> EvalConfig:
@@ -214,13 +259,19 @@ def _folder_target(name: str, folder: Path) -> Target:
 
 
 def _no_such_path(target: str, folder: Path, runs_dir: Path) -> UsageError:
-    around = {str(path): path for parent in {folder.parent, runs_dir} if parent.is_dir() for path in parent.iterdir()}
-    close = nearest(str(folder), [name for name, path in around.items() if path.is_dir()])
+    close = _close_folders(folder, runs_dir)
     return UsageError(
         f"there is no folder `{target}`",
         where=str(folder.absolute().parent),
         fix=f"nearest: {', '.join(close)}" if close else "give a run, an adapter, a model folder or a hub name",
     )
+
+
+def _close_folders(folder: Path, runs_dir: Path) -> list[str]:
+    """The folders beside `folder`, and the runs, whose names are spelt most like its own."""
+    parents = [parent for parent in (runs_dir, folder.parent) if parent.is_dir()]
+    around = {path.name: str(path) for parent in parents for path in sorted(parent.iterdir()) if path.is_dir()}
+    return [around[name] for name in nearest(folder.name, list(around))]
 
 
 def _model_config(target: Target) -> ModelConfig | None:

@@ -1,6 +1,12 @@
 """Benchmark scores through lm-eval: which tasks, the model in memory, the scoring, what is made of the results."""
 
-from dude_cli.evaluation.compare import Comparison, compare_results, comparison_shown, different_settings
+from dude_cli.evaluation.compare import (
+    Comparison,
+    compare_results,
+    comparison_shown,
+    different_settings,
+    refuse_other_questions,
+)
 from dude_cli.evaluation.results import plain_results, results_json, results_table
 from dude_cli.evaluation.run import EvalRequest, evaluate, load_request
 from dude_cli.evaluation.saved import (
@@ -23,6 +29,7 @@ __all__ = [
     "load_request",
     "plain_results",
     "read_results",
+    "refuse_other_questions",
     "requested_task",
     "result_files",
     "results_json",

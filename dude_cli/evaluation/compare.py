@@ -79,7 +79,7 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Comparis
     Raises UsageError, naming all that differs, unless both have the same tasks in the same versions with the same
     prompts and questions.
     """
-    _refuse_other_questions(a, b)
+    refuse_other_questions(a, b)
     return [
         _comparison(a, b, name, metric, filter_name)
         for _, name in table_rows(a)
@@ -156,7 +156,8 @@ def _choice(sample: Mapping[str, Any], index: int) -> str:
     return f"choice {index + 1}"
 
 
-def _refuse_other_questions(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+def refuse_other_questions(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Raise UsageError, naming all that differs, unless two results are of the same questions in the same form."""
     problems = []
     names_a, names_b = (set(side["results"]) for side in (a, b))
     if names_a != names_b:

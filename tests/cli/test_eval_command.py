@@ -18,6 +18,7 @@ from quickstart_config import quickstart_config
 from transformers import AutoModelForCausalLM
 
 from dude_cli import quickstart
+from dude_cli.evaluation.tasks import offline
 from dude_cli.model import load_model
 
 CHOICES = ("--task", "quickstart_choices", "--limit", "2")
@@ -153,3 +154,98 @@ def test_a_score_on_another_base_is_not_taken_for_the_runs_own(runs: Path, tmp_p
     assert not scored
     compared(*other, "--output", "out")
     assert len(scored) == 2
+
+
+def refused(runs: Path, *arguments: object) -> str:
+    """What `dude eval` says that refuses these arguments."""
+    done = dude_here("eval", *arguments, cwd=runs)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("task", [(), CHOICES])
+def test_a_name_that_is_nothing_is_told_before_anything_is_scored(
+    runs: Path, tmp_path: Path, scored: list[str], task: tuple[str, ...]
+) -> None:
+    shutil.copytree(runs / "runs/a", tmp_path / "runs/gsm8k")
+    with offline():
+        said = [refused(tmp_path, "--compare", "runs/gsm8k", "gsm8", *task), refused(tmp_path, "gsm8", *task)]
+    for text in said:
+        assert "there is no run, folder or file `gsm8` here" in text
+        assert "nearest: runs/gsm8k" in text
+    assert not scored
+    assert not (tmp_path / "runs/gsm8k/eval").exists()
+
+
+def test_a_base_that_is_gone_is_told_before_the_other_one_is_scored(
+    runs: Path, tmp_path: Path, scored: list[str]
+) -> None:
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    config = tmp_path / "runs/b/config.yaml"
+    config.write_text(config.read_text().replace("embedded:quickstart", "/gone", 1))
+    said = refused(tmp_path, "--compare", "runs/a", "runs/b", *CHOICES)
+    assert "/gone does not exist" in said
+    assert "--base-model" in said
+    assert not scored
+
+
+def test_the_tasks_are_those_of_whichever_run_has_some(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    config = tmp_path / "runs/a/config.yaml"
+    config.write_text(config.read_text().replace("tasks: []", "tasks: [{name: quickstart_choices, limit: 2}]"))
+    done = dude_here("eval", "--compare", "embedded:quickstart", "runs/a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert scored == ["quickstart_choices"] * 2
+
+
+@pytest.fixture
+def zero_shot(runs: Path, tmp_path: Path) -> Path:
+    """A folder with the two runs, of which `a` is scored with no examples, where the task's own number is another."""
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    (tmp_path / "drawn.yaml").write_text(DRAWN)
+    done = dude_here("eval", "runs/a", *DRAWN_TASK, "--num-fewshot", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return tmp_path
+
+
+DRAWN = """
+task: drawn
+custom_dataset: !function dude_cli.quickstart.documents.choice_splits
+output_type: multiple_choice
+test_split: test
+fewshot_split: train
+num_fewshot: 1
+doc_to_text: "{{question.strip()}} Answer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+DRAWN_TASK = ("--task", "drawn", "--limit", "2", "--include-path", ".")
+
+
+def test_the_other_side_is_scored_in_the_form_of_the_saved_one(zero_shot: Path, scored: list[str]) -> None:
+    scored.clear()
+    for order in (("runs/a", "runs/b"), ("runs/b", "runs/a")):
+        done = dude_here("eval", "--compare", *order, *DRAWN_TASK, cwd=zero_shot)
+        assert done.returncode == 0, done.stderr
+    assert scored == ["drawn"]
+
+
+def test_saved_scores_of_other_forms_are_refused_before_anything_is_scored(zero_shot: Path, scored: list[str]) -> None:
+    assert dude_here("eval", "runs/b", *DRAWN_TASK, "--num-fewshot", "1", cwd=zero_shot).returncode == 0
+    scored.clear()
+    said = refused(zero_shot, "--compare", "runs/a", "runs/b", *DRAWN_TASK, "--task", "quickstart_choices")
+    assert "number of examples in the prompt of drawn: 0 and 1" in said
+    assert not scored
+
+
+def test_what_a_result_file_is_not_of_cannot_be_asked_for(zero_shot: Path, scored: list[str]) -> None:
+    file = "runs/a/eval/drawn.limit-2.json"
+    scored.clear()
+    for option, value in (("--task", "gsm8k"), ("--num-fewshot", "1"), ("--limit", "3")):
+        said = refused(zero_shot, "--compare", file, "runs/b", option, value)
+        assert f"{option} is {value}, and in the result file it is" in said
+    assert not scored
+    done = dude_here("eval", "--compare", file, "runs/b", *DRAWN_TASK, "--num-fewshot", "0", cwd=zero_shot)
+    assert done.returncode == 0, done.stderr
