@@ -15,7 +15,7 @@ from dude_cli.console import Counter, no_counter
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.disk import check_disk_space
-from dude_cli.errors import UsageError
+from dude_cli.errors import DataError, UsageError
 from dude_cli.memory import PeakMemory
 from dude_cli.metrics import check_trackers
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
@@ -147,12 +147,15 @@ def prepare(
     model = load_model(base, accelerator.device)
     check_vocabulary(model, tokenizer)
     _say_left_out(config, model, say)
+    check_positions(model, data, config.data.max_length, say)
     if config.train.distributed == "fsdp":
         blocks_of(model)  # that cannot be sharded is better known before an hour of decomposing
     on_main_rank(accelerator, lambda: check_disk_space(config, model))
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
-    start = Start(config, model, data.train[0].input_ids, model_revision, say, counter)
+    first = data.train[0]
+    row = first.input_ids[: first.segment_lengths[0]]  # a packed sequence may be longer than the model takes
+    start = Start(config, model, row, model_revision, say, counter)
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     record = environment(str(accelerator.device), origin.world_size, model_revision)
     record["data_revisions"] = data.revisions
@@ -185,6 +188,29 @@ def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], N
         short = target_names(model, names)
         shown = ", ".join(short[:4]) + (" ..." if len(short) > 4 else "")
         say(f"{len(names)} layers smaller than rank {config.adapter.rank} get no adapter: {shown}")
+
+
+def check_positions(model: PreTrainedModel, data: PreparedData, max_length: int, say: Callable[[str], None]) -> None:
+    """Raise DataError for a row that is longer than the model's table of positions; warn where they are computed."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(rows.longest_row for rows in (data.train, data.validation) if rows is not None)
+    if positions is None or longest <= positions:
+        return
+    what = f"the longest row has {longest:,} tokens, and {model.config.name_or_path} is made for {positions:,}"
+    if _has_position_table(model, positions):
+        raise DataError(what, where=f"data.max_length: {max_length}", fix=f"set data.max_length to at most {positions}")
+    say(f"warning: {what}: beyond that its answers may be poor; data.max_length cuts the rows")
+
+
+def _has_position_table(model: PreTrainedModel, positions: int) -> bool:
+    """Whether the positions are rows of a table, which end: learned ones, or GPT-J's, which are computed once."""
+    from torch import nn
+
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables += [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
+    vocabulary = model.get_input_embeddings().weight
+    # OPT's has two rows more than positions.
+    return any(positions <= len(table) <= positions + 2 for table in tables if table is not vocabulary)
 
 
 def _write_run(config: Config, record: dict[str, Any], *, overwrite: bool) -> None:

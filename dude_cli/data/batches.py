@@ -61,6 +61,11 @@ class EncodedRows(Sequence[EncodedRow]):
         sums: npt.NDArray[np.int64] = np.diff(before[self._starts])
         return sums
 
+    @property
+    def longest_row(self) -> int:
+        """The tokens of the longest row, however rows are put into sequences."""
+        return int(self._table.lengths[self._rows].max())
+
     def packed(self, groups: Sequence[Sequence[int]]) -> EncodedRows:
         """Return the same rows with those of each group in one sequence."""
         return EncodedRows(self._table, self._rows, groups)
@@ -132,6 +137,9 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, *, flatten: bool = False) -
 
 
 def _position_ids(segment_lengths: Sequence[int], longest: int) -> list[int]:
-    """Positions that restart with each segment; padding is a segment of its own, which nothing attends to."""
+    """Positions that restart with each segment; each token of the padding is a segment, which nothing attends to.
+
+    Were the padding one segment, it could be longer than a model has positions.
+    """
     padding = longest - sum(segment_lengths)
-    return [position for length in (*segment_lengths, padding) for position in range(length)]
+    return [position for length in segment_lengths for position in range(length)] + [0] * padding

@@ -98,7 +98,7 @@ def test_a_batch_is_padded_by_length_whatever_the_pad_id(rows, pad_id):
 
 def test_positions_restart_with_each_packed_row():
     rows = [EncodedRow([5, 6, 7, 8, 9], [-100, 6, -100, 8, 9], [2, 3], [0, 1]), EncodedRow([1, 2], [-100, 2], [2], [2])]
-    assert collate(rows, 0)["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 1, 2]]
+    assert collate(rows, 0)["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 0]]
     flat = collate(rows, 0, flatten=True)
     assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 2]]
     assert flat["labels"].tolist() == [[-100, 6, -100, 8, 9, -100, 2]]
