@@ -154,7 +154,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, or compare two."""
-    with _reported(debug, if_stopped="no result was written"):
+    with _reported(debug, if_stopped="the scores written so far stay"):
         from dude_cli import scoring
         from dude_cli.console import Output
 

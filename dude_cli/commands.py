@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,8 +57,7 @@ def init(
             where="output_dir",
             fix="choose another, or `dude train --overwrite`",
         )
-    counter = partial(output.counter, every=32)
-    prepared = prepare(config, accelerator, output.say, counter=counter, continues=False)
+    prepared = prepare(config, accelerator, output.say, counter=output.counter, continues=False)
     output.say(*prepared.data.warnings())
     if accelerator.is_main_process:
         checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
@@ -119,9 +117,13 @@ def train(
         else:
             if changed:
                 output.say(f"continuing with other settings: {', '.join(changed)}")
-            counter = partial(output.counter, every=32)
             prepared = prepare(
-                config, accelerator, output.say, counter=counter, overwrite=overwrite, allow_changes=allow_changes
+                config,
+                accelerator,
+                output.say,
+                counter=output.counter,
+                overwrite=overwrite,
+                allow_changes=allow_changes,
             )
             output.say(*prepared.data.warnings())
             if not prepared.reused:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, RenderableType
+
+# Without a terminal there is no live line; a plain one this often instead.
+PLAIN_LINE_EVERY_S = 10.0
 
 Count = Callable[[int, int], None]  # (done, total)
 Counter = Callable[[str], AbstractContextManager[Count]]
@@ -56,18 +60,21 @@ class Output:
         print(_COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text) if self.out.is_terminal else text, end="", flush=True)
 
     @contextmanager
-    def counter(self, label: str, every: int | None = None) -> Iterator[Count]:
-        """Within, a progress bar on a terminal; elsewhere a line for the first and each `every`-th, if given."""
+    def counter(self, label: str) -> Iterator[Count]:
+        """Within, a progress bar on a terminal; elsewhere a line at once and then each PLAIN_LINE_EVERY_S seconds."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns: list[Any] = [TextColumn(label), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn()]
-        console = self.progress
+        console, next_line_s = self.progress, 0.0
         with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
             task = progress.add_task(label, total=None)
 
             def show(done: int, total: int) -> None:
+                nonlocal next_line_s
                 progress.update(task, completed=done, total=total)
-                if every is not None and not console.is_terminal and (done == 1 or (done > 0 and done % every == 0)):
+                now = time.monotonic()
+                if done > 0 and not console.is_terminal and now >= next_line_s:
+                    next_line_s = now + PLAIN_LINE_EVERY_S
                     self.say(f"{label} {done}/{total}")
 
             yield show

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dude_cli import files
 from dude_cli.config import Config
+from dude_cli.console import PLAIN_LINE_EVERY_S
 from dude_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 MEMORY_FILE = "memory.json"
 LAYERS_FILE = "layers.json"
-# Without a terminal there is no live line; a plain one this often instead.
-PLAIN_LINE_EVERY_S = 10.0
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -249,3 +249,22 @@ def test_what_a_result_file_is_not_of_cannot_be_asked_for(zero_shot: Path, score
     assert not scored
     done = dude_here("eval", "--compare", file, "runs/b", *DRAWN_TASK, "--num-fewshot", "0", cwd=zero_shot)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_log_file_has_the_progress_of_an_evaluation(runs: Path, tmp_path: Path) -> None:
+    done = dude_here("eval", "runs/a", *CHOICES, "--output", tmp_path, cwd=runs)
+    assert "requests 1/" in done.stderr
+
+
+def test_of_several_ranks_that_have_nothing_to_score_one_prints(
+    zero_shot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = zero_shot / "runs/a/eval/drawn.limit-2.json"
+    printed = []
+    for rank in ("0", "1"):
+        with monkeypatch.context() as ranks:
+            for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+                ranks.setenv(name, value)
+            printed.append(dude_here("eval", "--compare", file, file, "--json").stdout)
+    assert json.loads(printed[0])["comparisons"]
+    assert printed[1] == ""

@@ -44,7 +44,11 @@ def signalled(argv: list[str], module: str, name: str, cwd: Path) -> subprocess.
         (["init", "c.yaml"], "yaml", "error: stopped; the same command starts again\n"),
         (["train", "c.yaml"], "yaml", "error: stopped; what was not saved is lost, and the same command starts or"),
         (["generate", "--prompt", "x"], "dude_cli.generate", "error: stopped\n"),
-        (["eval", "x"], "dude_cli.evaluation", "error: stopped; no result was written\n"),
+        (
+            ["eval", "embedded:quickstart", "--task", "x"],
+            "dude_cli.evaluation",
+            "error: stopped; the scores written so",
+        ),
     ],
 )
 def test_a_signal_ends_a_command_with_one_line(argv, module, said, name, tmp_path):

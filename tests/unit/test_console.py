@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from io import StringIO
+from types import SimpleNamespace
 
 from rich.console import Group
 from rich.table import Table
 
+from dude_cli import console
 from dude_cli.console import Output
 
 
-def test_progress_is_a_few_plain_lines_without_a_terminal_and_nothing_when_quiet():
-    for is_quiet, wanted in ((False, ["layer 1/70", "layer 32/70", "layer 64/70"]), (True, [])):
+def test_progress_is_a_few_plain_lines_without_a_terminal_and_nothing_when_quiet(monkeypatch):
+    clock = itertools.count(1000, 0.5)  # each step takes half a second
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for is_quiet, wanted in ((False, [f"layer {done}/70" for done in (1, 21, 41, 61)]), (True, [])):
         output = Output(is_quiet=is_quiet)
         output.out.file, output.err.file = StringIO(), StringIO()
-        with output.counter("layer", every=32) as count:
+        with output.counter("layer") as count:
             for number in range(1, 71):
                 count(number, 70)
         assert output.err.file.getvalue().splitlines() == wanted
