@@ -244,7 +244,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # of a network or an object store: a recipe can do without, if it is alone
+            print(
+                f"{lock.name} cannot be locked ({error.strerror}): start no other command on this run", file=sys.stderr
+            )
         yield
 
 

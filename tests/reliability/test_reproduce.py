@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from command import dude_here, environment
 
 from dude_cli import shipped
 from dude_cli.errors import DivergedError, StoppedError, UsageError
-from dude_cli.reproduce import Job, Plan, Slot, load_recipe, make_plan, slots
+from dude_cli.reproduce import Job, Plan, Slot, execute, load_recipe, make_plan, slots
 from dude_cli.reproduce.execute import Failures, run_jobs
 
 RECIPE = """\
@@ -138,6 +139,19 @@ def test_a_run_that_another_process_works_on_is_waited_for(tmp_path: Path) -> No
         assert not job.run.is_finished
     thread.join()
     assert job.run.is_finished
+
+
+def test_a_file_system_without_locks_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    job, done = jobs_of(plan_of(tmp_path))[0], []
+    assert execute._outcome(job, Slot(), done.append) == (0, "")
+    assert done == [job]
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
