@@ -236,6 +236,25 @@ def test_an_evaluation_that_two_ranks_share_has_the_prompts_and_scores_of_one(sh
     assert [likelihoods(sample) for sample in two] == [pytest.approx(likelihoods(sample), rel=1e-4) for sample in one]
 
 
+def test_a_comparison_that_two_ranks_share_is_that_of_one(runs, tmp_path):
+    """Two models one after the other, with several tasks each, and then from what was saved."""
+    compare = ["eval", "--compare", runs["one"], runs["two"], "--task", "quickstart_choices"]
+    compare += ["--task", "quickstart_problems", "--limit", "5", "--batch-size", "2", "--json"]
+    shared = two_ranks(*compare, "--output", tmp_path / "shared")
+    assert shared.returncode == 0, shared.stderr
+    alone = dude_here(*compare, "--output", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    two, one = json.loads(shared.stdout), json.loads(alone.stdout)
+    assert [row["task"] for row in two["comparisons"]] == [row["task"] for row in one["comparisons"]]
+    for row, own in zip(two["comparisons"], one["comparisons"], strict=True):
+        for key in ("score_a", "score_b", "test"):
+            assert row[key] == own[key], (row["task"], key)
+    assert shared.stderr.count("evaluating run") == 2  # the other rank is silent
+    again = dude_here(*compare, "--output", tmp_path / "shared")
+    assert json.loads(again.stdout) == two
+    assert "evaluating" not in again.stderr
+
+
 def likelihoods(sample):
     return [float(value) for value, _ in sample["filtered_resps"]]
 
