@@ -245,9 +245,12 @@ def _score(
     """Load a target and score it; the results of each task are written to `folder`, if there is one, at once."""
     from dude_cli.evaluation import EvalRequest, load_request
     from dude_cli.evaluation import evaluate as score
-    from dude_cli.target import eval_config, load_target, results_dir
+    from dude_cli.target import data_config, eval_config, load_target, results_dir
 
     output.say(f"evaluating {target}")
+    data = data_config(target)
+    if data is not None and data.format == "chat":
+        output.say("note: trained on conversations, and scored on lm-eval's plain prompts, without the chat template")
     request = EvalRequest(
         tasks=tuple(tasks),
         batch_size=options.batch_size or eval_config(target).batch_size,

@@ -238,6 +238,7 @@ def _environment(lm: Any, request: EvalRequest) -> dict[str, Any]:
 
     limits = {task.name: task.limit for task in request.tasks}
     return {
+        "chat_template": None,  # prompts are plain text: lm-eval's name for it
         "config": {
             "model": lm.model.config._name_or_path,
             "model_num_parameters": lm.model.num_parameters(),

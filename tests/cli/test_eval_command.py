@@ -268,3 +268,15 @@ def test_of_several_ranks_that_have_nothing_to_score_one_prints(
             printed.append(dude_here("eval", "--compare", file, file, "--json").stdout)
     assert json.loads(printed[0])["comparisons"]
     assert printed[1] == ""
+
+
+def test_a_run_trained_on_conversations_is_told_to_be_scored_on_plain_prompts(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "runs/a", tmp_path / "a")
+    config = tmp_path / "a/config.yaml"
+    config.write_text(config.read_text().replace("format: prompt_completion", "format: chat"))
+    said = {}
+    for run in (runs / "runs/a", tmp_path / "a"):
+        done = dude_here("eval", run, *CHOICES, "--output", tmp_path / "out", "--json")
+        assert json.loads(done.stdout)["chat_template"] is None
+        said[run] = "without the chat template" in done.stderr
+    assert list(said.values()) == [False, True]
