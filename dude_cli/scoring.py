@@ -92,7 +92,7 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
     A run's results are read from its eval/ if they were scored with these options, and else made. Whatever can be
     known to be wrong with either of the two is told before one is scored.
     """
-    from dude_cli.evaluation import read_results, refuse_other_questions, requested_task, task_results
+    from dude_cli.evaluation import read_results, refuse_other_questions, task_results
     from dude_cli.memory import free_models
     from dude_cli.runtime import part_ranks
     from dude_cli.target import find_target, results_dir
@@ -110,12 +110,9 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
             sides.append({tasks[0].name: files[name]})
         else:
             sides.append(_saved(targets[name], tasks, options, folder or results_dir(targets[name])))
-    for place, task in enumerate(tasks):
-        known = [side[task.name] for side in sides if task.name in side]
-        if len(known) == 2:
-            refuse_other_questions(*known)
-        elif known:
-            tasks[place] = requested_task(known[0])  # the other one is scored in the form of this
+    for task in tasks:
+        if all(task.name in side for side in sides):
+            refuse_other_questions(*(side[task.name] for side in sides))
     # What is missing is known before any of it is written, so all ranks of an evaluation agree on it.
     missing = [[task for task in tasks if task.name not in side] for side in sides]
     for name, own in zip(names, missing, strict=True):

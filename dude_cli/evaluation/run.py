@@ -77,11 +77,11 @@ def evaluate(
 
     lm-eval's keys (`results`, `groups`, `group_subtasks`, `configs`, `versions`, `n-shot`, `higher_is_better`,
     `n-samples`, `samples`, `config`, `task_hashes`) and these: `requested` (each task asked for, with the names it
-    stands for, its limit and its number of examples if given), `prompt_hashes` (SHA-256 over a task's prompts),
-    `prompt_examples` (the text of the first one), `prompts_cut` (how many did not fit the context and lost their
-    start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used), `adapter_sha256` and
-    `base_fingerprint` as given. With `compare_base`, `base` has the untuned model's part and `difference` tuned minus
-    base with the paired standard error (see `statistics.paired_difference`).
+    stands for, its limit, its number of examples if given, and whether it has as many as by default), `prompt_hashes`
+    (SHA-256 over a task's prompts), `prompt_examples` (the text of the first one), `prompts_cut` (how many did not fit
+    the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
+    `adapter_sha256` and `base_fingerprint` as given. With `compare_base`, `base` has the untuned model's part and
+    `difference` tuned minus base with the paired standard error (see `statistics.paired_difference`).
 
     One task after the other, each with its base; `on_task` receives the document of each as soon as it is scored.
     `tasks` are those of `request` where `load_request` has loaded them already.
@@ -131,9 +131,9 @@ def _scored(
     """One requested task's part of the document: the tuned model's scores, and the base's if asked for."""
     from dude_cli.adapter import constant_adapters, disable_adapters
 
-    asked = found.request
+    asked = {"limit": found.request.limit, "num_fewshot": found.request.num_fewshot}
     facts = {
-        "requested": {asked.name: {"names": found.names, "limit": asked.limit, "num_fewshot": asked.num_fewshot}},
+        "requested": {found.request.name: {"names": found.names, **asked, "default_examples": found.default_examples}},
         "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
         "max_gen_toks": _fit_generation_lengths(lm, found, log),
     }

@@ -4,13 +4,15 @@
     samples_<task>.jsonl           each question's document, answer, scores and hashes
     samples_<task>.base.jsonl      the same of the base model
 
-With a limit N the names have `.limit-N` after the task, so that a quick look does not replace the full score.
+With another number of examples than the task's own, M, the names have `.shots-M` after the task, and with a limit N
+`.limit-N`, so that a quick look does not replace the full score.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
     paths = []
     for name, request in results["requested"].items():
         part = task_results(results, name)
-        path = results_path(folder, name, request["limit"])
+        path = results_path(folder, name, request["limit"], other_examples(part))
         for side, samples_path in ((part, _samples_path(path)), (part.get("base", {}), _samples_path(path, ".base"))):
             lines = [
                 json.dumps(plain({"task": task, **sample}), ensure_ascii=False, allow_nan=False)
@@ -63,10 +65,11 @@ def task_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
-def results_path(folder: Path, task: str, limit: int | None) -> Path:
-    """The document of a task in a folder of results."""
+def results_path(folder: Path, task: str, limit: int | None, shots: int | None) -> Path:
+    """The document of a task in a folder of results; `shots` None for as many examples as the task has by default."""
     safe = task.replace("/", "_")  # a task file of someone's may be called ../../x
-    return folder / (f"{safe}.json" if limit is None else f"{safe}.limit-{limit}.json")
+    parts = {"shots": shots, "limit": limit}
+    return folder / f"{safe}{''.join(f'.{key}-{value}' for key, value in parts.items() if value is not None)}.json"
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -108,27 +111,40 @@ def find_results(
 ) -> dict[str, Any] | None:
     """What a folder of results has of a task, if it was scored so, with this adapter on this base; else None.
 
-    A number of examples and a `dtype` of None take any. A document that cannot be read is as good as none.
+    A number of examples of None is the task's own, a `dtype` of None takes any. A document that cannot be read is as
+    good as none.
     """
-    path = results_path(folder, task.name, task.limit)
-    try:
-        results = read_results(path, samples=samples)
-    except UsageError:
-        return None
-    is_wanted = (
+    # The number that is asked for may be the task's own.
+    for shots in dict.fromkeys((task.num_fewshot, None)):
+        with suppress(UsageError):
+            results = read_results(results_path(folder, task.name, task.limit, shots), samples=samples)
+            if _is_wanted(results, task, adapter_sha256, base_fingerprint, dtype):
+                return results
+    return None
+
+
+def _is_wanted(
+    results: Mapping[str, Any], task: EvalTask, adapter_sha256: str, base_fingerprint: str, dtype: str | None
+) -> bool:
+    return (
         results["adapter_sha256"] == adapter_sha256
         # Results of an earlier version do not say on which base.
         and results.get("base_fingerprint") == base_fingerprint
         and task.num_fewshot in (None, *_examples(results))
         and (dtype is None or results["config"]["model_dtype"] == f"torch.{dtype}")
     )
-    return results if is_wanted else None
 
 
 def requested_task(results: Mapping[str, Any]) -> EvalTask:
     """The task that a document is about, as it may be asked for again."""
     ((name, request),) = results["requested"].items()
     return EvalTask(name=name, num_fewshot=_examples(results)[0], limit=request["limit"])
+
+
+def other_examples(results: Mapping[str, Any]) -> int | None:
+    """The number of examples that a document was asked for, where that is not the task's own; else None."""
+    (request,) = results["requested"].values()
+    return None if request.get("default_examples", True) else request["num_fewshot"]
 
 
 def _examples(results: Mapping[str, Any]) -> tuple[int | None, int | None]:

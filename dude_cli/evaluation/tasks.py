@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,11 +32,15 @@ FIRST_N_NOTE = "first_n (set by dude: with lm-eval's default the examples depend
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task, group or tag as it was asked for, with its data: lm-eval's leaf tasks and groups by name."""
+    """A task, group or tag as it was asked for, with its data: lm-eval's leaf tasks and groups by name.
+
+    `default_examples` says that its prompts have as many examples as they have when no number is given.
+    """
 
     request: EvalTask
     tasks: dict[str, Any]
     groups: dict[str, Any]
+    default_examples: bool = True
 
     @property
     def names(self) -> list[str]:
@@ -66,10 +70,11 @@ def load_tasks(
             is_users = file is not None and not file.is_relative_to(folder)
             benchmark = None if is_users else official.get(task.name)
             found = _load(index, task, benchmark, data_dir)
+            are_default = []
             for name, leaf in found.tasks.items():
-                _prepare(name, leaf, task, benchmark is not None, log)
+                are_default.append(_prepare(name, leaf, task, benchmark is not None, log))
                 _name_official_source(leaf, Path(folder))
-            loaded.append(found)
+            loaded.append(replace(found, default_examples=all(are_default)))
     _check_overlap(loaded)
     return loaded
 
@@ -268,8 +273,11 @@ def _not_loaded(name: str, benchmark: str | None, local: Path | None, error: Exc
     )
 
 
-def _prepare(name: str, task: Any, request: EvalTask, is_benchmark: bool, log: Callable[[str], None]) -> None:
-    """Refuse what cannot be run and set the number of few-shot examples, as lm-eval's `simple_evaluate` does."""
+def _prepare(name: str, task: Any, request: EvalTask, is_benchmark: bool, log: Callable[[str], None]) -> bool:
+    """Refuse what cannot be run and set the number of few-shot examples, as lm-eval's `simple_evaluate` does.
+
+    Returns whether it is the number that the task has when none is given.
+    """
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise UsageError(
             f"the task `{name}` runs code that the model wrote, or shows it images; neither is supported here",
@@ -277,10 +285,9 @@ def _prepare(name: str, task: Any, request: EvalTask, is_benchmark: bool, log: C
             fix="score an exported model with lm-eval itself",
         )
     asked, own = request.num_fewshot, task.get_config("num_fewshot")
-    if asked is None and is_benchmark and own is None:
-        asked = BENCHMARK_NUM_FEWSHOT
+    default = BENCHMARK_NUM_FEWSHOT if is_benchmark and own is None else own or 0
     if asked is None:
-        asked = own or 0
+        asked = default
     elif own == 0 and asked:
         log(f"{name}: its prompt is written for 0 examples, so --num-fewshot {asked} does not apply")
         asked = 0
@@ -293,6 +300,7 @@ def _prepare(name: str, task: Any, request: EvalTask, is_benchmark: bool, log: C
         )
     task.set_config(key="num_fewshot", value=asked)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return bool(asked == default)
 
 
 def _name_official_source(task: Any, folder: Path) -> None:

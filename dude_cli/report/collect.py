@@ -11,7 +11,7 @@ from typing import Any
 
 from dude_cli.config import Config, load_config
 from dude_cli.errors import DudeError, UsageError
-from dude_cli.evaluation import read_results, requested_task, result_files
+from dude_cli.evaluation import other_examples, read_results, requested_task, result_files
 from dude_cli.evaluation.results import as_number, scores, table_rows
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
 from dude_cli.run_dir import RESULT
@@ -114,6 +114,9 @@ def read_run(folder: Path) -> Run:
 def _scores(config: Config, results: Mapping[str, Any]) -> Iterator[Score]:
     """The numbers of a document: its task's or group's own, or those of its parts where it has none."""
     requested = requested_task(results)
+    shots = other_examples(results)
+    notes = [] if shots is None else [f"{shots} examples"]
+    notes += [] if requested.limit is None else [f"first {requested.limit}"]
     rows = [(depth, name) for depth, name in table_rows(results) if any(scores(results["results"].get(name, {})))]
     depth = min((depth for depth, _ in rows), default=0)
     for name in [name for at, name in rows if at == depth]:
@@ -126,7 +129,7 @@ def _scores(config: Config, results: Mapping[str, Any]) -> Iterator[Score]:
                 continue
             yield Score(
                 path=results["path"],
-                label=name if requested.limit is None else f"{name} (first {requested.limit})",
+                label=f"{name} ({', '.join(notes)})" if notes else name,
                 task=name,
                 metric=metric,
                 filter=filter_name,

@@ -224,24 +224,35 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 DRAWN_TASK = ("--task", "drawn", "--limit", "2", "--include-path", ".")
 
 
-def test_the_other_side_is_scored_in_the_form_of_the_saved_one(zero_shot: Path, scored: list[str]) -> None:
-    scored.clear()
-    for order in (("runs/a", "runs/b"), ("runs/b", "runs/a")):
-        done = dude_here("eval", "--compare", *order, *DRAWN_TASK, cwd=zero_shot)
+def test_a_score_with_other_examples_has_a_file_of_its_own(zero_shot: Path, scored: list[str]) -> None:
+    """So neither takes the place of the other, and each is found again as it was asked for."""
+    folder = zero_shot / "runs/a/eval"
+    assert {path.name for path in folder.glob("*.json")} == {"drawn.shots-0.limit-2.json"}
+    for shots, new in (((), 2), (("--num-fewshot", "1"), 0), (("--num-fewshot", "0"), 1), ((), 0)):
+        scored.clear()
+        done = dude_here("eval", "--compare", "runs/a", "runs/b", *DRAWN_TASK, *shots, "--json", cwd=zero_shot)
         assert done.returncode == 0, done.stderr
-    assert scored == ["drawn"]
+        assert len(scored) == new
+    assert {path.name for path in folder.glob("*.json")} == {"drawn.shots-0.limit-2.json", "drawn.limit-2.json"}
+    report = (zero_shot / "runs/a/report.md").read_text()
+    assert "drawn (first 2)" in report
+    assert "drawn (0 examples, first 2)" in report
 
 
-def test_saved_scores_of_other_forms_are_refused_before_anything_is_scored(zero_shot: Path, scored: list[str]) -> None:
-    assert dude_here("eval", "runs/b", *DRAWN_TASK, "--num-fewshot", "1", cwd=zero_shot).returncode == 0
+def test_saved_scores_of_other_questions_are_refused_before_anything_is_scored(
+    zero_shot: Path, scored: list[str]
+) -> None:
+    task = zero_shot / "drawn.yaml"
+    task.write_text(task.read_text().replace("Answer:", "The answer:"))
+    assert dude_here("eval", "runs/b", *DRAWN_TASK, "--num-fewshot", "0", cwd=zero_shot).returncode == 0
     scored.clear()
-    said = refused(zero_shot, "--compare", "runs/a", "runs/b", *DRAWN_TASK, "--task", "quickstart_choices")
-    assert "number of examples in the prompt of drawn: 0 and 1" in said
+    more = ("--task", "quickstart_choices", "--num-fewshot", "0")
+    assert "prompts (their SHA-256) of drawn" in refused(zero_shot, "--compare", "runs/a", "runs/b", *DRAWN_TASK, *more)
     assert not scored
 
 
 def test_what_a_result_file_is_not_of_cannot_be_asked_for(zero_shot: Path, scored: list[str]) -> None:
-    file = "runs/a/eval/drawn.limit-2.json"
+    file = "runs/a/eval/drawn.shots-0.limit-2.json"
     scored.clear()
     for option, value in (("--task", "gsm8k"), ("--num-fewshot", "1"), ("--limit", "3")):
         said = refused(zero_shot, "--compare", file, "runs/b", option, value)
@@ -259,7 +270,7 @@ def test_a_log_file_has_the_progress_of_an_evaluation(runs: Path, tmp_path: Path
 def test_of_several_ranks_that_have_nothing_to_score_one_prints(
     zero_shot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = zero_shot / "runs/a/eval/drawn.limit-2.json"
+    file = zero_shot / "runs/a/eval/drawn.shots-0.limit-2.json"
     printed = []
     for rank in ("0", "1"):
         with monkeypatch.context() as ranks:
