@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,19 +71,25 @@ def evaluate_tasks(
 ) -> None:
     """Score a target on these tasks, whatever `options` says of tasks; show the table, write the results."""
     from dude_cli.evaluation import plain_results, results_table
-    from dude_cli.run_dir import REPORT_FILES, refuse_links
     from dude_cli.runtime import part_ranks
-    from dude_cli.target import results_dir
 
-    if options.output_dir is None and target.kind == "run" and target.path is not None:
-        refuse_links(target.path, ["eval", *REPORT_FILES])
+    folder = _results_folder(target, options.output_dir)
     accelerator = _eval_ranks(options)
     output = output.on_rank(accelerator.is_main_process)
-    folder = options.output_dir or results_dir(target)
     results = _score(target, tasks, options, folder, accelerator, output, compare_base=compare_base)
     if accelerator.is_main_process:
         output.result(results_table(results), plain_results(results))
     part_ranks()
+
+
+@dataclass
+class _Side:
+    """One of the two that are compared; of a result file there is neither target nor folder."""
+
+    name: str
+    target: Target | None = None
+    folder: Path | None = None  # where its results go
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task
 
 
 def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> None:
@@ -92,72 +98,94 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
     A run's results are read from its eval/ if they were scored with these options, and else made. Whatever can be
     known to be wrong with either of the two is told before one is scored.
     """
-    from dude_cli.evaluation import read_results, refuse_other_questions, task_results
+    from dude_cli.evaluation import refuse_other_questions, task_results
     from dude_cli.memory import free_models
     from dude_cli.runtime import part_ranks
-    from dude_cli.target import find_target, results_dir
 
-    files = {name: read_results(Path(name)) for name in names if Path(name).is_file()}
-    targets = {name: find_target(name) for name in names if name not in files}
-    for target in targets.values():
-        if target.kind == "model":  # nothing of it is saved
-            _check(target, options)
-    tasks = [_file_task(files, options)] if files else _eval_tasks(list(targets.values()), options)
-    folders = [None if options.output_dir is None else options.output_dir / place for place in "ab"]
-    sides: list[dict[str, Any]] = []
-    for name, folder in zip(names, folders, strict=True):
-        if name in files:
-            sides.append({tasks[0].name: files[name]})
-        else:
-            sides.append(_saved(targets[name], tasks, options, folder or results_dir(targets[name])))
+    sides = [_side(name, options, place) for name, place in zip(names, "ab", strict=True)]
+    tasks = _compared_tasks(sides, options)
+    for side in sides:
+        if side.target is not None:
+            side.scores = _saved(side.target, tasks, options, side.folder)
     for task in tasks:
-        if all(task.name in side for side in sides):
-            refuse_other_questions(*(side[task.name] for side in sides))
+        if all(task.name in side.scores for side in sides):
+            refuse_other_questions(*(side.scores[task.name] for side in sides))
     # What is missing is known before any of it is written, so all ranks of an evaluation agree on it.
-    missing = [[task for task in tasks if task.name not in side] for side in sides]
-    for name, own in zip(names, missing, strict=True):
-        if own:
-            _check(targets[name], options)
+    missing = [[task for task in tasks if task.name not in side.scores] for side in sides]
+    for side, own in zip(sides, missing, strict=True):
+        if side.target is not None and own:
+            _check(side.target, options)
     accelerator = _eval_ranks(options) if any(missing) else None
     is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
     output = output.on_rank(is_main)
-    for name, folder, side, own in zip(names, folders, sides, missing, strict=True):
-        output.say(*(f"{name}: {task} was scored before" for task in side if name in targets))
-        if accelerator is not None and own:
-            results = _score(targets[name], own, options, folder or results_dir(targets[name]), accelerator, output)
-            side.update({task.name: task_results(results, task.name) for task in own})
+    for side, own in zip(sides, missing, strict=True):
+        output.say(*(f"{side.name}: {task} was scored before" for task in side.scores if side.target is not None))
+        if accelerator is not None and side.target is not None and own:
+            results = _score(side.target, own, options, side.folder, accelerator, output)
+            side.scores |= {task.name: task_results(results, task.name) for task in own}
             free_models()  # before the next one is loaded
     if is_main:
-        _show_comparison(names, [tuple(side[task.name] for side in sides) for task in tasks], output)
+        _show_comparison(names, [tuple(side.scores[task.name] for side in sides) for task in tasks], output)
     if accelerator is not None:
         part_ranks()
+
+
+def _side(name: str, options: EvalOptions, place: str) -> _Side:
+    from dude_cli.evaluation import read_results, requested_task
+    from dude_cli.target import find_target
+
+    if Path(name).is_file():
+        results = read_results(Path(name))
+        return _Side(name, scores={requested_task(results).name: results})
+    target = find_target(name)
+    if target.kind == "model":  # nothing of it is saved
+        _check(target, options)
+    return _Side(name, target, _results_folder(target, options.output_dir and options.output_dir / place))
+
+
+def _compared_tasks(sides: Sequence[_Side], options: EvalOptions) -> list[EvalTask]:
+    """The task of a result file, or those asked for. Raises UsageError if the options contradict a result file."""
+    from dude_cli.evaluation import requested_task
+
+    found = {side.name: requested_task(results) for side in sides for results in side.scores.values()}
+    names = sorted({task.name for task in found.values()})
+    if len(names) > 1:
+        raise UsageError(
+            f"the two result files are of different tasks: {' and '.join(names)}",
+            where="--compare",
+            fix="give two results of one task",
+        )
+    for name, task in found.items():
+        pairs = {
+            "--task": (" ".join(options.task_names) or None, task.name),
+            "--num-fewshot": (options.num_fewshot, task.num_fewshot),
+            "--limit": (options.limit, task.limit),
+        }
+        for option, (asked, known) in pairs.items():
+            if asked not in (None, known):
+                raise UsageError(
+                    f"{option} is {asked}, and in the result file it is {'not given' if known is None else known}",
+                    where=name,
+                    fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
+                )
+    targets = [side.target for side in sides if side.target is not None]
+    return list(found.values())[:1] or _eval_tasks(targets, options)
+
+
+def _results_folder(target: Target, chosen: Path | None) -> Path | None:
+    """Where results go, `chosen` or a run's own folder. Raises UsageError if that is a link to somewhere else."""
+    from dude_cli.run_dir import REPORT_FILES, refuse_links
+    from dude_cli.target import results_dir
+
+    if chosen is None and target.kind == "run" and target.path is not None:
+        refuse_links(target.path, ["eval", *REPORT_FILES])
+    return chosen or results_dir(target)
 
 
 def _check(target: Target, options: EvalOptions) -> None:
     from dude_cli.target import check_target
 
     check_target(target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base)
-
-
-def _file_task(files: Mapping[str, Mapping[str, Any]], options: EvalOptions) -> EvalTask:
-    """The task of the result files. Raises UsageError if the options ask for another one, or in another form."""
-    from dude_cli.evaluation import requested_task
-
-    for name, results in files.items():
-        task = requested_task(results)
-        pairs = {
-            "--task": (" ".join(options.task_names) or None, task.name),
-            "--num-fewshot": (options.num_fewshot, task.num_fewshot),
-            "--limit": (options.limit, task.limit),
-        }
-        for option, (asked, found) in pairs.items():
-            if asked not in (None, found):
-                raise UsageError(
-                    f"{option} is {asked}, and in the result file it is {'not given' if found is None else found}",
-                    where=name,
-                    fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
-                )
-    return requested_task(next(iter(files.values())))
 
 
 def _show_comparison(names: tuple[str, str], pairs: Sequence[tuple[dict[str, Any], ...]], output: Output) -> None:

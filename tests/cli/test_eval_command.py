@@ -18,8 +18,12 @@ from quickstart_config import quickstart_config
 from transformers import AutoModelForCausalLM
 
 from dude_cli import quickstart
+from dude_cli.commands import reproduce_run
+from dude_cli.config import EvalTask, ModelConfig, load_config
 from dude_cli.evaluation.tasks import offline
 from dude_cli.model import load_model
+from dude_cli.reproduce import Job
+from dude_cli.reproduce.plan import Run
 
 CHOICES = ("--task", "quickstart_choices", "--limit", "2")
 BOTH = (*CHOICES, "--task", "quickstart_problems")
@@ -291,3 +295,30 @@ def test_a_run_trained_on_conversations_is_told_to_be_scored_on_plain_prompts(ru
         assert json.loads(done.stdout)["chat_template"] is None
         said[run] = "without the chat template" in done.stderr
     assert list(said.values()) == [False, True]
+
+
+def test_a_recipes_run_loads_its_model_once_for_all_tasks(
+    runs: Path, tmp_path: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs / "runs/a", tmp_path / "a")
+    config = load_config(tmp_path / "a/config.yaml", [f"output_dir={tmp_path / 'a'}"])
+    tasks = (EvalTask(name="quickstart_choices", limit=2), EvalTask(name="quickstart_problems", limit=1))
+    loaded: list[str] = []
+
+    def load(config: ModelConfig, *more: Any) -> Any:
+        loaded.append(config.name_or_path)
+        return load_model(config, *more)
+
+    monkeypatch.setattr("dude_cli.target.load_model", load)
+    job = Job(Run("a", config), tmp_path / "configs/a.yaml", tasks)
+    reproduce_run(job)
+    assert scored == ["quickstart_choices", "quickstart_problems"]
+    assert loaded == [quickstart.NAME]
+    assert job.is_done
+
+
+def test_a_comparison_writes_nothing_through_a_link(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "runs/b/eval").symlink_to(tmp_path / "outside")
+    assert "eval in it would lead" in refused(tmp_path, "--compare", "runs/a", "runs/b", *CHOICES)

@@ -110,6 +110,10 @@ def test_the_command_refuses_what_cannot_be_compared(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert "prompts" in done.stderr
     assert dude_here("eval", tmp_path, "--compare", a, a).returncode == 2
+    (products,) = write_results(scored(B, task="products"), tmp_path / "b")
+    done = dude_here("eval", "--compare", a, products)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "of different tasks: products and sums" in done.stderr
     (tmp_path / "c.json").write_text("{}")
     done = dude_here("eval", "--compare", a, tmp_path / "c.json")
     assert done.returncode == 2
