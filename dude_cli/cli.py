@@ -53,6 +53,21 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only the resu
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"dude {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def init(
     config: ConfigPath,
@@ -395,11 +410,6 @@ def copy_shipped(
         from dude_cli.console import Output
 
         commands.copy_shipped(name, dest, Output(json, quiet))
-
-
-@app.callback()
-def _root() -> None:
-    pass
 
 
 @contextmanager

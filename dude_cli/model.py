@@ -192,7 +192,7 @@ def _needs_bitsandbytes(where: str) -> UsageError:
     return UsageError(
         "a quantised base model needs bitsandbytes, which is not installed",
         where=where,
-        fix="pip install 'dude-cli[quantization]'",
+        fix="pip install bitsandbytes",
     )
 
 

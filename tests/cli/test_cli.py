@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -177,6 +178,11 @@ def test_debug_shows_the_traceback():
 def test_a_usage_error_has_exit_code_2():
     assert dude("trian").returncode == 2
     assert dude("train").returncode == 2
+
+
+def test_the_version_is_the_packages():
+    done = dude("--version")
+    assert (done.returncode, done.stdout) == (0, f"dude {importlib.metadata.version('dude-cli')}\n")
 
 
 def test_ls_and_cp(tmp_path):

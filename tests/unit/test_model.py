@@ -68,7 +68,7 @@ def test_without_bitsandbytes_a_quantised_base_is_refused_with_what_to_install(m
     with pytest.raises(UsageError, match="needs bitsandbytes") as error:
         load_model(ModelConfig(name_or_path=quickstart.NAME, quantization=quantization))
     assert error.value.where == f"model.quantization: {quantization}"
-    assert error.value.fix == "pip install 'dude-cli[quantization]'"
+    assert error.value.fix == "pip install bitsandbytes"
 
 
 def test_files_that_are_quantised_need_bitsandbytes_too(monkeypatch):
