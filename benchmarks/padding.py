@@ -25,6 +25,7 @@ from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
 from dude_cli.config import DataConfig, DataSource, ModelConfig
 from dude_cli.data import StepOrder, collate, prepare_data, steps_per_epoch
 from dude_cli.data.batches import EncodedRows
+from dude_cli.loss import SummedLoss
 from dude_cli.model import load_model, load_tokenizer
 from dude_cli.train_step import accumulate_gradients
 
@@ -64,13 +65,14 @@ def main() -> None:
     )
     rows = prepare_data(data_config, load_tokenizer(model_config), 0).train
     model = patch_model(load_model(model_config), AdapterConfig(rank=16)).train()
+    summed_loss = SummedLoss(model)
     found = orders(rows, arguments.batch)
 
     def tokens_per_s(step_rows: np.ndarray) -> float:
         started = time.perf_counter()
         with constant_adapters(model):
             accumulate_gradients(
-                model,
+                summed_loss,
                 [rows[int(row)] for row in step_rows],
                 per_device_batch_size=arguments.micro_batch,
                 target_tokens=int(rows.target_tokens[step_rows].sum()),
