@@ -27,9 +27,14 @@ def test_every_case_says_what_ran_and_where():
         for name, case in measure.read(path).items():
             assert {"settings", "command", "commit", "date", "machine"} <= set(case), f"{path.name}: {name}"
             assert not case["commit"].endswith("+changes"), f"{path.name}: {name} was measured with uncommitted code"
-    decomposition = json.loads((measure.RESULTS / "decomposition.json").read_text(encoding="utf-8"))
+    singles = [
+        measure.read(measure.RESULTS / f"{name}.json") for name in ("decomposition", "startup", "padding", "encoding")
+    ]
     trainings = measure.read(measure.results("cuda") / "large.json").values()
-    commits = [decomposition["commit"], *(training["environment"]["git_commit"] for training in trainings)]
+    commits = [
+        *(single["commit"] for single in singles),
+        *(training["environment"]["git_commit"] for training in trainings),
+    ]
     assert not any(commit.endswith("+changes") for commit in commits)
 
 
