@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import counts
 import measure
 import memory
