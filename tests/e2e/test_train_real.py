@@ -97,7 +97,7 @@ def test_eval_scores_the_run_and_its_base_offline(run, test_data):
     results = json.loads(scored.stdout)
     assert "exact_match,strict-match" in results["results"]["gsm8k"]
     assert results["difference"]["gsm8k"]
-    assert (run["dir"] / "eval/gsm8k.limit-2.json").is_file()
+    assert (run["dir"] / "eval/gsm8k.shots-1.limit-2.json").is_file()
 
 
 def test_the_same_config_and_seed_give_the_same_bytes(run, test_data, tmp_path):
