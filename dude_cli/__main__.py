@@ -1,10 +1,20 @@
-"""Start the command line. Signals are answered before anything that takes time, typer included, is imported."""
+"""Start the command line, and end it. Signals are answered before anything that takes time, typer, is imported."""
+
+import atexit
+import faulthandler
+import os
+import sys
+import threading
+from contextlib import suppress
+from typing import NoReturn
 
 from dude_cli.launch import follow_launcher
 from dude_cli.stopping import ignore_signals, leave_on_signals
 
 
 def main() -> None:
+    """Run the command of `sys.argv`; raises SystemExit with its exit code."""
+    faulthandler.enable()  # what a library's crash was in the middle of
     leave_on_signals()
     follow_launcher()
     from dude_cli.cli import app
@@ -15,5 +25,26 @@ def main() -> None:
         ignore_signals()
 
 
+def run() -> NoReturn:
+    """`main`, and the end of the process without the end of the interpreter.
+
+    A thread of a library that still runs there, of gloo's or Arrow's, and needs Python once more, aborts the process:
+    after the work was done, and with an exit code that says it was not. The rest is done as Python does it: threads
+    are waited for, what is registered for the exit is called, and the output is flushed.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise  # of a library, with words of its own
+        code = end.code
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # who read it is gone
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    run()
