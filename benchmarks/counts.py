@@ -138,11 +138,11 @@ def dude(layer: Layer) -> list[Operation]:
 
 
 def dude_once_per_step(layer: Layer) -> list[Operation]:
-    """What DuDe does once per optimizer step: the norm, from A W0' and the A0 W0' that never changes, and P and Q."""
+    """What DuDe does once per optimizer step: the norm, from D W0' and the A0 W0' that never changes, and P and Q."""
     out, in_, _, r = layer
     k = 2 * r
     return [
-        product("A W0'", out, r, in_),
+        product("D W0'", out, r, in_),
         product("Q Q'", k, k, in_),
         product("P (Q Q')", out, k, k),
         elementwise("row sums", out * k, reads=4, writes=0),

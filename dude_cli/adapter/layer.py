@@ -65,9 +65,8 @@ class AdapterLayer(nn.Module):
     magnitude: nn.Parameter | None
     initial_A: Tensor | None
     initial_B: Tensor | None
-    base_squared_norms: Tensor | None  # this and the next two: see FrozenProducts
+    base_squared_norms: Tensor | None  # this and the next: see FrozenProducts
     initial_product: Tensor | None
-    initial_gram: Tensor | None
 
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, factors: Factors) -> None:
         super().__init__()
@@ -78,6 +77,7 @@ class AdapterLayer(nn.Module):
         self.is_plain = os.environ.get("DUDE_LAYER") == "plain"
         self.is_held = False
         self._held_norms: RowNorms | None = None
+        self._held_difference: tuple[Tensor, Tensor] | None = None
         self._scratch: Scratch | None = None
         self._held_step: dict[tuple[torch.dtype, bool], StepTensors] = {}
         self.lora_A = nn.Parameter(factors.lora_A)
@@ -86,12 +86,9 @@ class AdapterLayer(nn.Module):
         self.register_buffer("initial_B", factors.initial_B)
         self.register_buffer("base_squared_norms", None)
         self.register_buffer("initial_product", None)
-        self.register_buffer("initial_gram", None)
         self.magnitude = None
         if config.has_magnitude:
-            self.base_squared_norms, self.initial_product, self.initial_gram = frozen_products(
-                base_layer, factors.initial_A
-            )
+            self.base_squared_norms, self.initial_product = frozen_products(base_layer, factors.initial_A)
             start = self.base_squared_norms.sqrt() if factors.magnitude is None else factors.magnitude
             self.magnitude = nn.Parameter(start.clone())
         self.train(base_layer.training)  # a model in evaluation mode stays in it, dropout too
@@ -148,13 +145,15 @@ class AdapterLayer(nn.Module):
 
     def squared_norms(self) -> Tensor:
         """||V_i||^2 per output row, (out,), float32, differentiable; see `norm.py`. Rows that cancel are redone."""
-        return self.without_cancellation(self.factored_squared_norms())
+        P, Q = self.factors.difference()
+        with full_float32(P.device):
+            return self.without_cancellation(self.factored_squared_norms(P, Q), P, Q)
 
-    def factored_squared_norms(self) -> Tensor:
-        """||V_i||^2 before the rows that cancel are redone."""
+    def factored_squared_norms(self, P: Tensor, Q: Tensor) -> Tensor:
+        """||V_i||^2 before the rows that cancel are redone; to be called within `full_float32`."""
         assert self.base_squared_norms is not None
-        frozen = FrozenProducts(self.base_squared_norms, self.initial_product, self.initial_gram)
-        return factored_squared_norms(self.base_layer, self.factors, self.scaling, frozen)
+        frozen = FrozenProducts(self.base_squared_norms, self.initial_product)
+        return factored_squared_norms(self.base_layer, P, Q, self.scaling, frozen)
 
     def norm_checks(self, squared: Tensor) -> Tensor:
         """(2,) booleans on the device: whether a row of `squared` cancels, and whether one has a magnitude of zero."""
@@ -163,13 +162,12 @@ class AdapterLayer(nn.Module):
         has_zero = ((self.magnitude == 0) & (self.base_squared_norms > 0)).any()
         return torch.stack([is_cancelled(squared, self.base_squared_norms).any(), has_zero])
 
-    def without_cancellation(self, squared: Tensor) -> Tensor:
+    def without_cancellation(self, squared: Tensor, P: Tensor, Q: Tensor) -> Tensor:
         """`squared` with the rows that cancel summed densely."""
         assert self.base_squared_norms is not None
         rows = is_cancelled(squared, self.base_squared_norms).nonzero().squeeze(1)
         if len(rows) == 0:
             return squared
-        P, Q = self.factors.difference()
         return squared.index_copy(0, rows, dense_squared_norms(self.base_layer, P, Q, self.scaling, rows))
 
     def row_norms(self) -> RowNorms:
@@ -180,6 +178,17 @@ class AdapterLayer(nn.Module):
         if self.is_held:
             self._held_norms = norms
         return norms
+
+    @torch.no_grad()
+    def difference(self) -> tuple[Tensor, Tensor]:
+        """P and Q without gradient. A float32 layer holds them from the norms on, for the step tensors, which are them.
+
+        Those of another dtype are copies, beside which these would take twice as much again.
+        """
+        found = self._held_difference or self.factors.difference()
+        if self.is_held and self.weight.dtype == found[0].dtype:
+            self._held_difference = found
+        return found
 
     @torch.no_grad()
     def change_chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -215,10 +224,12 @@ class AdapterLayer(nn.Module):
         return float(S.square().sum()) / total if total > 0 else 1.0
 
     @torch.no_grad()
-    def step_tensors(self, dtype: torch.dtype, norm: Tensor | None, gain: Tensor | None) -> StepTensors:
-        """What the product in `dtype` needs of A, B, the norm and the gain as they are now; both None without m."""
-        P, Q = self.factors.difference()
-        step = StepTensors((self.scaling * P).to(dtype), Q.to(dtype), self.scaling, scratch=self._scratch)
+    def step_tensors(
+        self, dtype: torch.dtype, P: Tensor, Q: Tensor, norm: Tensor | None, gain: Tensor | None
+    ) -> StepTensors:
+        """What the product in `dtype` needs of P and Q, the norm and the gain; the last two None without m."""
+        P = P if self.scaling == 1 else self.scaling * P
+        step = StepTensors(P.to(dtype), Q.to(dtype), self.scaling, scratch=self._scratch)
         if norm is None or gain is None:
             return step
         scale = RowScale.of(self._ratio(norm), self.bias)
@@ -237,6 +248,7 @@ class AdapterLayer(nn.Module):
     def forget(self) -> None:
         """Compute what is held anew in the next forward: A, B or m have changed."""
         self._held_norms = None
+        self._held_difference = None
         self._held_step.clear()
 
     def release(self) -> None:
@@ -255,7 +267,7 @@ class AdapterLayer(nn.Module):
             if tensor is not None:
                 getattr(self, name).copy_(tensor)
         if self.magnitude is not None and is_new_start:
-            _, self.initial_product, self.initial_gram = frozen_products(self.base_layer, self.initial_A)
+            _, self.initial_product = frozen_products(self.base_layer, self.initial_A)
         self.forget()
 
     @property
@@ -289,7 +301,9 @@ class AdapterLayer(nn.Module):
         held = self._held_step.get(key)
         if held is not None:
             return held
-        step = self.step_tensors(dtype, None if norms is None else norms.norm, gain)
+        P, Q = self.difference()
+        self._held_difference = None
+        step = self.step_tensors(dtype, P, Q, None if norms is None else norms.norm, gain)
         if self.is_held:
             self._held_step[key] = step
         return step
@@ -341,10 +355,11 @@ def compute_row_norms(layers: Sequence[AdapterLayer]) -> list[RowNorms]:
     """The row norms of layers with a magnitude, with one wait for the device for all of them."""
     if not layers:
         return []
-    squared = [layer.factored_squared_norms() for layer in layers]
+    with full_float32(layers[0].lora_A.device):
+        squared = [layer.factored_squared_norms(*layer.difference()) for layer in layers]
     checks = [layer.norm_checks(values).to(squared[0].device) for layer, values in zip(layers, squared, strict=True)]
     result = []
     for layer, values, (cancels, has_zero) in zip(layers, squared, torch.stack(checks).tolist(), strict=True):
-        exact = layer.without_cancellation(values) if cancels else values
+        exact = layer.without_cancellation(values, *layer.difference()) if cancels else values
         result.append(RowNorms(exact.clamp(min=0).sqrt(), has_zero))
     return result

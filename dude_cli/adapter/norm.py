@@ -1,12 +1,11 @@
-"""The row norms ||W0 + s (B A - B0 A0)|| without building that weight.
+"""The row norms ||V|| without building V = W0 + s P Q, from its factors P (out, k) and Q (k, in).
 
-With D = A - A0 and E = B - B0 the difference is s (E A0 + B D), and of row i
+    ||V_i||^2 = ||W0_i||^2 + s P_i . (2 Q W0_i + s Q Q^T P_i)
 
-    ||V_i||^2 = ||W0_i||^2 + 2 s [E_i . (A0 W0_i) + B_i . (D W0_i)] + s^2 ||E_i A0 + B_i D||^2
-
-where the last term needs the (r, r) products A0 A0^T, A0 D^T and D D^T alone. W0 A0^T and A0 A0^T never change and are
-kept, so D alone meets the weight. A random start has A0 = B0 = 0: D = A and no E. All of it is float32, whatever the
-base is stored in: a bfloat16 product is 2e-3 to 27 times off once a row shrinks.
+P Q is the difference to W0, so nothing is left of the sum at the start. With a start A0, B0 there is
+Q = [A; A - A0], and Q W0_i = [A0 W0_i + D W0_i; D W0_i] for D = A - A0: W0 A0^T never changes and is kept, so D alone
+meets the weight. All of it is float32, whatever the base is stored in: a bfloat16 product is 2e-3 to 27 times off once
+a row shrinks.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dude_cli.adapter.autocast import full_float32
-from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.weight import dense_weight, squared_row_norms, weight_chunks, weight_rows, weight_shape
 
 # Below this share of the base's squared norm the factored sum has lost digits to cancellation.
@@ -35,7 +33,6 @@ class FrozenProducts(NamedTuple):
 
     squared: Tensor  # ||W0_i||^2, (out,)
     initial: Tensor | None = None  # W0 A0^T, (out, r); None for a random start
-    initial_gram: Tensor | None = None  # A0 A0^T, (r, r)
 
 
 def frozen_products(base_layer: nn.Module, initial_A: Tensor | None) -> FrozenProducts:
@@ -44,25 +41,23 @@ def frozen_products(base_layer: nn.Module, initial_A: Tensor | None) -> FrozenPr
     if initial_A is None:
         return FrozenProducts(squared)
     with full_float32(initial_A.device), torch.no_grad():
-        return FrozenProducts(squared, base_product(base_layer, initial_A), initial_A @ initial_A.T)
+        return FrozenProducts(squared, base_product(base_layer, initial_A))
 
 
-def factored_squared_norms(base_layer: nn.Module, factors: Factors, scaling: float, frozen: FrozenProducts) -> Tensor:
-    """||V_i||^2 by the formula of this module's head, (out,), float32, differentiable in A and B.
+def factored_squared_norms(
+    base_layer: nn.Module, P: Tensor, Q: Tensor, scaling: float, frozen: FrozenProducts
+) -> Tensor:
+    """||V_i||^2 by the formula of this module's head, (out,), float32, differentiable in P and Q.
 
-    A row that is small beside W0_i has lost digits: see `is_cancelled`.
+    To be called within `full_float32`. A row that is small beside W0_i has lost digits: see `is_cancelled`.
     """
-    A, B, A0, B0 = factors.lora_A, factors.lora_B, factors.initial_A, factors.initial_B
-    with full_float32(A.device):
-        if A0 is None or B0 is None or frozen.initial is None or frozen.initial_gram is None:
-            cross = B * base_product(base_layer, A)
-            quadratic = B * (B @ (A @ A.T))
-        else:
-            D, E = A - A0, B - B0
-            cross = E * frozen.initial + B * base_product(base_layer, D)
-            grams = torch.cat([A0, D]) @ D.T  # A0 D^T and D D^T
-            quadratic = E * (E @ frozen.initial_gram + 2 * (B @ grams[: len(D)].T)) + B * (B @ grams[len(D) :])
-    return frozen.squared + (2 * scaling * cross + scaling**2 * quadratic).sum(dim=1)
+    if frozen.initial is None:
+        cross = base_product(base_layer, Q)
+    else:
+        moved = base_product(base_layer, Q[frozen.initial.shape[1] :])
+        cross = torch.cat([frozen.initial + moved, moved], dim=1)
+    change = torch.addmm(cross, P, Q @ Q.T, beta=2, alpha=scaling)
+    return frozen.squared + scaling * (P * change).sum(dim=1)
 
 
 def is_cancelled(squared: Tensor, base_squared: Tensor) -> Tensor:
@@ -88,13 +83,15 @@ class _BaseProduct(torch.autograd.Function):
     """W0 Q^T, (out, k), in float32, without a float32 copy of W0.
 
     On a GPU a bfloat16 W0 meets the three parts of Q in one product of its own dtype with float32 sums, which reads it
-    once: as exact, in a fifth of the memory traffic. Elsewhere both passes read W0 in row chunks.
+    once: as exact, in a fifth of the memory traffic. Elsewhere both passes read it in row chunks.
     """
 
     @staticmethod
     def forward(ctx: Any, Q: Tensor, base_layer: nn.Module) -> Tensor:
         ctx.base_layer = base_layer
         weight = dense_weight(base_layer)
+        if weight.dtype == torch.float32:
+            return weight @ Q.T
         if weight.device.type == "cuda" and weight.dtype == torch.bfloat16:
             products = torch.mm(weight, torch.cat(bfloat16_parts(Q)).T, out_dtype=torch.float32)
             return products.view(len(weight), 3, len(Q)).sum(dim=1)

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dude_cli.adapter.autocast import full_float32
 from dude_cli.adapter.layer import AdapterLayer, RowNorms
 from dude_cli.adapter.product import TORCH_ALONE, StepTensors
 from dude_cli.adapter.weight import is_quantized, is_whole
@@ -62,20 +63,23 @@ class RecordedStep:
             if squared is None or norm is None:
                 yield None, step
             elif cancels:
-                yield RowNorms(layer.without_cancellation(squared).clamp(min=0).sqrt(), has_zero), None
+                exact = layer.without_cancellation(squared, *layer.difference())
+                yield RowNorms(exact.clamp(min=0).sqrt(), has_zero), None
             else:
                 yield RowNorms(norm, has_zero), step
 
     def _record(self, layer: AdapterLayer) -> Tensor:
         """Add a layer to the graph; whether a row of it cancels and whether it has a magnitude of zero, (2,)."""
         squared = norm = None
+        P, Q = layer.factors.difference()
         checks = torch.zeros(2, dtype=torch.bool, device=layer.weight.device)
         if layer.magnitude is not None:
-            squared = layer.factored_squared_norms()
+            with full_float32(layer.weight.device):
+                squared = layer.factored_squared_norms(P, Q)
             norm, checks = squared.clamp(min=0).sqrt(), layer.norm_checks(squared)
         self._squared.append(squared)
         self._norms.append(norm)
-        self._steps.append(layer.step_tensors(layer.weight.dtype, norm, layer.magnitude))
+        self._steps.append(layer.step_tensors(layer.weight.dtype, P, Q, norm, layer.magnitude))
         return checks
 
 
