@@ -15,6 +15,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -166,7 +167,7 @@ def _parse(doc: str | None) -> argparse.Namespace:
 def record() -> dict[str, Any]:
     """What ran, when, and where."""
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "machine": {

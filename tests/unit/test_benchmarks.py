@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import counts
 import measure
 import memory
@@ -25,6 +27,8 @@ def test_every_case_says_what_ran_and_where():
         for name, case in measure.read(path).items():
             assert {"settings", "command", "commit", "date", "machine"} <= set(case), f"{path.name}: {name}"
             assert not case["commit"].endswith("+changes"), f"{path.name}: {name} was measured with uncommitted code"
+            after = shlex.split(case["command"].partition(" --only ")[2])
+            assert after == [] or (after[0] in name and after[1:2] in ([], ["--seconds"])), case["command"]
     singles = [
         measure.read(measure.RESULTS / f"{name}.json") for name in ("decomposition", "startup", "padding", "encoding")
     ]
