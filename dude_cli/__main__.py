@@ -14,7 +14,8 @@ from dude_cli.stopping import ignore_signals, leave_on_signals
 
 def main() -> None:
     """Run the command of `sys.argv`; raises SystemExit with its exit code."""
-    faulthandler.enable()  # what a library's crash was in the middle of
+    if sys.stderr is not None:  # closed by who started us
+        faulthandler.enable()  # what a library's crash was in the middle of
     leave_on_signals()
     follow_launcher()
     from dude_cli.cli import app
@@ -40,8 +41,8 @@ def run() -> NoReturn:
         code = end.code
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # who read it is gone
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # who read it is gone, or it was closed
             stream.flush()
     os._exit(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,13 @@ def test_what_is_due_at_the_end_is_done():
     done = run_with(due, "ls", "--quiet")
     assert done.returncode == 0
     assert done.stdout.endswith("thread registered")
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_an_output_that_was_closed_from_the_start_is_no_error(closed):
+    command = [sys.executable, "-m", "dude_cli", "ls"]
+    done = subprocess.run(command, env=environment(), capture_output=True, preexec_fn=lambda: os.close(closed))
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_crash_of_a_library_says_where_it_was():
