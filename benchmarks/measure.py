@@ -28,7 +28,7 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-MIN_ROUNDS, MAX_ROUNDS = 3, 31
+MIN_ROUNDS, MAX_ROUNDS = 3, 101
 GPU_S = 0.02  # a GPU's work is timed in runs of at least this, between two waits for it
 
 Seconds = dict[str, list[float]]
