@@ -7,7 +7,7 @@ Each matrix has a Gaussian bulk and a head of singular values that decay as k^-1
 weights do; `decaying` has k^-0.3 all through. Accuracy is the sum of the singular values found over that of the r
 largest ones, which the exact algorithm gives, and ||W - U S V^T||_F over that of the best approximation of rank r.
 torch's full decomposition, whose time hardly depends on the values, takes turns with the others on `decaying` alone.
-Prints a Markdown table and writes benchmarks/results/decomposition.json, or results/short/decomposition.json.
+Prints a Markdown table and writes decomposition.json in benchmarks/results/, or in the folder that measure.py says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import page
 import torch
-from measure import record, results
+from measure import place_of_seconds, record, results
 from torch import Tensor
 
 from dude_cli.adapter.decompose import exact_singular_values, truncated_svd
@@ -132,7 +132,8 @@ def main() -> None:
     result = {"settings": vars(arguments)} | record() | {"rows": rows}
     if not arguments.short:  # with a layer of each shape
         result["llama_2_7b_extrapolated_s"] = llama_totals(rows)
-    path = results("cpu", short=arguments.short) / "decomposition.json"
+    place = "cpu" if arguments.short else place_of_seconds("cpu")
+    path = results(place, short=arguments.short) / "decomposition.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(page.decomposition(path))

@@ -4,7 +4,7 @@ A benchmark is a list of cases. `results/NAME.json` has one line per case, with 
 commit and the machine, so that a case can be measured again alone (`--only`) without losing the others. Medians and
 ratios are not stored: `page.py` computes them from the seconds. `--short` writes to `results/short/` instead, and
 `--device cuda`, which has cases of its own, to `results/cuda/`. A GPU is torch's default device then: a case makes its
-tensors where they are used.
+tensors where they are used. Seconds of a CPU without AVX-512 go to `results/avx2/`, with tables of their own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ class Case(NamedTuple):
     device: str = "cpu"
 
 
-def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Case, float], dict[str, Any]]) -> Path:
+def run(
+    name: str,
+    doc: str | None,
+    cases: Iterable[Case],
+    measure: Callable[[Case, float], dict[str, Any]],
+    *,
+    is_timed: bool = True,
+) -> Path:
     """Measure the cases that the command line asks for and write each as soon as it is done; the result file.
 
     `measure` gets a case and the seconds that its rounds should take, and returns what is to be stored as JSON.
@@ -52,7 +59,8 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     torch.set_num_threads(options.threads)
     if options.device != "cpu":
         torch.set_default_device(options.device)
-    path = results(options.device, short=options.short) / f"{name}.json"
+    place = options.device if options.short or not is_timed else place_of_seconds(options.device)
+    path = results(place, short=options.short) / f"{name}.json"
     chosen = [case for case in cases if case.device == options.device and (case.is_short or not options.short)]
     exact = [case for case in chosen if case.name == options.only]
     chosen = exact or [case for case in chosen if options.only in case.name]
@@ -65,10 +73,16 @@ def run(name: str, doc: str | None, cases: Iterable[Case], measure: Callable[[Ca
     return path
 
 
-def results(device: str, *, short: bool = False) -> Path:
-    """The folder of the result files of a device."""
-    folder = RESULTS if device == "cpu" else RESULTS / device
+def results(place: str, *, short: bool = False) -> Path:
+    """The folder of the result files of a device, or of a kind of CPU."""
+    folder = RESULTS if place == "cpu" else RESULTS / place
     return folder / "short" if short else folder
+
+
+def place_of_seconds(device: str) -> str:
+    """`device`, or the instruction set of a CPU without AVX-512: its products take three times as long."""
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    return device if device != "cpu" or instructions == "avx512" else instructions
 
 
 def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> Seconds:

@@ -144,4 +144,4 @@ class _Saved:
 
 
 if __name__ == "__main__":
-    print(page.memory(run("memory", __doc__, cases(), measure)))
+    print(page.memory(run("memory", __doc__, cases(), measure, is_timed=False)))

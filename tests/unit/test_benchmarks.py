@@ -23,14 +23,15 @@ def test_the_page_has_what_the_result_files_have():
 
 def test_every_case_says_what_ran_and_where():
     names = ("layer.json", "step.json", "memory.json", "growth.json")  # the others write one result, not cases
-    for path in [measure.results(device) / name for device in ("cpu", "cuda") for name in names]:
+    for path in [measure.results(device) / name for device in ("cpu", "avx2", "cuda") for name in names]:
         for name, case in measure.read(path).items():
             assert {"settings", "command", "commit", "date", "machine"} <= set(case), f"{path.name}: {name}"
             assert not case["commit"].endswith("+changes"), f"{path.name}: {name} was measured with uncommitted code"
             after = shlex.split(case["command"].partition(" --only ")[2])
             assert after == [] or (after[0] in name and after[1:2] in ([], ["--seconds"])), case["command"]
     singles = [
-        measure.read(measure.RESULTS / f"{name}.json") for name in ("decomposition", "startup", "padding", "encoding")
+        measure.read(measure.RESULTS / f"{name}.json")
+        for name in ("decomposition", "avx2/decomposition", "startup", "padding", "encoding")
     ]
     trainings = measure.read(measure.results("cuda") / "large.json").values()
     commits = [
@@ -66,16 +67,24 @@ def test_rounds_alternate_their_order_and_the_first_is_not_counted(monkeypatch):
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
-def test_a_case_that_is_measured_again_replaces_only_itself(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("instructions", "folder"), [("AVX512", "."), ("AVX2", "avx2")])
+def test_a_case_that_is_measured_again_replaces_only_itself(monkeypatch, tmp_path, instructions, folder):
+    monkeypatch.setattr(measure.torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure.torch, "set_num_threads", lambda threads: None)
     cases = [measure.Case("r=1", {}, True), measure.Case("r=2", {}, False)]
     for arguments, value in (([], 1), (["--only", "r=2"], 2), (["--short"], 3)):
         monkeypatch.setattr("sys.argv", ["benchmarks/x.py", *arguments])
         path = measure.run("x", None, cases, lambda case, budget_s, value=value: {"value": value})
-    assert {name: case["value"] for name, case in measure.read(tmp_path / "x.json").items()} == {"r=1": 1, "r=2": 2}
+    assert {name: case["value"] for name, case in measure.read(tmp_path / folder / "x.json").items()} == {
+        "r=1": 1,
+        "r=2": 2,
+    }
     assert path == tmp_path / "short" / "x.json"
     assert list(measure.read(path)) == ["r=1"]
+    monkeypatch.setattr("sys.argv", ["benchmarks/y.py"])
+    of_bytes = measure.run("y", None, cases, lambda case, budget_s: {}, is_timed=False)
+    assert of_bytes == tmp_path / "y.json", "bytes are the same on every CPU"
 
 
 def test_ratios_are_of_the_same_round():
