@@ -11,6 +11,7 @@ from tiny_models import VOCABULARY, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dude_cli import live_bytes
 from dude_cli.adapter import constant_adapters, patch_model
 from dude_cli.config import Config
 from dude_cli.errors import UsageError
@@ -209,3 +210,73 @@ def test_what_has_no_forecast_says_so(tmp_path):
 )
 def test_bytes_are_shown_in_the_unit_that_fits(count, text):
     assert human_bytes(count) == text
+
+
+def counts(computation):
+    """The bytes at the most and at the end of a computation on the meta device."""
+    with counted(nn.Module()) as live:
+        kept = computation()
+        return live.peak.total(), live.now.total(), kept
+
+
+@pytest.mark.parametrize(
+    "computation",
+    [
+        lambda x: x + x,
+        lambda x: x[:, :1] * x,
+        lambda x: x.t().contiguous(),
+        lambda x: (x * 2, x.view(-1), x[1:]),
+        lambda x: x.mul_(2).t(),
+        lambda x: x.max(dim=0),
+        lambda x: torch.cat([x, x.bfloat16()]),
+        lambda x: torch.cat([x, x]).split(4),
+        lambda x: x.expand(3, 4, 4).sum(0),
+        lambda x: torch.zeros_like(x).t_(),
+        lambda x: torch.native_layer_norm(x, (4,), None, None, 1e-5),
+        lambda x: torch.add(x, 1, out=torch.empty_like(x)),
+        lambda x: tuple(x.long() + one for one in (1, True, 1.0)),
+        lambda x: (x * x, x.bfloat16() * x.bfloat16()),
+        lambda x: (x * 1, x.t() * 1),
+        lambda x: (x.new_empty_strided((2, 2), (8, 2)),),
+        lambda x: x.new_zeros(4, dtype=torch.int64) + 1,
+    ],
+)
+def test_a_result_that_is_known_is_like_the_first(computation, monkeypatch):
+    """On the meta device: of the same kind, shape, strides, dtype and bytes, and a view where it was one."""
+
+    def found():
+        x = torch.empty(4, 4, device="meta")
+        peak, now, results = counts(lambda: computation(x))
+        results = [results] if isinstance(results, torch.Tensor) else results
+        tensors = [(r.shape, r.stride(), r.dtype, r.untyped_storage().nbytes()) for r in results]
+        return peak, now, type(results), tensors, [r.untyped_storage() == x.untyped_storage() for r in results]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live_bytes, "_result", lambda func, args, kwargs: func(*args, **kwargs))
+        expected = found()
+    monkeypatch.setattr(live_bytes, "_known", {})
+    assert [found(), found(), found()] == [expected] * 3
+
+
+def test_a_forecast_asks_torch_once_for_layers_that_are_alike(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(live_bytes, "_known", {})
+    monkeypatch.setattr(
+        live_bytes, "_are_apart", lambda result, of=live_bytes._are_apart: asked.append(0) or of(result)
+    )
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    flat, deep = (run_config(shape_of(tmp_path / str(n), num_hidden_layers=n, **sizes)) for n in (2, 6))
+    first = estimate_memory(flat, Batch(2, 8, 2))
+    number = len(asked)
+    estimate_memory(deep, Batch(2, 8, 2))
+    assert len(asked) < number * 1.2
+    assert estimate_memory(flat, Batch(2, 8, 2)) == first
+
+
+def test_real_tensors_are_computed(monkeypatch):
+    monkeypatch.setattr(live_bytes, "_known", {})
+    x = torch.ones(4)
+    for expected in (2, 4, 8):
+        with counted(nn.Module()):
+            result = x.mul_(2) + 0
+        assert result.tolist() == [expected] * 4
