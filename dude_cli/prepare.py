@@ -12,6 +12,7 @@ from dude_cli import files, quickstart
 from dude_cli.checkpoint import Origin
 from dude_cli.config import Config, DataSource, TrainConfig, dump_config
 from dude_cli.console import Counter, no_counter
+from dude_cli.cpu import product_slowdown
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.disk import check_disk_space
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Rows times longest row that `per_device_batch_size: auto` starts with.
 AUTO_BATCH_TOKENS = 16_384
+# So many times slower than in float32 is worth a line.
+SLOW = 3
 # A forecast reads the rows for their longest one if their file is no larger than this.
 QUICK_DATA_BYTES = 32 * 2**20
 
@@ -144,6 +147,7 @@ def prepare(
     peak_memory = PeakMemory(accelerator.device)
     bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
     say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
+    _say_slow_dtype(config.model.dtype, accelerator, say)
     model = load_model(base, accelerator.device)
     check_vocabulary(model, tokenizer)
     _say_left_out(config, model, say)
@@ -178,6 +182,17 @@ def prepare(
         origin=origin,
         checkpoint=checkpoint,
     )
+
+
+def _say_slow_dtype(dtype: str, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+    """One line if this CPU takes several times as long in the base's dtype: it trains, and nothing else would tell."""
+    import torch
+
+    if accelerator.device.type != "cpu" or dtype == "float32" or not accelerator.is_main_process:
+        return
+    slowdown = product_slowdown(getattr(torch, dtype))
+    if slowdown > SLOW:
+        say(f"this CPU multiplies {slowdown:.0f} times slower in {dtype} than in float32: try model.dtype=float32")
 
 
 def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], None]) -> None:

@@ -55,6 +55,7 @@ LAYERS = [
     "runtime",
     "launch",
     "gpu",
+    "cpu",
     "files",
     "cache_dir",
     "stopping",

@@ -1,11 +1,14 @@
-"""Which device a process takes."""
+"""Which device a process takes, and what it is slow in."""
 
 from __future__ import annotations
 
 import accelerate
 import pytest
 import torch
+from quickstart_config import quickstart_config
+from training import init_here
 
+from dude_cli.cpu import product_slowdown
 from dude_cli.runtime import best_device, make_accelerator
 
 
@@ -19,3 +22,23 @@ def test_a_gpu_without_float64_is_not_taken(kind, device, monkeypatch):
     make_accelerator()
     assert best_device() == device
     assert asked == [device == "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slowdown", "is_said"),
+    [("bfloat16", 40.0, True), ("bfloat16", 1.5, False), ("float32", 40.0, False)],
+)
+def test_a_dtype_that_this_cpu_is_slow_in_is_told(dtype, slowdown, is_said, tmp_path, monkeypatch):
+    monkeypatch.setattr("dude_cli.prepare.product_slowdown", lambda dtype: slowdown)
+    said = []
+    init_here(quickstart_config(tmp_path, dtype=dtype, rows="8"), say=said.append)
+    line = f"this CPU multiplies 40 times slower in {dtype} than in float32: try model.dtype=float32"
+    assert (line in said) == is_said
+    assert any("slower" in text for text in said) == is_said
+
+
+def test_half_precision_is_compared_with_float32_by_the_clock(monkeypatch):
+    """Of two products each: the first of a dtype is not counted."""
+    times = iter([0, 100, 100, 106, 200, 300, 300, 302])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    assert product_slowdown(torch.bfloat16) == 3
