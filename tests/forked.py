@@ -1,4 +1,4 @@
-"""Commands in processes of their own, without the seconds that imports take: forked from a process that has done them.
+"""Commands in processes of their own, without the seconds that imports take: forked from one that has done them.
 
 A rank can be told to send itself a signal when it comes to a stage, so that no test has to guess the moment.
 """
@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -69,21 +71,37 @@ class Strike:
         setattr(module, self.name, struck)
 
 
+def dude(arguments: list[str]) -> None:
+    from dude_cli.__main__ import main
+
+    sys.argv = ["dude", *arguments]
+    main()
+
+
 class Ranks:
-    """The ranks of one command; one is a process without a group. What they said is in `folder`/rank-N.log."""
+    """The ranks of one command; one is a process without a group. Each has the files rank-N.out and .err in `folder`.
+
+    The command is `dude ARGUMENTS`, or what the function `command` does with the arguments.
+    """
 
     def __init__(
-        self, arguments: Sequence[object], folder: Path, count: int = 1, strikes: Mapping[int, Strike] | None = None
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        count: int = 1,
+        strikes: Mapping[int, Strike] | None = None,
+        command: Callable[[list[str]], None] = dude,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self.logs = [folder / f"rank-{rank}.log" for rank in range(count)]
+        self.logs = [folder / f"rank-{rank}.err" for rank in range(count)]
         world = {} if count == 1 else _world(count)
         with mock.patch.dict(os.environ, environment()):  # of the first call, for the libraries that read it once
             self.processes: list[BaseProcess] = [
                 context.Process(
-                    target=_command,
+                    target=_rank,
                     args=(
+                        command,
                         [str(argument) for argument in arguments],
                         environment(**world, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {})),
                         self.logs[rank],
@@ -107,7 +125,26 @@ class Ranks:
         return [int(process.exitcode or 0) for process in self.processes]
 
     def said(self) -> str:
+        """What they have written to standard error."""
         return "".join(log.read_text(errors="replace") for log in self.logs if log.exists())
+
+    def printed(self) -> str:
+        """What they have written to standard output."""
+        return "".join(log.with_suffix(".out").read_text() for log in self.logs)
+
+
+def dude_forked(
+    *arguments: object, count: int = 1, command: Callable[[list[str]], None] = dude
+) -> subprocess.CompletedProcess[str]:
+    """`dude ARGUMENTS`, or another command, by so many ranks, with the exit code of the first that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Ranks(arguments, Path(folder), count, command=command)
+        code = next(filter(None, ranks.wait()), 0)
+        return subprocess.CompletedProcess(list(arguments), code, ranks.printed(), ranks.said())
+
+
+def two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return dude_forked(*arguments, count=2)
 
 
 def _world(count: int) -> dict[str, str]:
@@ -118,15 +155,13 @@ def _world(count: int) -> dict[str, str]:
     return {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def _command(arguments: list[str], env: dict[str, str], log: Path, strike: Strike | None) -> None:
-    from dude_cli.__main__ import main
-
+def _rank(
+    command: Callable[[list[str]], None], arguments: list[str], env: dict[str, str], log: Path, strike: Strike | None
+) -> None:
     os.environ.clear()
     os.environ.update(env)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for descriptor, file in ((1, log.with_suffix(".out")), (2, log)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     if strike is not None:
         strike.arm()
-    sys.argv = ["dude", *arguments]
-    main()
+    command(arguments)

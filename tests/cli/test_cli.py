@@ -97,7 +97,7 @@ def refused(tmp_path: Path, done: subprocess.CompletedProcess[str], code: int, *
 
 def test_a_folder_that_is_no_model(tmp_path, rows):
     (tmp_path / "empty").mkdir()
-    done = dude("train", config(tmp_path, str(tmp_path / "empty"), str(rows)), cwd=tmp_path)
+    done = dude_here("train", config(tmp_path, str(tmp_path / "empty"), str(rows)), cwd=tmp_path)
     refused(tmp_path, done, 2, "no config.json")
 
 
@@ -107,49 +107,49 @@ def test_a_hub_model_while_offline(tmp_path, rows):
 
 
 def test_a_missing_data_file(tmp_path):
-    done = dude("train", config(tmp_path, "embedded:quickstart", "nowhere.jsonl"), cwd=tmp_path)
+    done = dude_here("train", config(tmp_path, "embedded:quickstart", "nowhere.jsonl"), cwd=tmp_path)
     refused(tmp_path, done, 2, "nowhere.jsonl")
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    done = dude("train", config(tmp_path, "embedded:quickstart", "rows.jsonl"), cwd=tmp_path)
+    done = dude_here("train", config(tmp_path, "embedded:quickstart", "rows.jsonl"), cwd=tmp_path)
     refused(tmp_path, done, 2, "prompt", "question", "answer")
 
 
 def test_empty_data(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
-    done = dude("train", config(tmp_path, "embedded:quickstart", "rows.jsonl"), cwd=tmp_path)
+    done = dude_here("train", config(tmp_path, "embedded:quickstart", "rows.jsonl"), cwd=tmp_path)
     refused(tmp_path, done, 2, "rows.jsonl")
 
 
 def test_a_rank_too_large(tmp_path, rows):
     path = config(tmp_path, "embedded:quickstart", str(rows), adapter="{rank: 100000}")
-    refused(tmp_path, dude("train", path, cwd=tmp_path), 2, "rank 100000", "at most")
+    refused(tmp_path, dude_here("train", path, cwd=tmp_path), 2, "rank 100000", "at most")
 
 
 def test_a_target_that_is_no_layer(tmp_path, rows):
     path = config(tmp_path, "embedded:quickstart", str(rows), adapter="{target_modules: [qproj]}")
-    refused(tmp_path, dude("init", path, cwd=tmp_path), 2, "qproj", "q_proj")
+    refused(tmp_path, dude_here("init", path, cwd=tmp_path), 2, "qproj", "q_proj")
 
 
 def test_an_unknown_task_suggests_the_nearest():
-    done = dude("eval", "embedded:quickstart", "--task", "gsm8")
+    done = dude_here("eval", "embedded:quickstart", "--task", "gsm8")
     assert done.returncode == 2
     assert "gsm8k" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_eval_without_a_run_says_what_to_do(tmp_path):
-    done = dude("eval", "--task", "gsm8k", cwd=tmp_path)
+    done = dude_here("eval", "--task", "gsm8k", cwd=tmp_path)
     assert done.returncode == 2
     assert "dude train" in done.stderr
 
 
 def test_a_run_is_scored_into_one_strict_document_and_refused_on_another_base(tmp_path, rows):
-    done = dude("train", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", cwd=tmp_path)
+    done = dude_here("train", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = dude("eval", "run", "--task", "quickstart_choices", "--limit", "1", "--base", "--json", cwd=tmp_path)
+    done = dude_here("eval", "run", "--task", "quickstart_choices", "--limit", "1", "--base", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert "samples" not in document
@@ -164,7 +164,7 @@ def test_a_run_is_scored_into_one_strict_document_and_refused_on_another_base(tm
     content = json.loads(saved.read_text())
     content["base_model"]["fingerprint"] = "0" * 64
     saved.write_text(json.dumps(content))
-    done = dude("eval", tmp_path / "run", "--task", "quickstart_choices", "--limit", "2", cwd=tmp_path)
+    done = dude_here("eval", tmp_path / "run", "--task", "quickstart_choices", "--limit", "2", cwd=tmp_path)
     assert done.returncode == 3
     assert "whose weights are not those of" in done.stderr
 
@@ -201,7 +201,7 @@ def test_ls_and_cp(tmp_path):
 
 @pytest.mark.parametrize("name", ["gsm8k", "mmlu", "commonsense"])
 def test_shipped_configs_run_in_smoke_form_offline(name, tmp_path):
-    done = dude("train", f"configs/{name}.yaml", "--smoke", "--json", cwd=tmp_path)
+    done = dude_here("train", f"configs/{name}.yaml", "--smoke", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import dude_forked
 from tiny_models import tiny_batch, tiny_model
 from torch.distributed.fsdp import fully_shard
 
@@ -16,7 +16,8 @@ STEPS = 3
 
 
 def test_a_sharded_model_trains_as_a_whole_one(tmp_path):
-    mp.spawn(train_sharded, args=(tmp_path,), nprocs=2)
+    done = dude_forked(tmp_path, count=2, command=train_sharded)
+    assert done.returncode == 0, done.stderr
     model = patched_model()
     expected = train(model)
     found = torch.load(tmp_path / "found.pt")
@@ -52,9 +53,8 @@ def gradient_norm(parameter: torch.Tensor) -> float:
     return float(gradient.full_tensor().norm() if hasattr(gradient, "full_tensor") else gradient.norm())
 
 
-def train_sharded(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+def train_sharded(arguments: list[str]) -> None:
+    dist.init_process_group("gloo")
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     model = patched_model()
     for block in model.model.layers:
@@ -62,6 +62,6 @@ def train_sharded(rank: int, folder: Path) -> None:
     fully_shard(model, mesh=mesh)
     assert all(hasattr(layer.base_layer.weight, "device_mesh") for layer in adapter_layers(model).values())
     found = train(model)
-    if rank == 0:
-        torch.save(found, folder / "found.pt")
+    if dist.get_rank() == 0:
+        torch.save(found, Path(arguments[0]) / "found.pt")
     dist.destroy_process_group()

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-
-from command import environment
-
-SCRIPT = """
-import json
-import sys
 
 import torch
-sys.path.insert(0, sys.argv[1])
+from forked import dude_forked
 from tiny_models import tiny_model
 
 from dude_cli.adapter import AdapterConfig, find_targets
@@ -22,46 +14,37 @@ from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import DudeError
 from dude_cli.runtime import make_accelerator
 
-accelerator = make_accelerator()
-config, model, mine = AdapterConfig(rank=3), tiny_model("llama"), []
 
-def decompose(name, layer, config):
-    mine.append(name)
-    return decompose_layer(name, layer, config)
+def decompose_twice(arguments: list[str]) -> None:
+    """Print what this rank did and got; the second time one of the other rank's layers is not finite."""
+    accelerator = make_accelerator()
+    config, model, mine = AdapterConfig(rank=3), tiny_model("llama"), []
 
-def on_all_ranks():
-    return decompose_on_all_ranks(model, config, accelerator, decompose, lambda done, total: None)
+    def decompose(name, layer, config):
+        mine.append(name)
+        return decompose_layer(name, layer, config)
 
-found = on_all_ranks()
-alone = {name: decompose_layer(name, layer, config) for name, layer in find_targets(model, config).items()}
-is_equal = all(torch.equal(found[name].A, alone[name].A) for name in found)
-is_equal &= all(torch.equal(found[name].B, alone[name].B) for name in found)
-record = {"rank": accelerator.process_index, "names": list(found), "all": list(alone), "mine": [*mine]}
-record["equal"] = is_equal
-bad = mine[0] if accelerator.process_index == 1 else None
-if bad is not None:
-    model.get_submodule(bad).weight.data[0, 0] = float("nan")
-try:
-    on_all_ranks()
-except DudeError as error:
-    record["error"] = str(error)
-sys.stdout.write(json.dumps(record) + "\\n")  # in one write, or the ranks' lines may mix
-sys.stdout.flush()
-"""
+    def on_all_ranks():
+        return decompose_on_all_ranks(model, config, accelerator, decompose, lambda done, total: None)
+
+    found = on_all_ranks()
+    alone = {name: decompose_layer(name, layer, config) for name, layer in find_targets(model, config).items()}
+    is_equal = all(torch.equal(found[name].A, alone[name].A) for name in found)
+    is_equal &= all(torch.equal(found[name].B, alone[name].B) for name in found)
+    record = {"names": list(found), "all": list(alone), "mine": [*mine], "equal": is_equal}
+    if accelerator.process_index == 1:
+        model.get_submodule(mine[0]).weight.data[0, 0] = float("nan")
+    try:
+        on_all_ranks()
+    except DudeError as error:
+        record["error"] = str(error)
+    print(json.dumps(record))
 
 
-def test_each_layer_is_decomposed_once_the_main_rank_has_all_and_both_fail_together(tmp_path, request):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(tmp_path / "script.py")]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(request.config.rootpath / "tests")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_each_layer_is_decomposed_once_the_main_rank_has_all_and_both_fail_together():
+    done = dude_forked(count=2, command=decompose_twice)
     assert done.returncode == 0, done.stderr
-    first, second = sorted(map(json.loads, done.stdout.split("\n")[:2]), key=lambda record: record["rank"])
+    first, second = map(json.loads, done.stdout.splitlines())
     assert first["names"] == first["all"]
     assert second["names"] == []
     assert first["equal"]

@@ -15,34 +15,27 @@ from unittest import mock
 import psutil
 import pytest
 import torch
-from command import dude, dude_here, environment
+from command import dude_here, environment
+from forked import dude_forked, two_ranks
 from quickstart_config import quickstart_config
+from rich.console import Console
 from safetensors.torch import load_file
+from training import StopAfter, init_here, train_here
 
+from dude_cli.adapter import adapter_layers
 from dude_cli.checkpoint import checkpoints, is_valid
+from dude_cli.cli import app
+from dude_cli.errors import StoppedError
 from dude_cli.metrics import read_metrics
-
-
-def two_ranks(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return dude(*arguments, "--num-processes", "2")
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dude_cli"]
-    return subprocess.run(
-        [sys.executable, *launcher, *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+from dude_cli.runtime import StopSignal, make_accelerator
+from dude_cli.train import train
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One epoch of 37 rows in windows of 9, micro-batches of 2: one rank has more of them, and in the end all."""
     folders = {}
-    for name, launch in (("one", dude), ("two", two_ranks)):
+    for name, launch in (("one", dude_here), ("two", two_ranks)):
         folder = tmp_path_factory.mktemp(name)
         changes = {
             "rows": "37",
@@ -90,82 +83,50 @@ def wait_for_step(run_dir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def killed_after_step(config: Path, run_dir: Path, step: int, number: int, rank: int | None) -> tuple[int, str]:
-    """Train on two ranks and send a signal to the launcher, or to a rank; what it returned and said. None is left."""
+def test_what_our_launcher_began_torchrun_continues(tmp_path):
+    """Started in earnest, both: a signal to our launcher stops its ranks at one step, and they leave a checkpoint."""
+    config, run_dir = quickstart_config(tmp_path, max_steps="40", extra="  save_steps: 1"), tmp_path / "run"
     command = [sys.executable, "-m", "dude_cli", "train", str(config), "--num-processes", "2"]
     launcher = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
-        wait_for_step(run_dir, step)
+        wait_for_step(run_dir, 3)
         ranks = psutil.Process(launcher.pid).children()
-        assert len(ranks) == 2
-        own = {child.environ()["RANK"]: child for child in ranks}
-        os.kill(launcher.pid if rank is None else own[str(rank)].pid, number)
+        assert [child.environ()["RANK"] for child in ranks] == ["0", "1"]
+        launcher.send_signal(signal.SIGINT)
         stderr = launcher.communicate(timeout=30)[1]
         assert not any(child.is_running() for child in ranks)
     finally:
         launcher.kill()
-    return launcher.returncode, stderr
-
-
-def test_signals_and_deaths_lose_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
-    """A signal to one rank stops both at one step; a damaged checkpoint; a signal to the launcher; a rank that dies."""
-    config, run_dir = quickstart_config(tmp_path, max_steps="40", extra="  save_steps: 1"), tmp_path / "run"
-    code, stderr = killed_after_step(config, run_dir, 3, signal.SIGTERM, rank=1)
-    assert code == 75, stderr
-    assert "error: stopped by a signal to another rank" in stderr
-    assert "error: rank 1: stopped by SIGTERM" in stderr
-    saved = checkpoints(run_dir)
-    assert all(is_valid(folder) for folder in saved)
-    (saved[0] / "state.json").write_text("{}")
-
-    code, stderr = killed_after_step(config, run_dir, step_of(saved[0]) + 2, signal.SIGINT, rank=None)
-    assert code == 75, stderr
-    assert stderr.count("is damaged") == 1
-    assert stderr.count(f"continuing after step {step_of(saved[1])}") == 1
+    assert launcher.returncode == 75, stderr
     assert stderr.count("error: stopped by SIGINT") == 1
     saved = checkpoints(run_dir)
-    assert is_valid(saved[0])
+    assert all(is_valid(folder) for folder in saved)
 
-    code, stderr = killed_after_step(config, run_dir, step_of(saved[0]) + 2, signal.SIGKILL, rank=1)
-    assert code == 128 + signal.SIGKILL, stderr
-    assert "error: rank 1 was killed by SIGKILL" in stderr
-    assert "Traceback" not in stderr
-    assert stderr.count(f"continuing after step {step_of(saved[0])}") == 1
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "dude_cli"]
+    command += ["train", str(config), "--json"]
+    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count(f"continuing after step {int(saved[0].name.removeprefix('step-'))}") == 1
+    assert json.loads(again.stdout)["steps"] == 40  # one document, of one rank
     steps = [r["step"] for r in read_metrics(run_dir) if "loss" in r]
-    assert steps == list(range(1, len(steps) + 1))
+    assert steps == list(range(1, 41))
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def train_sharded_and_score(arguments: list[str]) -> None:
+    """Stopped after three steps and resumed; then the command that the last arguments are."""
+    config, overrides = Path(arguments[0]), json.loads(arguments[1])
+    try:
+        train_here(config, *overrides, stop=StopAfter(3))
+    except StoppedError:
+        accelerator = make_accelerator()
+        prepared = init_here(config, *overrides, accelerator=accelerator)
+        train(prepared, accelerator, Console(quiet=True), StopSignal())
+        weights = [layer.base_layer.weight for layer in adapter_layers(prepared.model).values()]
+        sharded = sum(hasattr(weight, "device_mesh") for weight in weights)
+        if accelerator.is_main_process:
+            print(json.dumps({"sharded": sharded, "layers": len(weights), "own": weights[0].to_local().numel()}))
+    app(arguments[2:])
 
-
-SHARDED = """
-import json, os, sys
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-from rich.console import Console
-from training import StopAfter, init_here, train_here
-
-from dude_cli.adapter import adapter_layers
-from dude_cli.cli import app
-from dude_cli.errors import StoppedError
-from dude_cli.runtime import make_accelerator, StopSignal
-from dude_cli.train import train
-
-config, overrides, arguments = Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
-try:
-    train_here(config, *overrides, stop=StopAfter(3))
-except StoppedError:
-    accelerator = make_accelerator()
-    prepared = init_here(config, *overrides, accelerator=accelerator)
-    train(prepared, accelerator, Console(quiet=True), StopSignal())
-    weights = [layer.base_layer.weight for layer in adapter_layers(prepared.model).values()]
-    sharded = sum(hasattr(weight, "device_mesh") for weight in weights)
-    if accelerator.is_main_process:
-        print(json.dumps({"sharded": sharded, "layers": len(weights), "own": weights[0].to_local().numel()}))
-app(arguments)
-"""
 
 # Examples that are drawn at random, one draw after the other.
 DRAWN = """
@@ -183,22 +144,19 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 
 @pytest.fixture(scope="module")
-def sharded(runs, tmp_path_factory, request):
-    """The run `two` once more with its base sharded, stopped and resumed, then scored, by two ranks of one launch.
+def sharded(runs, tmp_path_factory):
+    """The run `two` once more with its base sharded, stopped and resumed, then scored, by the same two ranks.
 
     With gradient checkpointing, and with early stopping, which puts the best adapter back at the end.
     """
     folder = tmp_path_factory.mktemp("sharded")
-    (folder / "script.py").write_text(SHARDED)
     (folder / "drawn.yaml").write_text(DRAWN)
     overrides = [f"output_dir={folder / 'run'}", "train.distributed=fsdp", "train.gradient_checkpointing=true"]
     overrides += ["train.eval_steps=3", "train.early_stopping_patience=5"]
     score = ["eval", str(folder / "run"), "--task", "drawn", "--task", "quickstart_problems", "--limit", "3"]
     score += ["--base", "--batch-size", "2", "--include-path", str(folder)]
-    script = [folder / "script.py", request.config.rootpath / "tests", runs["two"].parent / "config.yaml"]
-    command = [*map(str, script), json.dumps(overrides), json.dumps([*score, "--quiet"])]
-    start = f"import sys; from dude_cli.launch import run_ranks; run_ranks(2, [sys.executable, *{command!r}])"
-    done = subprocess.run([sys.executable, "-c", start], env=environment(), capture_output=True, text=True, timeout=120)
+    arguments = [runs["two"].parent / "config.yaml", json.dumps(overrides), *score, "--quiet"]
+    done = dude_forked(*arguments, count=2, command=train_sharded_and_score)
     assert done.returncode == 0, done.stderr
     alone = dude_here(*score, "--output", folder / "alone")
     assert alone.returncode == 0, alone.stderr
@@ -262,7 +220,7 @@ def likelihoods(sample):
 def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(tmp_path):
     """No library talks in between: accelerate passes on an option that newer torch warns about on each rank."""
     config = quickstart_config(tmp_path, max_steps="6", extra="  save_steps: 3")
-    assert dude("train", config).returncode == 0
+    assert dude_here("train", config).returncode == 0
     shutil.rmtree(tmp_path / "run/adapter")
     shutil.rmtree(tmp_path / "run/checkpoints/step-000006")
     refused = two_ranks("train", config)
@@ -276,7 +234,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(tmp_path):
 def test_two_ranks_reuse_a_decomposition_and_start_anew(tmp_path):
     """`init` first, then a training, then another one over it: no rank may wait for one that went another way."""
     config = quickstart_config(tmp_path, max_steps="2", rows="16")
-    assert dude("init", config).returncode == 0
+    assert dude_here("init", config).returncode == 0
     first = two_ranks("train", config)
     assert first.returncode == 0, first.stderr
     assert "reusing the decomposition" in first.stderr
@@ -290,10 +248,9 @@ def test_two_ranks_reuse_a_decomposition_and_start_anew(tmp_path):
 
 
 def test_two_ranks_take_the_same_steps_on_a_quantised_base(tmp_path):
-    """Started by torchrun, which is what the ranks of several machines are started with."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     records = []
-    for name, launch in (("one", dude_here), ("two", torchrun)):
+    for name, launch in (("one", dude_here), ("two", two_ranks)):
         config = quickstart_config(tmp_path / name, max_steps="2", rows="16")
         done = launch("train", config, "model.quantization=nf4")
         assert done.returncode == 0, done.stderr

@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command import dude, dude_here, environment
+from command import dude_here
+from forked import dude_forked
 from gsm8k_config import gsm8k_config
 from quickstart_config import quickstart_config
-
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-
-LOGITS_OF_TRAINED = """
-import sys, torch
-from pathlib import Path
 from rich.console import Console
+
 from dude_cli.config import load_config
 from dude_cli.prepare import prepare
 from dude_cli.runtime import StopSignal, make_accelerator
-from dude_cli.train import train
-config, overrides, out = sys.argv[1], sys.argv[3:], sys.argv[2]
-accelerator = make_accelerator()
-prepared = prepare(load_config(Path(config), overrides), accelerator, lambda text: None)
-train(prepared, accelerator, Console(quiet=True), StopSignal())
-with torch.no_grad():
-    torch.save(prepared.model.eval()(input_ids=torch.arange(3, 43)[None]).logits, out)
-"""
-
-LOGITS_OF_TARGET = """
-import sys, torch
 from dude_cli.target import find_target, load_target
-models = [load_target(find_target(name), None).model for name in sys.argv[1].split(",")]
-with torch.no_grad():
-    torch.save(torch.stack([model(input_ids=torch.arange(3, 43)[None]).logits for model in models]), sys.argv[2])
-"""
+from dude_cli.train import train
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 
-def logits(script: str, *arguments: object) -> torch.Tensor:
-    """What a process of its own computes and writes to the file that its second argument names."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(str(arguments[1]))
-    assert isinstance(found, torch.Tensor)
-    return found
+def logits_of_trained(arguments: list[str]) -> None:
+    config, out, *overrides = arguments
+    accelerator = make_accelerator()
+    prepared = prepare(load_config(Path(config), overrides), accelerator, lambda text: None)
+    train(prepared, accelerator, Console(quiet=True), StopSignal())
+    with torch.no_grad():
+        torch.save(prepared.model.eval()(input_ids=torch.arange(3, 43)[None]).logits, out)
+
+
+def logits_of_targets(arguments: list[str]) -> None:
+    *targets, out = arguments
+    models = [load_target(find_target(name), None).model for name in targets]
+    with torch.no_grad():
+        torch.save([model(input_ids=torch.arange(3, 43)[None]).logits for model in models], out)
 
 
 def losses(run: Path) -> tuple[float, float]:
@@ -67,21 +55,27 @@ def test_the_held_out_loss_falls_and_a_fresh_process_reloads_the_same_logits(
         config = gsm8k_config(request.getfixturevalue("test_data"), tmp_path)
     else:
         config = quickstart_config(tmp_path)
-    trained = logits(LOGITS_OF_TRAINED, config, tmp_path / "trained.pt", f"model.quantization={quantization}")
+    arguments = (config, tmp_path / "trained.pt", f"model.quantization={quantization}")
+    done = dude_forked(*arguments, command=logits_of_trained)
+    assert done.returncode == 0, done.stderr
+    trained = torch.load(tmp_path / "trained.pt")
     first, last = losses(tmp_path / "run")
     assert last < first - fall
     saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert saved["base_model"]["quantization"] == quantization
-    targets = f"{tmp_path / 'run'},{tmp_path / 'run/adapter'}"  # an adapter alone knows its base
-    for loaded in logits(LOGITS_OF_TARGET, targets, tmp_path / "loaded.pt"):
-        assert torch.equal(loaded, trained)
+    targets = (tmp_path / "run", tmp_path / "run/adapter")  # an adapter alone knows its base
+    done = dude_forked(*targets, tmp_path / "loaded.pt", command=logits_of_targets)
+    assert done.returncode == 0, done.stderr
+    loaded = torch.load(tmp_path / "loaded.pt")
+    assert len(loaded) == 2
+    assert all(torch.equal(each, trained) for each in loaded)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_half_precision_checkpointing_accumulation_and_packing_then_lm_eval(quantization, tmp_path):
     config = quickstart_config(tmp_path, dtype="bfloat16", per_device_batch_size="2")
     options = [f"model.quantization={quantization}", "train.gradient_checkpointing=true", "data.packing=true"]
-    trained = dude("train", config, "--json", *options)
+    trained = dude_forked("train", config, "--json", *options)
     assert trained.returncode == 0, trained.stderr
     assert f"in bfloat16, quantised to {quantization}" in trained.stderr
     assert "float16 during quantization" not in trained.stderr  # bitsandbytes says so for each layer in each forward

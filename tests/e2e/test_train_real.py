@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from command import dude
+from command import dude, dude_here
 from gsm8k_config import gsm8k_config
 
 from dude_cli.metrics import read_metrics
@@ -13,10 +13,10 @@ from dude_cli.metrics import read_metrics
 
 @pytest.fixture(scope="module")
 def run(test_data, tmp_path_factory):
-    """A finished run: init, then train, as a user types them."""
+    """A finished run: init, then train, in a process of its own."""
     folder = tmp_path_factory.mktemp("run")
     config = gsm8k_config(test_data, folder)
-    init = dude("init", config)
+    init = dude_here("init", config)
     assert init.returncode == 0, init.stderr
     train = dude("train", config, "--json")
     assert train.returncode == 0, train.stderr
@@ -78,14 +78,14 @@ def test_json_is_one_document_on_stdout(run):
 
 def test_a_finished_run_says_so_and_is_not_trained_again(run):
     before = (run["dir"] / "adapter/adapter.safetensors").stat().st_mtime_ns
-    again = dude("train", run["config"])
+    again = dude_here("train", run["config"])
     assert again.returncode == 0
     assert "finished" in again.stderr
     assert (run["dir"] / "adapter/adapter.safetensors").stat().st_mtime_ns == before
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_keys(run):
-    refused = dude("train", run["config"], "train.learning_rate=1e-3", "adapter.rank=4")
+    refused = dude_here("train", run["config"], "train.learning_rate=1e-3", "adapter.rank=4")
     assert refused.returncode == 2
     assert "adapter.rank, train.learning_rate" in refused.stderr
     assert "--overwrite" in refused.stderr
@@ -101,7 +101,7 @@ def test_eval_scores_the_run_and_its_base_offline(run, test_data):
 
 
 def test_the_same_config_and_seed_give_the_same_bytes(run, test_data, tmp_path):
-    again = dude("train", gsm8k_config(test_data, tmp_path))
+    again = dude_here("train", gsm8k_config(test_data, tmp_path))
     assert again.returncode == 0, again.stderr
     first, second = (folder / "adapter/adapter.safetensors" for folder in (run["dir"], tmp_path / "run"))
     assert first.read_bytes() == second.read_bytes()
@@ -109,7 +109,7 @@ def test_the_same_config_and_seed_give_the_same_bytes(run, test_data, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa"])
 def test_the_other_methods_train_too(method, test_data, tmp_path):
-    trained = dude("train", gsm8k_config(test_data, tmp_path, method=method, max_steps="6"), "--json")
+    trained = dude_here("train", gsm8k_config(test_data, tmp_path, method=method, max_steps="6"), "--json")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["last_eval_loss"] < json.loads(trained.stdout)["first_eval_loss"]
 
@@ -117,7 +117,7 @@ def test_the_other_methods_train_too(method, test_data, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_bases_with_checkpointing_accumulation_and_packing(dtype, test_data, tmp_path):
     config = gsm8k_config(test_data, tmp_path, dtype=dtype, max_steps="6", per_device_batch_size="3")
-    trained = dude(
+    trained = dude_here(
         "train", config, "--json", "train.gradient_checkpointing=true", "data.packing=true", "train.weight_decay=0.01"
     )
     assert trained.returncode == 0, trained.stderr

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import resource
+
 import pytest
-from command import dude
+from command import dude_here
+from forked import Ranks
 from quickstart_config import quickstart_config
 from training import train_here
 
@@ -11,7 +14,7 @@ from dude_cli.errors import DivergedError
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(tmp_path):
     """There is no validation data, so only the step itself can find it."""
     settings = ["data.validation=null", "train.learning_rate=1e30", "train.max_grad_norm=null", "train.warmup_ratio=0"]
-    stopped = dude("train", quickstart_config(tmp_path), *settings)
+    stopped = dude_here("train", quickstart_config(tmp_path), *settings)
     assert stopped.returncode == 4, stopped.stderr
     assert "no weight was changed" in stopped.stderr
     assert "training rows" in stopped.stderr
@@ -26,26 +29,15 @@ def test_an_evaluation_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "run/adapter").exists()
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+class SmallFiles:
     """A limit on the size of one file stands for a full disk: both fail in the same write."""
-    import resource
-    import subprocess
-    import sys
 
-    from command import environment
-
-    def limit() -> None:
+    def arm(self) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    config = quickstart_config(tmp_path)
-    stopped = subprocess.run(
-        [sys.executable, "-m", "dude_cli", "train", str(config)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-        timeout=120,
-    )
-    assert stopped.returncode == 5, stopped.stderr
-    assert "Traceback" not in stopped.stderr
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    ranks = Ranks(["train", quickstart_config(tmp_path)], tmp_path, strikes={0: SmallFiles()})
+    assert ranks.wait() == [5], ranks.said()
+    assert "Traceback" not in ranks.said()
     assert not [path for path in tmp_path.rglob("*") if ".partial" in path.name]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from command import dude, environment
+from forked import Ranks, dude_forked
 from quickstart_config import quickstart_config
 from training import StopAfter, train_here
 
@@ -23,23 +22,17 @@ EXTRA = "  save_steps: 3\n  eval_steps: 5"
 RESULT = "adapter/adapter.safetensors"
 
 
-def interrupted(config, run_dir, number, after_step: int) -> subprocess.Popen[str]:
-    """Start a training and send it a signal once `after_step` is logged."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dude_cli", "train", str(config)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def interrupted(config, folder, number, after_step: int) -> int:
+    """Start a training in `folder` and send it a signal once `after_step` is logged; its exit code."""
+    ranks = Ranks(["train", config], folder)
+    (process,) = ranks.processes
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if any(record.get("step", 0) >= after_step and "loss" in record for record in read_metrics(run_dir)):
-            process.send_signal(number)
+    while process.is_alive() and time.monotonic() < deadline:
+        if any(record.get("step", 0) >= after_step and "loss" in record for record in read_metrics(folder / "run")):
+            os.kill(process.pid, number)
             break
         time.sleep(0.01)
-    process.communicate(timeout=120)
-    return process
+    return ranks.wait()[0]
 
 
 def losses(run_dir):
@@ -68,10 +61,9 @@ def unfinished(undisturbed, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
 def test_an_interrupted_run_ends_in_the_same_bytes(number, code, undisturbed, tmp_path):
     config, run_dir = quickstart_config(tmp_path, extra=EXTRA), tmp_path / "run"
-    process = interrupted(config, run_dir, number, after_step=4)
-    assert process.returncode == code
+    assert interrupted(config, tmp_path, number, after_step=4) == code
     assert all(is_valid(folder) for folder in checkpoints(run_dir))
-    again = dude("train", config)
+    again = dude_forked("train", config)
     assert again.returncode == 0, again.stderr
     assert "continuing after step" in again.stderr
     assert same_result(run_dir, undisturbed)
