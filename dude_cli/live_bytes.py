@@ -116,13 +116,13 @@ def _result(func: Any, args: Any, kwargs: Any) -> Any:
     if known is None:
         result = func(*args, **kwargs)
         if len(_known) < MAX_KNOWN and (is_written or _are_apart(result)):
-            tensors = [(each.shape, each.stride(), each.dtype) for each in tree_leaves(result)]
-            _known[key] = tensors, None if isinstance(result, Tensor) else type(result)
+            layouts = [(each.shape, each.stride(), each.dtype) for each in tree_leaves(result)]
+            _known[key] = layouts, None if isinstance(result, Tensor) else type(result)
         return result
     if is_written:
         return args[0]
-    shapes, kind = known
-    tensors = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in shapes]
+    layouts, kind = known
+    tensors = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in layouts]
     return tensors[0] if kind is None else kind(tensors)
 
 

@@ -22,16 +22,10 @@ from unittest import mock
 
 from command import environment
 
-PRELOADED = [
-    "torch",
-    "datasets",
-    "accelerate",
-    "transformers.models.llama.modeling_llama",
-    "dude_cli.cli",
-    "dude_cli.commands",
-    "dude_cli.prepare",
-    "dude_cli.train",
-]
+from dude_cli.reproduce.execute import PRELOAD
+
+# One server is for these and for the runs of `dude reproduce` in a test's process: what it imports is decided once.
+PRELOADED = [*PRELOAD, "dude_cli.cli", "dude_cli.report", "drawn"]
 # Where each stage is entered, and which time: the first evaluation and the first checksums are others.
 STAGES: dict[str, tuple[str, str, int]] = {
     "data": ("dude_cli.prepare", "prepare_data", 1),

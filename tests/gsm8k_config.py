@@ -12,6 +12,7 @@ def gsm8k_config(test_data: Path, folder: Path, **changes: str) -> Path:
         "method": "dude",
         "dtype": "float32",
         "train_split": "train[:400]",
+        "validation_split": "train[7000:7040]",
         "max_steps": "20",
         "global_batch_size": "8",
         "per_device_batch_size": "8",
@@ -25,7 +26,7 @@ model: {{name_or_path: "{name_or_path}", dtype: {dtype}}}
 adapter: {{method: {method}, rank: 8}}
 data:
   train: [{{path: "{data}/train.jsonl", split: "{train_split}"}}]
-  validation: [{{path: "{data}/train.jsonl", split: "train[7000:7040]"}}]
+  validation: [{{path: "{data}/train.jsonl", split: "{validation_split}"}}]
   prompt: "Question: {{question}}\\nAnswer:"
   completion: " {{answer}}"
   max_length: 256
