@@ -65,6 +65,9 @@ def test_a_signal_at_a_stage(stage, number, count, struck, undisturbed, tmp_path
     assert ranks.wait() == [75] * count, ranks.said()
     assert "Traceback" not in ranks.said()
     assert "stopped" in ranks.logs[struck[0]].read_text()
+    if stage not in BEFORE_STEP_1:
+        others = [ranks.logs[rank].read_text() for rank in range(count) if rank not in struck]
+        assert all("stopped by a signal to another rank" in log for log in others)
     saved = checkpoints(run_dir)
     assert all(is_valid(folder) for folder in saved)
     if stage in BEFORE_STEP_1:
