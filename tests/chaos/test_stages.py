@@ -29,10 +29,10 @@ ALL = [
 ]
 SHORT = [
     ("data", signal.SIGTERM, 1, (0,)),
-    ("load", signal.SIGUSR2, 2, (1,)),
+    ("load", signal.SIGUSR2, 2, (0, 1)),
     ("decomposition", signal.SIGINT, 1, (0,)),
     ("first evaluation", signal.SIGTERM, 1, (0,)),
-    ("step", signal.SIGUSR1, 2, (0, 1)),
+    ("step", signal.SIGUSR1, 2, (1,)),
     ("evaluation", signal.SIGUSR2, 2, (1,)),
     ("save", signal.SIGINT, 1, (0,)),
 ]
