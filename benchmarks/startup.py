@@ -4,7 +4,8 @@
 
 Each command is a process of its own; reported are medians, in seconds. "First step" is the run's own `first_step_s`,
 from the start of the process to the first optimizer step, the evaluation before it included: with an empty cache of
-encoded rows, then with the rows of an earlier run. Writes benchmarks/results/startup.json and prints a Markdown table.
+encoded rows, then with the rows of an earlier run. Writes startup.json to the results of this kind of CPU and prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import record
+from measure import place_of_seconds, record, results, write
 
 BAD_CONFIG = "model: {name_or_path: some/model}\nadapter: {method: doda}\ntrain: {learnin_rate: 1e-4}\n"
 
@@ -70,9 +71,7 @@ def main() -> None:
         "median_s": median,
         "seconds": measured,
     }
-    path = Path(__file__).parent / "results" / "startup.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write(results(place_of_seconds("cpu")) / "startup.json", result)
     print("| | median, s |\n| --- | ---: |")
     for name, value in median.items():
         print(f"| {name} | {value:.2f} |")

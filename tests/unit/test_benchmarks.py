@@ -31,7 +31,7 @@ def test_every_case_says_what_ran_and_where():
             assert after == [] or (after[0] in name and after[1:2] in ([], ["--seconds"])), case["command"]
     singles = [
         measure.read(measure.RESULTS / f"{name}.json")
-        for name in ("decomposition", "avx2/decomposition", "startup", "padding", "encoding")
+        for name in ("decomposition", "avx2/decomposition", "startup", "avx2/startup", "padding", "encoding")
     ]
     trainings = measure.read(measure.results("cuda") / "large.json").values()
     commits = [
