@@ -8,6 +8,7 @@ import threading
 from contextlib import suppress
 from typing import NoReturn
 
+from dude_cli.garbage import collect_rarely
 from dude_cli.launch import follow_launcher
 from dude_cli.stopping import ignore_signals, leave_on_signals
 
@@ -17,6 +18,7 @@ def main() -> None:
     if sys.stderr is not None:  # closed by who started us
         faulthandler.enable()  # what a library's crash was in the middle of
     leave_on_signals()
+    collect_rarely()
     follow_launcher()
     from dude_cli.cli import app
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, DType, ModelConfig, Quantization
 from dude_cli.errors import ResourceError, UsageError, is_out_of_memory, nearest
+from dude_cli.garbage import collect_as_usual
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
             use_safetensors=True,  # never a pickle, which is code
             **_quantization_options(config),
         )
+    collect_as_usual()
     _check_quantized(model, config)
     keep_packing(model)
     # The name as the user knows it, not where this machine keeps the files.

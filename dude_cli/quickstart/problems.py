@@ -306,18 +306,19 @@ def draw_choice(rng: random.Random, kind: Kind, formulas: tuple[str, ...]) -> Ch
         numbers = (rng.randint(10, LARGEST), rng.randint(2, 12), rng.randint(2, 12))
         if numbers[1] * numbers[2] >= numbers[0] or len(set(numbers)) < 3:
             continue
-        written = {formula: formula.format(*numbers) for formula in formulas}
-        if len({value_of(formula, numbers) for formula in formulas}) < len(formulas):
+        values_of_formulas = formula_values(numbers)
+        if len({values_of_formulas[formula] for formula in formulas}) < len(formulas):
             continue
+        written = {formula: formula.format(*numbers) for formula in formulas}
         right = written.pop(kind.formula)
         values = dict(zip(kind.places, numbers, strict=True))
         return Choice(kind.name, numbers, tell(rng, kind, values), right, tuple(written.values()))
 
 
-def value_of(formula: str, numbers: tuple[int, ...]) -> int:
-    """Give the value of a family's calculation on three numbers."""
+def formula_values(numbers: tuple[int, ...]) -> dict[str, int]:
+    """Give the value of each family's calculations on three numbers."""
     first, second, third = numbers
-    values = {
+    return {
         "{0}+{1}+{2}": first + second + third,
         "{0}+{1}-{2}": first + second - third,
         "{0}-{1}+{2}": first - second + third,
@@ -327,7 +328,6 @@ def value_of(formula: str, numbers: tuple[int, ...]) -> int:
         "({0}+{1})*{2}": (first + second) * third,
         "({0}-{1})*{2}": (first - second) * third,
     }
-    return values[formula]
 
 
 def choice_document(rng: random.Random, choice: Choice, place: int) -> dict[str, Any]:

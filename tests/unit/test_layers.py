@@ -59,6 +59,7 @@ LAYERS = [
     "files",
     "cache_dir",
     "stopping",
+    "garbage",
     "errors",
     "quickstart",
 ]
