@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,19 @@ from unittest import mock
 import pytest
 import torch
 
+from dude_cli.garbage import RARELY
+
+# Looking through what libraries and tests make was a fifth of the time of tests of commands.
+gc.set_threshold(RARELY)
+
 if not torch.cuda.is_available():
     # Read when Triton is imported, which transformers may do first.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and is not looked at again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

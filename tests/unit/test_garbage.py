@@ -26,10 +26,12 @@ except SystemExit:
 
 @pytest.fixture
 def usual():
-    threshold = gc.get_threshold()
-    yield threshold
-    gc.set_threshold(*threshold)
+    before = gc.get_threshold()
+    gc.set_threshold(700)
     gc.unfreeze()
+    yield gc.get_threshold()
+    gc.set_threshold(*before)
+    gc.freeze()
 
 
 def test_a_command_starts_with_few_looks_for_garbage():
