@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_cli.config import DataConfig
+from dude_cli.data.columns import Columns
 from dude_cli.data.row_files import Row
-from dude_cli.data.rows import Columns
 from dude_cli.errors import DataError
 from dude_cli.template import parse_template, render
 
@@ -54,7 +54,7 @@ def format_columns(config: DataConfig) -> Columns:
     if config.format == "alpaca":
         return Columns(("instruction", "output"), ("input",))
     if config.format == "chat":
-        return Columns(("messages",))
+        return Columns(("messages",), are_texts=False)
     return Columns(tuple(dict.fromkeys(name for text in _templates(config) for name in parse_template(text))))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
+from dude_cli.cache_dir import folder_cache
 from dude_cli.config import HUB_NAME, DataSource
+from dude_cli.data.columns import Columns, check_columns, keep_columns
 from dude_cli.data.row_files import FILE_SUFFIXES, Row, first_line, read_file
 from dude_cli.errors import DataError, nearest
 
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EMBEDDED_SPLITS = ("train", "dev", "test")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns that a format reads: `required` must be there in every row; `optional` may be absent or null."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
 
 
 def read_sources(sources: Sequence[DataSource], columns: Columns, revisions: dict[str, str] | None = None) -> list[Row]:
@@ -49,8 +42,8 @@ def read_source(source: DataSource, columns: Columns, revisions: dict[str, str])
         return _read_dataset(source, columns, revisions)
     else:
         raise _missing_path(source)
-    _check_columns(source, list(rows[0]) if rows else [], columns, empty=not rows)
-    return _keep_columns(source, rows, columns)
+    check_columns(source, list(rows[0]) if rows else [], columns, empty=not rows)
+    return keep_columns(source, rows, columns)
 
 
 def _local_path(source: DataSource) -> Path:
@@ -134,11 +127,11 @@ def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str
         asked = source.path if source.revision is None else f"{source.path}@{source.revision}"
         revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
-    _check_columns(source, there, columns, empty=len(dataset) == 0)
+    check_columns(source, there, columns, empty=len(dataset) == 0)
     kept = [name for name in (*columns.required, *columns.optional) if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
-    return _keep_columns(source, rows, columns)
+    return keep_columns(source, rows, columns)
 
 
 def _open_dataset(source: DataSource) -> Dataset:
@@ -147,7 +140,8 @@ def _open_dataset(source: DataSource) -> Dataset:
     folder = _local_path(source)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _open_saved(source, datasets.load_from_disk(folder))
-    return datasets.load_dataset(str(folder), source.name, split=source.split, revision=source.revision)
+    cache = {"cache_dir": str(folder_cache(folder))} if folder.is_dir() else {}
+    return datasets.load_dataset(str(folder), source.name, split=source.split, revision=source.revision, **cache)
 
 
 def _commits(dataset: Dataset) -> list[str]:
@@ -204,39 +198,3 @@ def _unreadable_dataset(source: DataSource, error: Exception) -> DataError:
             ("check that `datasets.load_dataset` opens it (--debug shows the whole cause)"),
         )
     return DataError(what, where=source.path, fix=fix)
-
-
-# --- columns ----------------------------------------------------------------------------------------------------
-
-
-def _check_columns(source: DataSource, there: list[str], columns: Columns, *, empty: bool) -> None:
-    if empty:
-        raise DataError(
-            "the data set has no rows", where=f"{source.path}, split {source.split}", fix="check the file and the split"
-        )
-    for column in columns.required:
-        if column not in there:
-            close = nearest(column, there)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise DataError(
-                f"no column {column!r}; the columns are: {', '.join(there)}",
-                where=source.path,
-                fix=f"{hint}choose another `data.format`, or templates `data.prompt` and `data.completion`",
-            )
-
-
-def _keep_columns(source: DataSource, rows: Sequence[Row], columns: Columns) -> list[Row]:
-    kept = []
-    for number, row in enumerate(rows, start=1):
-        for column in columns.required:
-            if row.get(column) is None:
-                raise DataError(
-                    f"row {number} has no value (null) in column {column!r}",
-                    where=f"{source.path}, split {source.split}, row {number}",
-                    fix="fill in or remove such rows",
-                )
-        new = {column: row[column] for column in columns.required}
-        for column in columns.optional:
-            new[column] = "" if row.get(column) is None else row[column]
-        kept.append(new)
-    return kept

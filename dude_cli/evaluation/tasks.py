@@ -8,8 +8,6 @@ same way when their data are local.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dude_cli.cache_dir import cache_dir
+from dude_cli.cache_dir import folder_cache
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, nearest
 from dude_cli.evaluation.protocols import TASKS_DIR as PROTOCOLS_DIR
@@ -194,16 +192,8 @@ def _write_protocol_files(folder: Path, data_dir: Path) -> dict[str, str]:
 
 
 def _local_data(folder: Path) -> dict[str, Any]:
-    """The keys of a task file that has it read `folder`, and nothing that was read before from another one.
-
-    datasets takes two folders of one name and layout for the same data set, and would answer from its cache. So
-    each content has a cache of its own, by the names, sizes and times of its files.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(json.dumps([str(folder.absolute()), facts]).encode()).hexdigest()
-    cache = cache_dir("datasets") / key[:32]
-    return {"dataset_path": str(folder.absolute()), "dataset_kwargs": {"cache_dir": str(cache)}}
+    """The keys of a task file that has it read `folder`, and nothing that was read before from another one."""
+    return {"dataset_path": str(folder.absolute()), "dataset_kwargs": {"cache_dir": str(folder_cache(folder))}}
 
 
 def _index(names: list[str], official: Path, include_paths: tuple[Path, ...]) -> Any:

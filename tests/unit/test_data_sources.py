@@ -7,7 +7,8 @@ import pytest
 
 from dude_cli import quickstart
 from dude_cli.config import DataSource
-from dude_cli.data.rows import Columns, read_source, read_sources
+from dude_cli.data.columns import Columns
+from dude_cli.data.rows import read_source, read_sources
 from dude_cli.errors import DataError
 
 ROWS = [{"question": f"What is {i}?", "answer": str(i), "extra": i} for i in range(20)]
@@ -102,6 +103,20 @@ def test_real_data_folder_opens_by_its_configuration(test_data):
     assert "main" in error.what
 
 
+def test_a_folder_is_read_as_it_is_now(tmp_path):
+    """Of a folder whose README has configurations, `datasets` knows the name and not what is in it."""
+    card = "---\nconfigs:\n- config_name: main\n  data_files: [{split: train, path: train.jsonl}]\n---\n"
+    for parent in ("one", "two"):
+        folder = tmp_path / parent / "data"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(card)
+        write(folder / "train.jsonl", ROWS[:2] if parent == "one" else ROWS[2:4])
+    assert read(tmp_path / "one/data", name="main") == KEPT[:2]
+    assert read(tmp_path / "two/data", name="main") == KEPT[2:4]
+    write(tmp_path / "one/data/train.jsonl", ROWS[4:7])
+    assert read(tmp_path / "one/data", name="main") == KEPT[4:7]
+
+
 def test_the_packages_own_problems_slice_like_any_split(monkeypatch):
     monkeypatch.setattr(
         quickstart, "rows", lambda split: [{"prompt": f"{split} {i}", "completion": "x"} for i in range(10)]
@@ -184,9 +199,43 @@ def test_null_in_a_needed_column_names_the_row(tmp_path):
     error = error_of(path)
     assert "row 3" in error.what
     assert "'answer'" in error.what
+    missing = write(tmp_path / "missing.jsonl", [{"question": "a", "answer": float("nan")}])
+    assert "has no value (NaN)" in error_of(missing).what
+    assert read(missing, Columns(("question",), ("answer",))) == [{"question": "a", "answer": ""}]
     short = tmp_path / "rows.csv"
     short.write_text("question,answer\na,b\nc\n")
     assert "row 2" in error_of(short).what
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ([{"role": "user", "content": "hi"}], "is a list, not text"),
+        ({"text": ["a"]}, "is an object, not text"),
+        ("a cut emoji \ud83d", "half of a surrogate pair at character 13"),
+    ],
+)
+@pytest.mark.parametrize("columns", [COLUMNS, Columns(("question",), ("answer",))], ids=["needed", "optional"])
+def test_what_is_no_text_names_the_row(tmp_path, value, what, columns):
+    error = error_of(write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": value}]), columns)
+    assert what in error.what
+    assert "'answer'" in error.what
+    assert "row 3" in error.where
+
+
+def test_conversations_are_told_their_format(tmp_path):
+    rows = [{"question": "a", "answer": [{"role": "user", "content": "hi"}]}]
+    assert "data.format: chat" in error_of(write(tmp_path / "rows.jsonl", rows)).fix
+
+
+def test_conversations_may_be_lists_and_have_whole_characters(tmp_path):
+    columns = Columns(("messages",), are_texts=False)
+    whole = [{"messages": [{"role": "user", "content": "\ud83d\ude00"}]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(whole[0]))
+    assert read(path, columns) == [{"messages": [{"role": "user", "content": "\N{GRINNING FACE}"}]}]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "\ud83d"}]}))
+    assert "half of a surrogate pair" in error_of(path, columns).what
 
 
 def test_no_rows_is_an_error(tmp_path):

@@ -1,0 +1,84 @@
+"""The columns that a format reads, and what may stand in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dude_cli.config import DataSource
+from dude_cli.data.row_files import Row
+from dude_cli.errors import DataError, nearest
+
+
+@dataclass(frozen=True)
+class Columns:
+    """`required` must be there in every row; `optional` may be absent or null. `are_texts`, or lists of messages."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    are_texts: bool = True
+
+
+def check_columns(source: DataSource, there: list[str], columns: Columns, *, empty: bool) -> None:
+    """Raise DataError if there are no rows, or not the required columns."""
+    if empty:
+        raise DataError(
+            "the data set has no rows", where=f"{source.path}, split {source.split}", fix="check the file and the split"
+        )
+    for column in columns.required:
+        if column not in there:
+            close = nearest(column, there)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise DataError(
+                f"no column {column!r}; the columns are: {', '.join(there)}",
+                where=source.path,
+                fix=f"{hint}choose another `data.format`, or templates `data.prompt` and `data.completion`",
+            )
+
+
+def keep_columns(source: DataSource, rows: Sequence[Row], columns: Columns) -> list[Row]:
+    """Return the rows with just `columns`, an empty text where an optional one has no value.
+
+    Raises DataError, naming the row, for a value that cannot be learned as it stands.
+    """
+    return [_kept(source, row, number, columns) for number, row in enumerate(rows, start=1)]
+
+
+def _kept(source: DataSource, row: Row, number: int, columns: Columns) -> Row:
+    new = {column: row.get(column) for column in columns.required}
+    new |= {column: "" if _is_missing(row.get(column)) else row[column] for column in columns.optional}
+    for column, value in new.items():
+        problem = _problem(value, are_texts=columns.are_texts)
+        if problem is not None:
+            what, fix = problem
+            where = f"{source.path}, split {source.split}, row {number}"
+            raise DataError(f"row {number}: column {column!r} {what}", where=where, fix=fix)
+    return new
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _problem(value: Any, *, are_texts: bool) -> tuple[str, str] | None:
+    """What is wrong with a value, and what to do; None if nothing is."""
+    if _is_missing(value):
+        return f"has no value ({'null' if value is None else 'NaN'})", "fill in or remove such rows"
+    if are_texts and isinstance(value, (list, dict, bytes)):  # their text would be Python's notation
+        kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(value)]
+        is_chat = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
+        one_list = "set data.format: chat, with the whole conversation in a column `messages`"
+        return f"is {kind}, not text", one_list if is_chat else "write the text to learn into a column of its own"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f" at character {error.start + 1}" if text is value else ""
+        return (
+            f"has half of a surrogate pair{where}",
+            "remove it, or write the file again: a text was cut in a character",
+        )
+    return None
