@@ -2,6 +2,7 @@
 
 import atexit
 import faulthandler
+import io
 import os
 import sys
 import threading
@@ -17,6 +18,8 @@ def main() -> None:
     """Run the command of `sys.argv`; raises SystemExit with its exit code."""
     if sys.stderr is not None:  # closed by who started us
         faulthandler.enable()  # what a library's crash was in the middle of
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a result is not lost for a sign that the terminal does not have
     leave_on_signals()
     collect_rarely()
     follow_launcher()

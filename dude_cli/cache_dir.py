@@ -1,11 +1,15 @@
-"""Where results that a later run can use again are kept, outside the run folders."""
+"""Where results that a later run can use again are kept, outside the run folders, and how many of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+
+# Of one kind of result. Llama-2-7B's 224 decompositions of rank 128 take 1.3 GB, a million rows of 200 tokens 1 GB.
+LIMIT_BYTES = 10 * 2**30
 
 
 def cache_dir(kind: str) -> Path:
@@ -29,3 +33,17 @@ def folder_cache(folder: Path) -> Path:
     facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps([str(folder.absolute()), facts]).encode()).hexdigest()
     return cache_dir("datasets") / key[:32]
+
+
+def prune(folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Delete the files of `folder` that were used least recently until `limit_bytes` are enough; the newest stays."""
+    used = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process prunes too
+            used.append((path.stat().st_mtime_ns, path, path.stat().st_size))
+    excess = sum(size for _, _, size in used) - limit_bytes
+    for _, path, size in sorted(used)[:-1]:
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= size

@@ -69,6 +69,7 @@ def converse(conversation: Conversation, output: Output) -> None:
             output.say("a new conversation")
         elif line:
             try:
+                _check_text(line, "--interactive")
                 _ask(conversation, line, output)
             except UsageError as error:
                 output.err.print(f"error: {error}", highlight=False, soft_wrap=True)
@@ -79,11 +80,15 @@ def read_prompt(text: str, *, raw: bool) -> str:
     if text == "-":
         text = sys.stdin.read()
         text = text if raw else text.removesuffix("\n")
+    _check_text(text, "--prompt")
+    return text
+
+
+def _check_text(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError("the prompt is not UTF-8 text", where="--prompt", fix="convert it to UTF-8") from error
-    return text
+        raise UsageError("the prompt is not UTF-8 text", where=where, fix="convert it to UTF-8") from error
 
 
 def _ask(conversation: Conversation, text: str, output: Output) -> dict[str, Answer]:

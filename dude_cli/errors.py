@@ -18,6 +18,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DudeError(Exception):
@@ -112,6 +114,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, torch's GPU allocator or its CPU allocator had no memory left."""
     is_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error)
     return is_torch or isinstance(error, MemoryError)
+
+
+@contextmanager
+def memory_errors(what: str, *, where: str, fix: str) -> Iterator[None]:
+    """Within, running out of memory, a device's or the machine's, is a ResourceError with this text."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(what, where=where, fix=fix) from error
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dude_cli.data import Message, Prompt, PromptForm
-from dude_cli.errors import DivergedError, ResourceError, UsageError
+from dude_cli.errors import DivergedError, UsageError, memory_errors
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Generator:
 
         The `number` of a prompt and the seed give the random numbers. The completion is the text that follows the
         prompt, its first space included, special tokens left out. Raises UsageError for an empty prompt and one that
-        leaves no room in the model's context, DivergedError for logits that are NaN, ResourceError out of GPU memory.
+        leaves no room in the model's context, DivergedError for logits that are NaN, ResourceError out of memory.
         """
         import torch
 
@@ -86,7 +86,9 @@ class Generator:
         stream = _TextStream(self.tokenizer, prompt.ids, self.stop_ids, on_text)
         ids = torch.tensor([prompt.ids], device=self.model.device)
         seed_everything(self.sampling.seed, number)
-        with _memory_errors(), constant_adapters(self.model), self._own_settings():
+        fix = "lower it, shorten the prompt, or use --dtype bfloat16"
+        no_memory = memory_errors("out of memory", where="--max-new-tokens", fix=fix)
+        with no_memory, constant_adapters(self.model), self._own_settings():
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -175,15 +177,3 @@ def _refuse_nan(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             "the model's logits are not numbers", where="--dtype", fix="try --dtype float32, or bfloat16 on a GPU"
         )
     return scores
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            "out of GPU memory", where="--max-new-tokens", fix="lower it, shorten the prompt, or use --dtype bfloat16"
-        ) from error

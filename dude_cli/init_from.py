@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dude_cli.config import AdapterConfig, Config, SvdConfig, load_config
+from dude_cli.config import ADAPTER_FIXED, AdapterConfig, Config, SvdConfig, load_config
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.run_dir import INITIAL, has_steps, initial_key
 from dude_cli.target import find_target
-
-# What the tensors of an adapter were made with; all else may change when a training continues from it.
-FIXED = ("method", "rank", "alpha", "rank_stabilized", "target_modules", "exclude_modules", "svd")
 
 
 def resolve_init_from(config: Config, *, overwrite: bool = False) -> Config:
@@ -30,7 +27,7 @@ def resolve_init_from(config: Config, *, overwrite: bool = False) -> Config:
     own = None if overwrite else _own_start(config)
     source = read_adapter_config(source_folder(config)).config if own is None else own
     _refuse_other_values(config.adapter, source)
-    taken = {key: getattr(source, key) for key in FIXED}
+    taken = {key: getattr(source, key) for key in ADAPTER_FIXED}
     return config.model_copy(update={"adapter": config.adapter.model_copy(update=taken)})
 
 
@@ -86,7 +83,7 @@ def _is_gone(config: Config) -> bool:
 def _refuse_other_values(stated: AdapterConfig, source: AdapterConfig) -> None:
     values = {
         key: (_comparable(getattr(stated, key), source.rank), _comparable(getattr(source, key), source.rank))
-        for key in FIXED
+        for key in ADAPTER_FIXED
         if key in stated.model_fields_set
     }
     differing = {key: pair for key, pair in values.items() if pair[0] != pair[1]}

@@ -71,10 +71,15 @@ def load_shape(config: ModelConfig) -> tuple[PreTrainedModel, Quantization | Non
                 found,
                 dtype=getattr(torch, config.dtype),
                 # A flash kernel may be there only where the training will be; it holds what sdpa holds.
-                attn_implementation="eager" if config.attn_implementation == "eager" else "sdpa",
+                attn_implementation="sdpa" if is_flash(config) else config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
             )
     return model.eval(), config.quantization or _saved_quantization(saved, config)
+
+
+def is_flash(config: ModelConfig) -> bool:
+    """Whether the attention kernel is one of flash attention's."""
+    return "flash" in (config.attn_implementation or "")
 
 
 def load_tokenizer(config: ModelConfig, adapter_dir: Path | None = None) -> PreTrainedTokenizerBase:
@@ -238,7 +243,7 @@ def _explained(config: ModelConfig) -> Iterator[None]:
                 "train.distributed: fsdp needs room for one whole copy all the same",
             ) from error
         if any(word in str(error) for word in ("attn_implementation", "FlashAttention", "`kernels`")):
-            raise _attention_error(config.attn_implementation, str(error)) from error
+            raise _attention_error(config.attn_implementation or "null", str(error)) from error
         if isinstance(error, ImportError) and "bitsandbytes" in str(error):
             raise _needs_bitsandbytes(f"model.name_or_path: {name}, whose files are quantised") from error
         what, fix = _reason(error, name)

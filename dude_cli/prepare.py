@@ -19,7 +19,7 @@ from dude_cli.disk import check_disk_space
 from dude_cli.errors import DataError, UsageError
 from dude_cli.memory import PeakMemory
 from dude_cli.metrics import check_trackers
-from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
+from dude_cli.model import check_quantization, check_vocabulary, hub_commit, is_flash, load_model, load_tokenizer
 from dude_cli.ranks import on_main_rank
 from dude_cli.resume import checkpoint_to_continue
 from dude_cli.run_dir import begun_base_revision, check_writable, clear_run
@@ -312,4 +312,4 @@ def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
 
 def packs_flat(config: Config) -> bool:
     """Flash attention finds the borders of packed rows only in a batch of one sequence."""
-    return config.data.packing and "flash" in config.model.attn_implementation
+    return config.data.packing and is_flash(config.model)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dude_cli import files
 from dude_cli.checkpoint import CHECKPOINTS, checkpoints
-from dude_cli.config import Config, load_config
+from dude_cli.config import ADAPTER_FIXED, Config, load_config
 from dude_cli.errors import UsageError
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
 
@@ -27,10 +27,7 @@ FREE_SETTINGS = {
     "distributed_timeout_s",
 }
 # Settings that a checkpoint's tensors were made with.
-FIXED_SETTINGS = {
-    f"adapter.{key}"
-    for key in ("method", "rank", "alpha", "rank_stabilized", "target_modules", "exclude_modules", "svd", "init_from")
-}
+FIXED_SETTINGS = {f"adapter.{key}" for key in (*ADAPTER_FIXED, "init_from")}
 
 
 def check_run_dir(config: Config) -> None:

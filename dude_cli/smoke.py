@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
 from dude_cli.config import Config, DataConfig, ModelConfig, resolved
+from dude_cli.model import is_flash
 from dude_cli.template import parse_template
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def smoke_config(config: Config) -> Config:
     model |= {"name_or_path": str(folder / "model"), "revision": None, "trust_remote_code": False}
     if not torch.cuda.is_available():
         model["dtype"] = "float32"
-        if model["attn_implementation"].startswith("flash"):
-            model["attn_implementation"] = "sdpa"
+        if is_flash(config.model):
+            model["attn_implementation"] = None
     if importlib.util.find_spec("bitsandbytes") is None:
         model["quantization"] = None
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    from dude_cli.adapter import DecompositionCache
     from dude_cli.adapter.decompose import PrincipalFactors
 
 
@@ -98,19 +99,29 @@ class Start:
 
     def _decompose(self, accelerator: Accelerator) -> dict[str, PrincipalFactors]:
         """The layers' decompositions, on the main rank; none if the start needs none."""
-        from dude_cli.adapter import DecompositionCache
+        from dude_cli.adapter.decompose import decompose_layer
 
         adapter = self.config.adapter
         if adapter.init_from is not None or not adapter.has_svd_init:
             return {}
-        cache = DecompositionCache(cache_dir("decompositions"), self.say)
+        cache = self._cache()
+        decompose = decompose_layer if cache is None else cache.decompose
         with self.counter("decomposing layer") as on_layer:
-            found = decompose_on_all_ranks(self.model, adapter, accelerator, cache.decompose, on_layer)
-        if cache.hits:
+            found = decompose_on_all_ranks(self.model, adapter, accelerator, decompose, on_layer)
+        if cache is not None and cache.hits:
             self.say(f"{cache.hits} decompositions were in {cache.folder}")
-        if accelerator.is_local_main_process:
+        if cache is not None and accelerator.is_local_main_process:
             cache.prune()
         return found
+
+    def _cache(self) -> DecompositionCache | None:
+        from dude_cli.adapter import DecompositionCache
+
+        try:
+            return DecompositionCache(cache_dir("decompositions"), self.say)
+        except RuntimeError as error:  # no home folder
+            self.say(f"decompositions are not kept: {error}")
+            return None
 
     def _make(self, found: dict[str, PrincipalFactors]) -> None:
         from dude_cli.adapter import patch_model, save_adapter

@@ -19,16 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dude_cli import files
+from dude_cli import cache_dir, files
 from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer, is_exact
 from dude_cli.adapter.weight import content_sha256, stored_weight, weight_shape
 from dude_cli.config import AdapterConfig, SvdConfig
 
 # Raise it when the same weight and settings get other factors.
 ALGORITHM_VERSION = 1
-
-# What `prune` leaves: Llama-2-7B's 224 layers at rank 128 take 1.3 GB.
-LIMIT_BYTES = 10 * 2**30
 
 
 class DecompositionCache:
@@ -52,18 +49,12 @@ class DecompositionCache:
             self._write(path, found)
         return found.to(stored_weight(layer).device)
 
-    def prune(self, limit_bytes: int = LIMIT_BYTES) -> None:
-        """Delete the files that were used least recently until at most `limit_bytes` are left."""
+    def prune(self) -> None:
+        """Delete what was used least recently where there is too much."""
         try:
-            used = [(entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(self.folder)]
-            total = sum(size for _, size, _ in used)
-            for _, size, path in sorted(used):
-                if total <= limit_bytes:
-                    return
-                Path(path).unlink(missing_ok=True)
-                total -= size
+            cache_dir.prune(self.folder)
         except FileNotFoundError:
-            return  # nothing was written, or another process is deleting
+            return  # nothing was written
         except OSError as error:
             self._give_up(error)
 

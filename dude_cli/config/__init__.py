@@ -2,6 +2,7 @@
 
 from dude_cli.config.read import dump_config, find_file, load_config, load_sections, resolved
 from dude_cli.config.schema import (
+    ADAPTER_FIXED,
     DTYPES,
     HUB_NAME,
     QUANTIZATIONS,
@@ -22,6 +23,7 @@ from dude_cli.config.schema import (
 )
 
 __all__ = [
+    "ADAPTER_FIXED",
     "DTYPES",
     "HUB_NAME",
     "QUANTIZATIONS",

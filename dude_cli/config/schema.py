@@ -26,6 +26,8 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
 Distributed = Literal["ddp", "fsdp"]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a data set
+# What an adapter's tensors were made with; all else may change when a training continues from it.
+ADAPTER_FIXED = ("method", "rank", "alpha", "rank_stabilized", "target_modules", "exclude_modules", "svd")
 Contradiction = tuple[str, tuple[str, ...]]  # a message, and the dotted keys that it is about, from its section on
 
 
@@ -60,8 +62,12 @@ class ModelConfig(Section):
     dtype: DType = Field(
         "bfloat16", description="Dtype of the frozen base weights. Adapters are always trained in float32."
     )
-    attn_implementation: str = Field(
-        "sdpa", description="Attention kernel as transformers names it: sdpa, eager, flash_attention_2, ..."
+    attn_implementation: str | None = Field(
+        None,
+        description=(
+            "Attention kernel as transformers names it: sdpa, eager, flash_attention_2, ...; null: its own choice, "
+            "sdpa where the model can."
+        ),
     )
     quantization: Quantization | None = Field(
         None,
@@ -98,7 +104,10 @@ class AdapterConfig(Section):
     )
     rank: PositiveInt = Field(16, description="Rank r of the trained factors; at most a target layer's min(in, out).")
     alpha: float | None = Field(
-        None, gt=0, description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given."
+        None,
+        gt=0,
+        le=1_000_000,
+        description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given.",
     )
     target_modules: str | list[str] = Field(
         "all-linear",
@@ -119,7 +128,7 @@ class AdapterConfig(Section):
         min_length=1,
         description=(
             "Run or adapter folder to continue from, on the same base, with a new optimizer and schedule. It gives "
-            "what its tensors fix: method, rank, alpha, rank_stabilized, target_modules, exclude_modules, svd."
+            f"what its tensors fix: {', '.join(ADAPTER_FIXED)}."
         ),
     )
     svd: SvdConfig = Field(default_factory=SvdConfig, description="How the SVD start is computed.")
@@ -218,7 +227,9 @@ class TrainConfig(Section):
         "cosine", description="Shape of the rate after the warm-up; cosine and linear fall to 0."
     )
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps over which the rate rises from 0.")
-    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows; `max_steps` replaces it.")
+    num_train_epochs: float = Field(
+        1.0, gt=0, le=1_000_000, description="Passes over the rows; `max_steps` replaces it."
+    )
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps.")
     global_batch_size: PositiveInt = Field(32, description="Rows per optimizer step, over all ranks and micro-batches.")
     per_device_batch_size: PositiveInt | Literal["auto"] = Field(
@@ -248,8 +259,10 @@ class TrainConfig(Section):
             "block is gathered when it is needed."
         ),
     )
-    distributed_timeout_s: PositiveInt = Field(
+    distributed_timeout_s: int = Field(
         1800,
+        gt=0,
+        le=10**8,
         description=(
             "How long a rank waits for another one before it gives up. The longest wait is for what one rank does for "
             "all, such as encoding the rows."

@@ -14,7 +14,6 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import date
@@ -25,16 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from dude_cli.cache_dir import cache_dir
+from dude_cli.cache_dir import cache_dir, prune
 from dude_cli.config import DataConfig
 from dude_cli.data.row_files import first_line
 from dude_cli.data.table import TokenTable
-from dude_cli.files import disk_errors
+from dude_cli.files import disk_errors, new_file
 
 Say = Callable[[str], None]
-
-# The least recently used files go first; at 5 bytes a token this holds some 10 million rows of 200 tokens.
-LIMIT_BYTES = 10 * 2**30
 
 
 def encoded_once(key: str | None, encode: Callable[[], TokenTable], say: Say) -> TokenTable:
@@ -144,29 +140,6 @@ def _write(table: TokenTable, path: Path) -> None:
     """Keep a table, in a file that only its owner may read. Raises OSError."""
     from safetensors.numpy import save_file
 
-    # Not synced to the disk: a crash of the machine may damage the file, which a reader notices.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    try:
-        with disk_errors(path):
-            save_file(table.arrays(), partial, {"sha256": table.sha256()})
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    _prune(path)
-
-
-def _prune(newest: Path) -> None:
-    """Delete the files that were not used for the longest time, until `LIMIT_BYTES` are enough; `newest` stays."""
-    found = []
-    for path in newest.parent.iterdir():
-        with suppress(FileNotFoundError):  # another process prunes too
-            found.append((path.stat().st_mtime, path, path.stat().st_size))
-    excess = sum(size for _, _, size in found) - LIMIT_BYTES
-    for _, path, size in sorted(found):
-        if excess <= 0:
-            return
-        if path != newest:
-            path.unlink(missing_ok=True)
-            excess -= size
+    with new_file(path) as partial, disk_errors(path):
+        save_file(table.arrays(), partial, {"sha256": table.sha256()})
+    prune(path.parent)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
-from dude_cli.errors import ResourceError, UsageError
+from dude_cli.errors import UsageError, memory_errors
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
 from dude_cli.evaluation.saved import task_results
@@ -91,7 +90,7 @@ def evaluate(
 
     The model's modes, the tokenizer and the environment are left as they were; Python's, numpy's and torch's global
     random generators are seeded as lm-eval does. `log` receives one line for each stage, `on_progress` the requests
-    done and their number. Raises UsageError for what the user can put right and ResourceError out of GPU memory.
+    done and their number. Raises UsageError for what the user can put right and ResourceError out of memory.
     """
     from dude_cli.adapter import adapter_layers
 
@@ -157,7 +156,9 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
     _seed()
     for task in found.tasks.values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    with _memory_errors(lm.batch_size):
+    no_memory = f"out of memory with a batch of {lm.batch_size} prompts"
+    fix = f"lower it, such as --batch-size {max(1, lm.batch_size // 2)}"
+    with memory_errors(no_memory, where="--batch-size", fix=fix):
         results: dict[str, Any] = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": found.tasks, "groups": found.groups},
@@ -270,17 +271,3 @@ def _seed() -> None:
     random.seed(RANDOM_SEED)
     numpy.random.seed(NUMPY_SEED)
     torch.manual_seed(TORCH_SEED)
-
-
-@contextlib.contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"out of GPU memory with a batch of {batch_size} prompts",
-            where="--batch-size",
-            fix=f"lower it, such as --batch-size {max(1, batch_size // 2)}",
-        ) from error

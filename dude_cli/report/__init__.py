@@ -9,28 +9,20 @@ from typing import Any
 from dude_cli.files import write_text
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
-from dude_cli.report.content import Column, Section, Table, text_column
 from dude_cli.report.page import html_page, markdown
 
-__all__ = ["Column", "Section", "Table", "text_column", "write_report", "write_report_if_possible"]
+__all__ = ["write_report", "write_report_if_possible"]
 
 
-def write_report(
-    folders: Sequence[Path],
-    html: Path,
-    *,
-    title: str | None = None,
-    lead: Sequence[Section] = (),
-    losses: Sequence[float] = (),
-) -> dict[str, Any]:
+def write_report(folders: Sequence[Path], html: Path, *, losses: Sequence[float] = ()) -> dict[str, Any]:
     """Write the report of some run folders to `html`, and as Markdown beside it, under the same name with `.md`.
 
-    `lead` are sections of the caller's own, put first; `losses`, in nats per token, are those that the convergence
-    table looks up. Returns every table with its raw numbers, and the paths that were written. The same run folders give
-    the same bytes. Raises UsageError for a folder that is no run.
+    `losses`, in nats per token, are those that the convergence table looks up. Returns every table with its raw
+    numbers, and the paths that were written. The same run folders give the same bytes. Raises UsageError for a folder
+    that is no run.
     """
     runs = [read_run(folder) for folder in folders]
-    report = build_report(runs, title=title or _title(folders), lead=lead, losses=losses)
+    report = build_report(runs, title=_title(folders), losses=losses)
     markdown_path = html.with_suffix(".md")
     write_text(markdown_path, markdown(report))
     write_text(html, html_page(report))

@@ -14,15 +14,12 @@ SHOWN_CHANGES = 5
 _SHOWN_CHARACTERS = 300
 
 
-def build_report(
-    runs: Sequence[Run], *, title: str, lead: Sequence[Section] = (), losses: Sequence[float] = ()
-) -> Report:
-    """Every section that the runs have something for; `lead` comes first, `losses` are looked up in the curves."""
+def build_report(runs: Sequence[Run], *, title: str, losses: Sequence[float] = ()) -> Report:
+    """Every section that the runs have something for; `losses` are looked up in the curves."""
     settings = group_runs(runs)
     by_evaluation = numbers.uses_evaluations(runs)
     levels = list(losses) or numbers.common_losses(runs, by_evaluation)
     sections = [
-        *lead,
         _of("results", "Results", setup_tables.headline_table(settings)),
         _scores(settings),
         *_sweeps(settings),

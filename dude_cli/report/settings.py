@@ -36,10 +36,6 @@ class Setting:
     def method(self) -> str:
         return str(self.runs[0].config.adapter.method)
 
-    @property
-    def learning_rate(self) -> float:
-        return self.runs[0].config.train.learning_rate
-
     def summary(self, value: Callable[[Run], float | None]) -> Summary | None:
         """Mean and standard deviation over the runs that have the value."""
         values = [value(run) for run in self.runs]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dude_cli.config import Config, EvalTask, load_config
+from dude_cli.data.order import steps_per_epoch
 from dude_cli.errors import ConfigError
 from dude_cli.reproduce.recipe import Block, Number, Recipe
+from dude_cli.schedule import total_steps
 from dude_cli.smoke import EVAL_LIMIT
 
 
@@ -212,8 +213,6 @@ def estimate_hours(recipe: Recipe, config: Config) -> Hours:
 
 def number_of_steps(recipe: Recipe, config: Config) -> int | None:
     """Optimizer steps, from the config and the budget's number of rows alone; None if that is not enough."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    if recipe.budget.rows is None:
+    if config.train.max_steps is None and recipe.budget.rows is None:
         return None
-    return math.ceil(recipe.budget.rows * config.train.num_train_epochs / config.train.global_batch_size)
+    return total_steps(config.train, steps_per_epoch(recipe.budget.rows or 0, config.train.global_batch_size))

@@ -38,14 +38,7 @@ class Result:
     @property
     def finished(self) -> list[Path]:
         """The folders of the runs that are there, those of the search too, each once."""
-        runs = [
-            run
-            for setting in self.plan.settings
-            for some in (setting.search, *setting.final.values())
-            for run in some
-            if run.is_finished
-        ]
-        return list(dict.fromkeys(run.folder for run in runs))
+        return [run.folder for setting in self.plan.settings for run in _all_runs(setting) if run.is_finished]
 
     def document(self) -> dict[str, Any]:
         """The result for machines."""

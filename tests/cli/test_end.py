@@ -13,10 +13,10 @@ from command import environment
 ROOT = Path(__file__).parents[2]
 
 
-def run_with(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_with(before: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command in a process that has first done `before`."""
     code = f"{before}\nfrom dude_cli.__main__ import run\nsys.argv = {['dude', *arguments]!r}\nrun()\n"
-    env = environment(PYTHONPATH=str(ROOT))
+    env = environment(PYTHONPATH=str(ROOT), **variables)
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
 
 
@@ -45,6 +45,13 @@ def test_an_output_that_was_closed_from_the_start_is_no_error(closed):
     command = [sys.executable, "-m", "dude_cli", "ls"]
     done = subprocess.run(command, env=environment(), capture_output=True, preexec_fn=lambda: os.close(closed))
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_without_a_sign_shows_another_one():
+    says = "import sys\nfrom dude_cli import commands\n"
+    says += "commands.list_shipped = lambda output: output.result('1.5 \\xb1 0.2', {})"
+    done = run_with(says, "ls", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "1.5 ? 0.2\n"), done.stderr
 
 
 def test_a_crash_of_a_library_says_where_it_was():

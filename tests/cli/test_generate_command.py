@@ -137,7 +137,7 @@ def test_a_chat_stops_at_the_end_of_turn_that_it_has_learned(chat_run, capsys):
 
 
 def test_a_conversation_from_a_pipe(chat_run, capsys, monkeypatch):
-    lines = ["Ann has 3 apples", "", "/reset", "Ann has 4 apples", "long " * 300, "/quit", "not answered"]
+    lines = ["Ann has 3 apples", "", "/reset", "Ann has 4 apples", "long " * 300, "\udcff", "/quit", "not answered"]
     for ending in (lines, lines[:-2]):  # with /quit, and at the end of the input
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(ending)))
         generate(chat_run, interactive=True)
@@ -145,6 +145,7 @@ def test_a_conversation_from_a_pipe(chat_run, capsys, monkeypatch):
         assert shown.out == " 12\n 12\n"
         assert shown.err.count("a new conversation") == 1
         assert shown.err.count("fit: the model's context of 512") == 1
+        assert shown.err.count("the prompt is not UTF-8 text") == 1
 
 
 def test_a_conversation_at_a_terminal_ends_by_a_signal_with_one_line(chat_run):

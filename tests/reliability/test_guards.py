@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import dude_here
 from forked import Ranks
 from quickstart_config import quickstart_config
 from safetensors.torch import load_file
@@ -265,3 +266,15 @@ def test_files_and_folders_are_synced_before_the_rename(tmp_path, monkeypatch):
         assert path in synced[:last], path
     assert tmp_path / "run/checkpoints" in synced[last:]
     assert tmp_path / "run" in synced  # the folder of checkpoints is new
+
+
+def test_without_a_home_folder_nothing_is_kept_and_the_run_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("DUDE_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+    done = dude_here("init", quickstart_config(tmp_path))
+
+    assert done.returncode == 0, done.stderr
+    assert "encoded rows are not kept: " in done.stderr
+    assert "decompositions are not kept: " in done.stderr

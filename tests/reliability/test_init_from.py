@@ -12,10 +12,11 @@ from training import StopAfter, init_here, train_here
 
 from dude_cli import commands, prepare, start
 from dude_cli.adapter import AdapterConfig, patch_model, read_adapter_config
+from dude_cli.config import ADAPTER_FIXED as FIXED
 from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import AdapterError, StoppedError, UsageError
-from dude_cli.init_from import FIXED, resolve_init_from
+from dude_cli.init_from import resolve_init_from
 from dude_cli.metrics import read_metrics
 from dude_cli.smoke import smoke_config
 

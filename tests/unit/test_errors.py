@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dude_cli.errors import explained
+from dude_cli.errors import ResourceError, explained, memory_errors
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,12 @@ def test_a_full_disk_is_a_lack_of_resources_with_or_without_a_path(number):
 def test_an_error_without_a_path_stays_unexplained():
     assert explained(OSError(errno.EIO, "Input/output error")) is None
     assert explained(KeyError("x")) is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_says_what_to_do(error):
+    with pytest.raises(ResourceError) as caught, memory_errors("out of memory", where="x", fix="half of it"):
+        raise error
+    assert caught.value.fix == "half of it"
+    with pytest.raises(KeyError), memory_errors("out of memory", where="x", fix="half of it"):
+        raise KeyError("other")

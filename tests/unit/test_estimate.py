@@ -101,7 +101,7 @@ def test_grouped_queries_caps_and_checkpointing_of_deep_models(tmp_path):
     """Logits that a model changes exist whole, and the forecast knows it."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
     shape_of(tmp_path, model_type="gemma2", num_key_value_heads=2, head_dim=8, **sizes)
-    config = run_config(tmp_path, model={"attn_implementation": "eager"})
+    config = run_config(tmp_path)
     batch = Batch(4, 32, 1)
     capped = estimate_memory(config, batch)
     assert capped.training["loss"] >= 4 * 32 * VOCABULARY * 4

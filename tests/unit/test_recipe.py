@@ -145,6 +145,8 @@ def test_steps_follow_from_rows_and_epochs(tmp_path: Path) -> None:
     recipe, file = load_recipe(Path("recipes/pissa-table5.yaml"))
     config = make_plan(recipe, file, tmp_path).settings[0].final[2e-5][0].config
     assert number_of_steps(recipe, config) == 782  # 100,000 / 128
+    config = config.model_copy(update={"train": config.train.model_copy(update={"num_train_epochs": 3.0})})
+    assert number_of_steps(recipe, config) == 3 * 782  # as the trainer does: the last batch of an epoch is a step
 
 
 @pytest.mark.parametrize("name", RECIPES)

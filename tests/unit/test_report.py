@@ -18,7 +18,7 @@ from command import dude_here, environment
 from report_runs import write_run
 
 from dude_cli.errors import UsageError
-from dude_cli.report import Section, Table, text_column, write_report
+from dude_cli.report import write_report
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
 from dude_cli.report.content import Style
@@ -198,11 +198,10 @@ def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<b>run", right=RIGHT["dude", 1], base_right=BASE)
     for samples in (run / "eval").glob("samples*"):
         samples.write_text(samples.read_text().replace("1 + 1?", "<script>alert(1)</script> | # x"))
-    write_report([run], tmp_path / "r.html", title="<i>")
+    write_report([run], tmp_path / "r.html")
     page, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert "<i>" not in page
     assert "<b>run" not in page
     assert "\\<script>" in markdown
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
@@ -210,8 +209,8 @@ def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_bytes_in_any_order(runs: list[Path], tmp_path: Path) -> None:
-    write_report(runs[1:3], tmp_path / "a.html", title="t")
-    write_report(runs[2:0:-1], tmp_path / "b.html", title="t")
+    write_report(runs[1:3], tmp_path / "a.html")
+    write_report(runs[2:0:-1], tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert (tmp_path / "a.md").read_bytes() == (tmp_path / "b.md").read_bytes()
 
@@ -234,14 +233,6 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
         (run / name).unlink()
     document = write_report([run], tmp_path / "r.html")
     assert rows(document, "runs")[0]["steps"] == 0
-
-
-def test_sections_of_the_caller_come_first(runs: list[Path], tmp_path: Path) -> None:
-    verdicts = Table("verdicts", "Verdicts", [text_column("row", "row")], [{"row": "differs"}])
-    document = write_report(runs[:1], tmp_path / "r.html", lead=[Section("verdicts", "Verdicts", tables=[verdicts])])
-    page = (tmp_path / "r.html").read_text()
-    assert page.index('id="verdicts"') < page.index('id="results"')
-    assert rows(document, "verdicts") == [{"row": "differs"}]
 
 
 def test_spikes_and_running_means() -> None:

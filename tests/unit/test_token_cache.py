@@ -6,6 +6,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dude_cli.cache_dir import cache_dir
+from dude_cli.cache_dir import cache_dir, prune
 from dude_cli.config import DataConfig, DataSource
 from dude_cli.data import PreparedData, prepare_data, token_cache
 from dude_cli.data.encode import Encoded, TextEncoder
@@ -217,11 +218,11 @@ def test_the_least_recently_used_files_go_when_there_are_too_many(folder, monkey
         encoded_once(name, lambda: table, print)
         os.utime(folder / f"{name}.safetensors", (number, number))
     size = files(folder)[0].stat().st_size
-    monkeypatch.setattr(token_cache, "LIMIT_BYTES", 3 * size)
+    monkeypatch.setattr(token_cache, "prune", partial(prune, limit_bytes=3 * size))
     encoded_once("a", pytest.fail, print)
     encoded_once("d", lambda: table, print)
     assert [file.stem for file in files(folder)] == ["a", "c", "d"]
-    monkeypatch.setattr(token_cache, "LIMIT_BYTES", size // 2)
+    monkeypatch.setattr(token_cache, "prune", partial(prune, limit_bytes=size // 2))
     encoded_once("e", lambda: table, print)
     assert [file.stem for file in files(folder)] == ["e"]
 
