@@ -140,17 +140,27 @@ class ChatEncoder:
         return text
 
     def _ends(self, ids: list[int], start: int, stop: int) -> bool:
-        """Whether a turn holds an end-of-turn token; white space may follow it."""
-        return any(token in self.special_ids for token in ids[max(start, stop - 2) : stop])
+        """Whether a turn has an end-of-turn token last; white space may follow it."""
+        return start < stop and ids[self._without_space(ids, start, stop) - 1] in self.special_ids
 
     def _with_end_of_turn(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
         """Stretch or shrink a turn so that its end-of-turn token is its last one."""
         if self._ends(ids, start, stop):
-            while ids[stop - 1] not in self.special_ids:
-                stop -= 1
+            stop = self._without_space(ids, start, stop)
         elif stop < len(ids) and ids[stop] in self.special_ids:
             stop += 1
         return start, stop
+
+    def _without_space(self, ids: list[int], start: int, stop: int) -> int:
+        """Where a turn stops without the white space at its end, which may be any number of tokens.
+
+        Llama's tokenizer makes three of "</s>" and a line break: it puts a space in front of what follows "</s>".
+        """
+        while start < stop - 1 and ids[stop - 1] not in self.special_ids:
+            if self.tokenizer.decode(ids[stop - 1 : stop]).strip():
+                break
+            stop -= 1
+        return stop
 
 
 def _refused(error: Exception, where: str) -> DataError:

@@ -91,6 +91,24 @@ def test_end_of_turn_text_inside_an_answer_is_not_learned_as_an_end(chat_tokeniz
     assert tokenizer.decode(row.ids[ends[0] - 1]) == "b"
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")], ids=["no marks", "marks"])
+@pytest.mark.parametrize("space", ["", "\n", "\n\n", " \n"])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_the_end_of_a_turn_is_learned_whatever_white_space_follows(turns, space, marks, sentencepiece_chat_tokenizer):
+    """With Llama's tokenizer "</s>" and a line break are three tokens, the second of them a space."""
+    answer = marks[0] + "{{ m.content }}</s>" + space + marks[1]
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n"
+        "{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer = sentencepiece_chat_tokenizer(template)
+    question = {"role": "user", "content": "hello"}
+    row = encode(tokenizer, [question, {"role": "assistant", "content": "so it is"}] * turns)
+    assert learned_turns(tokenizer, row) == ["so it is</s>"] * turns
+    assert row.ids.count(tokenizer.eos_token_id) == 2 * turns
+
+
 def test_template_without_an_end_of_turn_gets_one_eos(chat_tokenizer):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
