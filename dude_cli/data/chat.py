@@ -107,8 +107,10 @@ class ChatEncoder:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # As `apply_chat_template` does: a column of messages has each field in all of them if one has it.
+        filled = [{key: value for key, value in message.items() if value is not None} for message in messages]
         texts, turns = render_jinja_template(
-            conversations=[messages],
+            conversations=[filled],
             chat_template=self.tokenizer.get_chat_template(),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,

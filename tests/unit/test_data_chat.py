@@ -118,6 +118,22 @@ def test_template_without_an_end_of_turn_gets_one_eos(chat_tokenizer):
     assert row.ids.count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")], ids=["no marks", "marks"])
+def test_a_field_without_a_value_is_no_field(marks, chat_tokenizer):
+    """A column of messages, as in a parquet file, has each field in all of them if one has it."""
+    template = (
+        "{% for m in messages %}{{ m.role }}{% if m.name is defined %} ({{ m.name }}){% endif %}: "
+        "{% if m.role == 'assistant' %}" + marks[0] + "{{ m.content }}<|im_end|>" + marks[1] + "\n"
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = chat_tokenizer(template)
+    conversation = [{"role": "user", "content": "hello", "name": "Ann"}, {"role": "assistant", "content": "46"}]
+    filled = [{"name": None, "tool_calls": None, **message} for message in conversation]
+    assert encode(tokenizer, filled) == encode(tokenizer, conversation)
+    assert "None" not in tokenizer.decode(encode(tokenizer, filled).ids)
+
+
 def test_bos_of_the_template_stays_when_the_start_is_cut(chat_tokenizer):
     tokenizer = chat_tokenizer("<s>" + CHATML, bos_token="<s>")
     row = encode(tokenizer, CONVERSATION[:3])
