@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
+from dude_cli.data.told_time import told_at
 from dude_cli.errors import DataError
 
 Message = dict[str, Any]
@@ -20,10 +22,10 @@ class ChatEncoder:
     A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
     The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
     message by message. Where a template ends the last turn with no special token, one EOS is added, or the model
-    would never learn to stop.
+    would never learn to stop. A template that asks for the date is told that of `moment`, by default of now.
     """
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextEncoder, moment: datetime | None = None) -> None:
         tokenizer = encoder.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
@@ -32,7 +34,8 @@ class ChatEncoder:
                 fix="use an instruction-tuned model's tokenizer, or `data.prompt` and `data.completion` instead",
             )
         self.encoder, self.tokenizer = encoder, tokenizer
-        self.marks_turns = bool(_GENERATION.search(tokenizer.get_chat_template()))
+        self.template = told_at(tokenizer.get_chat_template(), moment or datetime.now())
+        self.marks_turns = bool(_GENERATION.search(self.template))
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)
 
@@ -111,7 +114,7 @@ class ChatEncoder:
         filled = [{key: value for key, value in message.items() if value is not None} for message in messages]
         texts, turns = render_jinja_template(
             conversations=[filled],
-            chat_template=self.tokenizer.get_chat_template(),
+            chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
@@ -137,7 +140,10 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text
 

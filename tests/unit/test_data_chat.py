@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,6 +134,24 @@ def test_a_field_without_a_value_is_no_field(marks, chat_tokenizer):
     filled = [{"name": None, "tool_calls": None, **message} for message in conversation]
     assert encode(tokenizer, filled) == encode(tokenizer, conversation)
     assert "None" not in tokenizer.decode(encode(tokenizer, filled).ids)
+
+
+# How the templates of Llama 3.2 and of gpt-oss ask for the date.
+DATED = """{%- if strftime_now is defined %}{%- set today = strftime_now("%d %b %Y") %}{%- else %}never{%- endif %}
+{{- today + ", " + strftime_now( '%Y-%m-%d' ) }}
+"""
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_tokenizer, template):
+    tokenizer = chat_tokenizer(DATED + template)
+    encoder = ChatEncoder(TextEncoder(tokenizer), datetime(2026, 3, 1))
+    row = encoder.encode(CONVERSATION, where="row 1", learn_all=False)
+    assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
+    assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
+    assert "strftime_now" not in encoder.template
+    now = datetime.now()
+    assert tokenizer.decode(encode(tokenizer).ids).startswith((f"{now:%d %b %Y}", f"{datetime.now():%d %b %Y}"))
 
 
 def test_bos_of_the_template_stays_when_the_start_is_cut(chat_tokenizer):
