@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from dude_cli.metrics import check_trackers
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, is_flash, load_model, load_tokenizer
 from dude_cli.ranks import on_main_rank
 from dude_cli.resume import checkpoint_to_continue
-from dude_cli.run_dir import begun_base_revision, check_writable, clear_run
+from dude_cli.run_dir import begun_at, begun_base_revision, check_writable, clear_run
 from dude_cli.runtime import environment, local_main_first
 from dude_cli.schedule import total_steps, warmup_steps
 from dude_cli.sharding import blocks_of
@@ -134,10 +135,11 @@ def prepare(
     begun = None if overwrite else begun_base_revision(config)
     model_revision = begun or on_main_rank(accelerator, lambda: hub_commit(config.model))
     base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
+    moment = on_main_rank(accelerator, lambda: _moment(config, overwrite=overwrite).isoformat())
     tokenizer = load_tokenizer(base)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
-        data = prepare_data(config.data, tokenizer, config.seed, say)
+        data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))
     plan = make_plan(config, data, accelerator.num_processes)
     origin = Origin(accelerator.num_processes, model_revision, data.fingerprints())
     checkpoint = None
@@ -162,7 +164,7 @@ def prepare(
     start = Start(config, model, row, model_revision, say, counter)
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     record = environment(str(accelerator.device), origin.world_size, model_revision)
-    record["data_revisions"] = data.revisions
+    record |= {"data_revisions": data.revisions, "begun_at": moment}
     on_main_rank(accelerator, lambda: _write_run(config, record, overwrite=overwrite))
     layers = layer_reports(model)
     return Prepared(
@@ -182,6 +184,11 @@ def prepare(
         origin=origin,
         checkpoint=checkpoint,
     )
+
+
+def _moment(config: Config, *, overwrite: bool) -> datetime:
+    """When the run began, which a chat template may tell: it has the same rows on whatever day it goes on."""
+    return (None if overwrite else begun_at(config)) or datetime.now()
 
 
 def _say_slow_dtype(dtype: str, accelerator: Accelerator, say: Callable[[str], None]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from dude_cli import files
@@ -91,16 +93,20 @@ def changed_settings(config: Config) -> list[str]:
 
 def begun_base_revision(config: Config) -> str | None:
     """The commit of the base that the steps in the run folder were made on; None without steps, or for another base."""
-    folder = config.run_dir
-    if not has_steps(folder):
+    found = _recorded_of_steps(config.run_dir, "model_revision")
+    if found is None:
         return None
-    before = load_config(folder / "config.yaml").model
+    before = load_config(config.run_dir / "config.yaml").model
     is_same = (before.name_or_path, before.revision) == (config.model.name_or_path, config.model.revision)
-    try:
-        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["model_revision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if is_same and isinstance(found, str) else None
+    return found if is_same else None
+
+
+def begun_at(config: Config) -> datetime | None:
+    """When the run began that the steps in the run folder are of; None without steps."""
+    found = _recorded_of_steps(config.run_dir, "begun_at")
+    with suppress(ValueError):
+        return None if found is None else datetime.fromisoformat(found)
+    return None
 
 
 def clear_run(config: Config) -> None:
@@ -132,6 +138,17 @@ def initial_key(folder: Path) -> str | None:
 
 def has_steps(folder: Path) -> bool:
     return (folder / RESULT).is_dir() or bool(checkpoints(folder))
+
+
+def _recorded_of_steps(folder: Path, key: str) -> str | None:
+    """What environment.json has of the steps in the run folder; None without steps."""
+    if not has_steps(folder):
+        return None
+    try:
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _changed_settings(before: Config, now: Config) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
+from dude_cli.data.told_time import told_at
 from dude_cli.errors import DataError
 
 Message = dict[str, Any]
@@ -20,10 +22,10 @@ class ChatEncoder:
     A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
     The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
     message by message. Where a template ends the last turn with no special token, one EOS is added, or the model
-    would never learn to stop.
+    would never learn to stop. A template that asks for the date is told that of `moment`, by default of now.
     """
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, encoder: TextEncoder, moment: datetime | None = None) -> None:
         tokenizer = encoder.tokenizer
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
@@ -32,7 +34,8 @@ class ChatEncoder:
                 fix="use an instruction-tuned model's tokenizer, or `data.prompt` and `data.completion` instead",
             )
         self.encoder, self.tokenizer = encoder, tokenizer
-        self.marks_turns = bool(_GENERATION.search(tokenizer.get_chat_template()))
+        self.template = told_at(tokenizer.get_chat_template(), moment or datetime.now())
+        self.marks_turns = bool(_GENERATION.search(self.template))
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)
 
@@ -107,9 +110,11 @@ class ChatEncoder:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        # As `apply_chat_template` does: a column of messages has each field in all of them if one has it.
+        filled = [{key: value for key, value in message.items() if value is not None} for message in messages]
         texts, turns = render_jinja_template(
-            conversations=[messages],
-            chat_template=self.tokenizer.get_chat_template(),
+            conversations=[filled],
+            chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
@@ -135,22 +140,35 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text
 
     def _ends(self, ids: list[int], start: int, stop: int) -> bool:
-        """Whether a turn holds an end-of-turn token; white space may follow it."""
-        return any(token in self.special_ids for token in ids[max(start, stop - 2) : stop])
+        """Whether a turn has an end-of-turn token last; white space may follow it."""
+        return start < stop and ids[self._without_space(ids, start, stop) - 1] in self.special_ids
 
     def _with_end_of_turn(self, ids: list[int], start: int, stop: int) -> tuple[int, int]:
         """Stretch or shrink a turn so that its end-of-turn token is its last one."""
         if self._ends(ids, start, stop):
-            while ids[stop - 1] not in self.special_ids:
-                stop -= 1
+            stop = self._without_space(ids, start, stop)
         elif stop < len(ids) and ids[stop] in self.special_ids:
             stop += 1
         return start, stop
+
+    def _without_space(self, ids: list[int], start: int, stop: int) -> int:
+        """Where a turn stops without the white space at its end, which may be any number of tokens.
+
+        Llama's tokenizer makes three of "</s>" and a line break: it puts a space in front of what follows "</s>".
+        """
+        while start < stop - 1 and ids[stop - 1] not in self.special_ids:
+            if self.tokenizer.decode(ids[stop - 1 : stop]).strip():
+                break
+            stop -= 1
+        return stop
 
 
 def _refused(error: Exception, where: str) -> DataError:

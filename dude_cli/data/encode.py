@@ -92,16 +92,17 @@ class TextEncoder:
             )
         self.tokenizer = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
-        self.leading = self._leading_tokens()
+        self.leading, self.trailing = self._own_tokens()
 
-    def _leading_tokens(self) -> list[int]:
-        """What the tokenizer puts in front of every text; found by encoding one with and without it."""
+    def _own_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of every text and behind it; found by encoding one with and without it."""
         bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return list(full[:start])
-        return []
+            stop = start + len(bare)
+            if full[start:stop] == bare:
+                return list(full[:start]), list(full[stop:])
+        return [], []
 
     def raw(self, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
         """Return each text's ids as the tokenizer gives them."""
@@ -116,25 +117,36 @@ class TextEncoder:
         )["input_ids"]
         return batch
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return each text's ids, with the tokenizer's own leading tokens once and without any EOS at the end."""
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of what an answer follows: with the tokenizer's own leading tokens once, and no trailing ones.
+
+        An EOS at the end of the text itself stays: it is part of the prompt.
+        """
         return [self._trim(ids) for ids in self.raw(texts, special_tokens=True)]
 
     def _trim(self, ids: list[int]) -> list[int]:
-        start = len(self.leading)
+        start, stop = len(self.leading), len(ids) - len(self.trailing)
+        if self.trailing and ids[stop:] == self.trailing:
+            del ids[stop:]
         if start and ids[start : 2 * start] == self.leading:  # the text begins with BOS itself
             del ids[:start]
-        while len(ids) > start and ids[-1] == self.eos_id:
-            ids.pop()
         return ids
+
+    def _encode_wholes(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text's ids as in a prompt, without any EOS at the end."""
+        rows = self.encode_prompts(texts)
+        for ids in rows:
+            while len(ids) > len(self.leading) and ids[-1] == self.eos_id:
+                ids.pop()
+        return rows
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, learn_all: bool) -> list[Encoded]:
         """Return the encoding of (prompt, completion) pairs, the completion and one EOS learned.
 
         An EOS inside the text is data, not the end of the row, and is not learned.
         """
-        wholes = self.encode([prompt + completion for prompt, completion in pairs])
-        prompts = self.encode([prompt for prompt, _ in pairs])
+        wholes = self._encode_wholes([prompt + completion for prompt, completion in pairs])
+        prompts = self.encode_prompts([prompt for prompt, _ in pairs])
         return [self._finish(whole, prompt, learn_all) for whole, prompt in zip(wholes, prompts, strict=True)]
 
     def _finish(self, whole: list[int], prompt: list[int], learn_all: bool) -> Encoded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -83,14 +84,19 @@ class PreparedData:
 
 
 def prepare_data(
-    config: DataConfig, tokenizer: Any, seed: int, say: Callable[[str], None] = lambda line: None
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    say: Callable[[str], None] = lambda line: None,
+    moment: datetime | None = None,
 ) -> PreparedData:
     """Read, encode and, if asked, pack the rows of a config; `seed` chooses the rows of a held-out share.
 
     Rows that an earlier run has encoded are taken from the cache; see `data.token_cache`. `say` tells the user so.
+    `moment` is the time that a chat template is told, by default now.
     Raises DataError with what to do about it, for every way in which data can be wrong.
     """
-    encoder = _RowEncoder(config, tokenizer)
+    encoder = _RowEncoder(config, tokenizer, moment)
     train_table = encoder.table(config.train, "data.train", say)
     train_rows = validation_rows = np.arange(len(train_table))
     if isinstance(config.validation, float):
@@ -109,16 +115,17 @@ def prepare_data(
 class _RowEncoder:
     """Encodes rows by one config and one tokenizer."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, moment: datetime | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.revisions: dict[str, str] = {}
         self.text = TextEncoder(tokenizer)
-        self.chat = ChatEncoder(self.text) if config.format == "chat" else None
+        self.chat = ChatEncoder(self.text, moment) if config.format == "chat" else None
 
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
         """Read and encode all rows of `sources`; `name` is for messages."""
         texts = self.texts(read_sources(sources, format_columns(self.config), self.revisions))
-        key = token_key(self.tokenizer, texts, self.config)
+        template = None if self.chat is None else self.chat.template
+        key = token_key(self.tokenizer, texts, self.config, template)
         return encoded_once(key, lambda: TokenTable.of(self.encode(texts, name), self.config.max_length), say)
 
     def texts(self, rows: Sequence[Row]) -> list[Any]:

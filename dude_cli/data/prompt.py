@@ -47,7 +47,7 @@ class PromptForm:
             return Prompt(*self.chat.prompt(list(conversation)))
         (column,) = parse_template(self.template)
         text = render(self.template, {column: conversation[-1]["content"]})
-        return Prompt(text, self.encoder.encode([text])[0])
+        return Prompt(text, self.encoder.encode_prompts([text])[0])
 
     def stop_ids(self) -> set[int]:
         """The tokens that a training teaches at the end of an answer: EOS, or the chat template's end of a turn."""

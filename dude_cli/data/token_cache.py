@@ -56,12 +56,13 @@ def encoded_once(key: str | None, encode: Callable[[], TokenTable], say: Say) ->
 # --- the key ----------------------------------------------------------------------------------------------------
 
 
-def token_key(tokenizer: Any, inputs: Iterable[Any], config: DataConfig) -> str | None:
+def token_key(tokenizer: Any, inputs: Iterable[Any], config: DataConfig, template: str | None) -> str | None:
     """Return what the encoding of `inputs` depends on, as a SHA-256: pairs of texts, or conversations in chat format.
 
+    These go through `template`, which is None in other formats.
     None for a tokenizer with code of its own, whose result may depend on anything.
     """
-    content = _tokenizer_content(tokenizer, is_chat=config.format == "chat")
+    content = _tokenizer_content(tokenizer, template)
     if content is None:
         return None
     settings = [config.format == "chat", config.max_length, config.train_on_inputs]
@@ -71,19 +72,16 @@ def token_key(tokenizer: Any, inputs: Iterable[Any], config: DataConfig) -> str 
     return digest.hexdigest()
 
 
-def _tokenizer_content(tokenizer: Any, *, is_chat: bool) -> list[Any] | None:
+def _tokenizer_content(tokenizer: Any, template: str | None) -> list[Any] | None:
     """All that a tokenizer's ids depend on, and in chat format what the texts do."""
     kind = type(tokenizer)
     if not tokenizer.is_fast or kind.__module__.partition(".")[0] != "transformers":
         return None
     backend = tokenizer.backend_tokenizer.to_str()
     content = [kind.__qualname__, backend, tokenizer.special_tokens_map, tokenizer.split_special_tokens]
-    if is_chat:
-        template = tokenizer.get_chat_template()
-        today = (
-            str(date.today()) if "strftime_now" in template else None
-        )  # as Llama 3's, which tells the model the date
-        content += [template, today]
+    if template is not None:
+        # What it tells of the time is written in it, as far as that can be known: see `told_at`.
+        content += [template, str(date.today()) if "strftime_now" in template else None]
     return content
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
-from training import init_here, train_here
+from training import StopAfter, init_here, train_here
 
-from dude_cli import prepare, target
+from dude_cli import prepare, quickstart, target
 from dude_cli.checkpoint import Origin, checkpoints, read_state
 from dude_cli.config import load_config
-from dude_cli.errors import UsageError
+from dude_cli.errors import StoppedError, UsageError
 from dude_cli.metrics import read_metrics
 from dude_cli.run_dir import changed_settings, is_finished_run
 
@@ -126,6 +128,35 @@ def test_a_begun_run_stays_on_its_commit_and_another_one_is_refused(unfinished, 
     shutil.rmtree(tmp_path / "run/adapter")
     with pytest.raises(UsageError, match=r"model.revision \(commit a{40}, now b{40}\)"):
         train_here(unfinished, "model.revision=other")
+
+
+def test_a_run_keeps_the_date_that_its_rows_tell(tmp_path, monkeypatch):
+    """Llama 3.2's chat template tells the date."""
+    model = shutil.copytree(quickstart.MODEL_DIR, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    chat = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}\n{{ m.role }}: {{ m.content }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": chat}))
+    messages = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    changes = [f"model.name_or_path={model}", f"data.train=[{{path: '{tmp_path}/rows.jsonl'}}]"]
+    changes += ["data.validation=null", "data.format=chat"]
+    config = quickstart_config(tmp_path, max_steps="4")
+
+    def set_day(day: int) -> None:
+        now = datetime(2026, 3, day)
+        monkeypatch.setattr(prepare, "datetime", SimpleNamespace(now=lambda: now, fromisoformat=datetime.fromisoformat))
+
+    set_day(1)
+    with pytest.raises(StoppedError):
+        train_here(config, *changes, stop=StopAfter(2))
+    set_day(2)
+    for _ in range(2):  # what is written when it goes on is the first day too
+        assert init_here(config, *changes).data.train_report.example[0][0].startswith("01 Mar 2026")
+    assert train_here(config, *changes)["steps"] == 4
+    anew = load_config(config, changes)
+    assert prepare._moment(anew, overwrite=True) == datetime(2026, 3, 2)
+    other = init_here(config, *changes, f"output_dir={tmp_path}/other")
+    assert other.data.train_report.example[0][0].startswith("02 Mar 2026")
 
 
 def test_the_commits_of_data_sets_are_kept(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEXT = [
@@ -58,6 +58,29 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_chat_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """Llama's way: a space in front of each text between special tokens, and bytes for what is not in the vocabulary.
+
+    So a line break after a special token is two tokens, "▁" and "<0x0A>".
+    """
+
+    def build(template: str) -> PreTrainedTokenizerFast:
+        special = ["<unk>", "<s>", "</s>"]
+        tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(ord("!"), 127))]
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        tokenizer.decoder = decoders.Sequence(spaces)
+        tokenizer.add_special_tokens(special)
+        built = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+        built.chat_template = template
+        return built
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,6 +93,24 @@ def test_end_of_turn_text_inside_an_answer_is_not_learned_as_an_end(chat_tokeniz
     assert tokenizer.decode(row.ids[ends[0] - 1]) == "b"
 
 
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")], ids=["no marks", "marks"])
+@pytest.mark.parametrize("space", ["", "\n", "\n\n", " \n"])
+@pytest.mark.parametrize("turns", [1, 2])
+def test_the_end_of_a_turn_is_learned_whatever_white_space_follows(turns, space, marks, sentencepiece_chat_tokenizer):
+    """With Llama's tokenizer "</s>" and a line break are three tokens, the second of them a space."""
+    answer = marks[0] + "{{ m.content }}</s>" + space + marks[1]
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n"
+        "{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}</s>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer = sentencepiece_chat_tokenizer(template)
+    question = {"role": "user", "content": "hello"}
+    row = encode(tokenizer, [question, {"role": "assistant", "content": "so it is"}] * turns)
+    assert learned_turns(tokenizer, row) == ["so it is</s>"] * turns
+    assert row.ids.count(tokenizer.eos_token_id) == 2 * turns
+
+
 def test_template_without_an_end_of_turn_gets_one_eos(chat_tokenizer):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -98,6 +118,40 @@ def test_template_without_an_end_of_turn_gets_one_eos(chat_tokenizer):
     row = encode(tokenizer)
     assert learned_turns(tokenizer, row)[-1] == " 46\n</s>"
     assert row.ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")], ids=["no marks", "marks"])
+def test_a_field_without_a_value_is_no_field(marks, chat_tokenizer):
+    """A column of messages, as in a parquet file, has each field in all of them if one has it."""
+    template = (
+        "{% for m in messages %}{{ m.role }}{% if m.name is defined %} ({{ m.name }}){% endif %}: "
+        "{% if m.role == 'assistant' %}" + marks[0] + "{{ m.content }}<|im_end|>" + marks[1] + "\n"
+        "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = chat_tokenizer(template)
+    conversation = [{"role": "user", "content": "hello", "name": "Ann"}, {"role": "assistant", "content": "46"}]
+    filled = [{"name": None, "tool_calls": None, **message} for message in conversation]
+    assert encode(tokenizer, filled) == encode(tokenizer, conversation)
+    assert "None" not in tokenizer.decode(encode(tokenizer, filled).ids)
+
+
+# How the templates of Llama 3.2 and of gpt-oss ask for the date.
+DATED = """{%- if strftime_now is defined %}{%- set today = strftime_now("%d %b %Y") %}{%- else %}never{%- endif %}
+{{- today + ", " + strftime_now( '%Y-%m-%d' ) }}
+"""
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_tokenizer, template):
+    tokenizer = chat_tokenizer(DATED + template)
+    encoder = ChatEncoder(TextEncoder(tokenizer), datetime(2026, 3, 1))
+    row = encoder.encode(CONVERSATION, where="row 1", learn_all=False)
+    assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
+    assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
+    assert "strftime_now" not in encoder.template
+    now = datetime.now()
+    assert tokenizer.decode(encode(tokenizer).ids).startswith((f"{now:%d %b %Y}", f"{datetime.now():%d %b %Y}"))
 
 
 def test_bos_of_the_template_stays_when_the_start_is_cut(chat_tokenizer):

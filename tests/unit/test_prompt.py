@@ -18,6 +18,10 @@ FORMS = {
         {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"},
         {"question": TEXT, "answer": "46"},
     ),
+    "template that ends in EOS": (
+        {"prompt": "{question}</s>", "completion": " {answer}</s>"},
+        {"question": TEXT, "answer": "46"},
+    ),
     "alpaca": ({"format": "alpaca"}, {"instruction": TEXT, "input": "", "output": " 46"}),
 }
 
@@ -30,7 +34,7 @@ def trained_context(tokenizer, data: DataConfig, row: dict[str, object]) -> list
     """The tokens in front of the answer, as the training encodes the row."""
     encoder = prepare._RowEncoder(data, tokenizer)
     (encoded,) = encoder.encode(encoder.texts([row]), "data.train")
-    return encoded.ids[: encoded.context]
+    return encoded.ids[: encoded.learned.index(True)]
 
 
 def asked(text: str) -> list[dict[str, str]]:
