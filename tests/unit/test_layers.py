@@ -56,6 +56,7 @@ LAYERS = [
     "launch",
     "gpu",
     "cpu",
+    "lock",
     "files",
     "cache_dir",
     "stopping",
