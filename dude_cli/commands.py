@@ -40,7 +40,7 @@ def init(
     from dude_cli.decompositions import check_decompositions
     from dude_cli.init_report import init_report
     from dude_cli.prepare import prepare
-    from dude_cli.run_dir import check_run_dir, is_finished_run
+    from dude_cli.run_dir import alone_in_run_dir, check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator, part_ranks
 
     if estimate:
@@ -48,21 +48,22 @@ def init(
         return
     accelerator = make_accelerator(config.train.distributed_timeout_s)
     output = output.on_rank(accelerator.is_main_process)
-    check_run_dir(config)
-    is_finished = is_finished_run(config)
-    accelerator.wait_for_everyone()  # before any rank writes, all have looked at the same folder
-    if is_finished:
-        raise UsageError(
-            f"{config.output_dir} holds a finished run",
-            where="output_dir",
-            fix="choose another, or `dude train --overwrite`",
-        )
-    prepared = prepare(config, accelerator, output.say, counter=output.counter, continues=False)
-    output.say(*prepared.data.warnings())
-    if accelerator.is_main_process:
-        checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
-        document = prepared.report() | {"checked_decompositions": [asdict(layer) for layer in checked]}
-        output.result(init_report(prepared, checked), document)
+    with alone_in_run_dir(config, accelerator, output.say):
+        check_run_dir(config)
+        is_finished = is_finished_run(config)
+        accelerator.wait_for_everyone()  # before any rank writes, all have looked at the same folder
+        if is_finished:
+            raise UsageError(
+                f"{config.output_dir} holds a finished run",
+                where="output_dir",
+                fix="choose another, or `dude train --overwrite`",
+            )
+        prepared = prepare(config, accelerator, output.say, counter=output.counter, continues=False)
+        output.say(*prepared.data.warnings())
+        if accelerator.is_main_process:
+            checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
+            document = prepared.report() | {"checked_decompositions": [asdict(layer) for layer in checked]}
+            output.result(init_report(prepared, checked), document)
     part_ranks()
 
 
@@ -100,13 +101,13 @@ def train(
     from dude_cli.prepare import prepare
     from dude_cli.ranks import stopping_together
     from dude_cli.report import write_report_if_possible
-    from dude_cli.run_dir import changed_settings, check_run_dir, is_finished_run
+    from dude_cli.run_dir import alone_in_run_dir, changed_settings, check_run_dir, is_finished_run
     from dude_cli.runtime import make_accelerator, part_ranks, stop_signals
     from dude_cli.train import train as run_training
 
     accelerator = make_accelerator(config.train.distributed_timeout_s)
     output = output.on_rank(accelerator.is_main_process)
-    with stopping_together(accelerator):
+    with stopping_together(accelerator), alone_in_run_dir(config, accelerator, output.say):
         check_run_dir(config)
         is_finished = not overwrite and is_finished_run(config, allow_changes=allow_changes)
         changed = [] if overwrite else changed_settings(config)

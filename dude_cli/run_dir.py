@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dude_cli import files
 from dude_cli.checkpoint import CHECKPOINTS, checkpoints
 from dude_cli.config import ADAPTER_FIXED, Config, load_config
 from dude_cli.errors import UsageError
+from dude_cli.lock import locked
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
+from dude_cli.ranks import on_main_rank
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 INITIAL, RESULT, BEST = "initial", "adapter", "best"
+LOCK_FILE = ".lock"
 REPORT_FILES = ("report.html", "report.md")
 FILES = ("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
 FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", "tensorboard")
@@ -32,12 +39,36 @@ FREE_SETTINGS = {
 FIXED_SETTINGS = {f"adapter.{key}" for key in (*ADAPTER_FIXED, "init_from")}
 
 
+@contextmanager
+def alone_in_run_dir(config: Config, accelerator: Accelerator, say: Callable[[str], None]) -> Iterator[None]:
+    """Within, no other command prepares or trains in the run folder; raises UsageError on all ranks if one does.
+
+    The main rank, which is the one that writes, holds a lock.
+    """
+    with ExitStack() as stack:
+        on_main_rank(accelerator, lambda: _lock(config.run_dir, stack, say))
+        yield
+
+
+def _lock(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
+    try:
+        stack.enter_context(locked(folder / LOCK_FILE, say))
+    except BlockingIOError as error:
+        raise UsageError(
+            f"another dude command works in {folder}: {error.strerror}",
+            where=f"output_dir: {folder}",
+            fix="wait until it has ended, or stop it, or choose another output_dir",
+        ) from error
+    except OSError:
+        pass  # nobody can write there, and the checks that follow have words for it
+
+
 def check_run_dir(config: Config) -> None:
     """Raise UsageError unless the run folder is new, empty or a run: nothing else is written to or deleted."""
     folder = config.run_dir
     if folder.is_file():
         raise UsageError(f"{folder} is a file", where="output_dir", fix="name a folder")
-    refuse_links(folder, (*FILES, *FOLDERS))
+    refuse_links(folder, (*FILES, *FOLDERS, LOCK_FILE))
     for name in (INITIAL, RESULT, BEST):
         files.recover_folder(folder / name)
     # Hidden files may be what a killed process left half-written.
@@ -111,7 +142,8 @@ def begun_at(config: Config) -> datetime | None:
 
 def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
-    left = (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
+    # What is said of the adapter first: none of it may be there beside another one, should this be cut short.
+    left = ("eval", *REPORT_FILES, LAYERS_FILE, RESULT, BEST, CHECKPOINTS, "tensorboard", METRICS_FILE, MEMORY_FILE)
     for name in left:
         files.delete(config.run_dir / name)
 

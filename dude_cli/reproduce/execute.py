@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from dude_cli import files
 from dude_cli.config import EvalTask, dump_config
 from dude_cli.errors import DivergedError, DudeError, StoppedError, UsageError
+from dude_cli.lock import locked
 from dude_cli.reproduce.plan import Run
 from dude_cli.reproduce.scores import task_results
 from dude_cli.stopping import Interrupted, interrupting_signals
@@ -220,7 +222,9 @@ def _outcome(job: Job, place: Slot, work: Work) -> tuple[int, str]:
     import traceback
 
     try:
-        with interrupting_signals(), _alone(job.run.folder):
+        # A process that an earlier command left behind on this run is waited for.
+        lock = job.run.folder.with_name(f".{job.run.folder.name}.lock")
+        with interrupting_signals(), locked(lock, functools.partial(print, file=sys.stderr), wait=True):
             if place.threads is not None:
                 import torch
 
@@ -235,22 +239,6 @@ def _outcome(job: Job, place: Slot, work: Work) -> tuple[int, str]:
         traceback.print_exc()
         return 1, f"{type(error).__name__}: {error}"
     return 0, ""
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within, no other process works on this run: one that an earlier command left behind is waited for."""
-    import fcntl
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:  # of a network or an object store: a recipe can do without, if it is alone
-            print(
-                f"{lock.name} cannot be locked ({error.strerror}): start no other command on this run", file=sys.stderr
-            )
-        yield
 
 
 def _end_with_parent() -> None:

@@ -18,7 +18,7 @@ from dude_cli.config import ModelConfig
 from dude_cli.errors import UsageError
 from dude_cli.evaluation import write_results
 from dude_cli.model import load_model, load_tokenizer
-from dude_cli.run_dir import FILES, FOLDERS
+from dude_cli.run_dir import FILES, FOLDERS, LOCK_FILE
 
 TOKEN = "hf_" + "Abc123" * 6
 
@@ -58,7 +58,7 @@ def test_a_models_own_code_does_not_run_unless_the_config_says_so(what, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS, LOCK_FILE])
 def test_a_link_in_a_run_folder_is_refused_before_anything_is_written(name, tmp_path):
     config = quickstart_config(tmp_path)
     outside = tmp_path / "outside"
