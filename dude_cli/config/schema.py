@@ -217,7 +217,9 @@ class TrainConfig(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the rate after the warm-up; cosine and linear fall to 0."
     )
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps over which the rate rises from 0.")
+    warmup_ratio: float = Field(
+        0.03, ge=0, le=1, description="Share of the steps over which the rate rises from 0; never the last step."
+    )
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the rows; `max_steps` replaces it.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps.")
     global_batch_size: PositiveInt = Field(32, description="Rows per optimizer step, over all ranks and micro-batches.")
