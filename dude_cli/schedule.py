@@ -13,7 +13,11 @@ def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
 
 
 def warmup_steps(config: TrainConfig, steps: int) -> int:
-    return math.ceil(config.warmup_ratio * steps)
+    """The steps of the warm-up: a share of all, rounded up, but never the last one.
+
+    The first step of a warm-up has the rate 0, so a run of one step would change nothing.
+    """
+    return min(math.ceil(config.warmup_ratio * steps), steps - 1)
 
 
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:

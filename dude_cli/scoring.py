@@ -273,6 +273,8 @@ def _score(
     from dude_cli.target import data_config, eval_config, load_target, results_dir
 
     output.say(f"evaluating {target}")
+    if folder is None:  # before the hours that it may take
+        output.say("note: the results are not kept; --output FOLDER keeps them")
     data = data_config(target)
     if data is not None and data.format == "chat":
         output.say("note: trained on conversations, and scored on lm-eval's plain prompts, without the chat template")

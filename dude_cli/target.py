@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
-from dude_cli.errors import UsageError, nearest
+from dude_cli.errors import ConfigError, UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, saved_dtype
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _folder_target(name: str, folder: Path) -> Target:
         raise UsageError(
             f"the run `{name}` is not finished: it has no trained adapter yet",
             where=str(folder / "adapter" / ADAPTER_CONFIG),
-            fix=f"finish it with `dude train {folder / 'config.yaml'}`",
+            fix=f"finish it with `{_finishing(folder)}`",
         )
     if (folder / ADAPTER_CONFIG).is_file():
         return Target("adapter", name, folder)
@@ -256,6 +257,18 @@ def _folder_target(name: str, folder: Path) -> Target:
         where=str(folder),
         fix="a run has config.yaml, an adapter has adapter_config.json, a model has config.json",
     )
+
+
+def _finishing(folder: Path) -> str:
+    """The command that goes on with the run in `folder`.
+
+    Its config names the folder as seen from where the training began: from elsewhere it would begin another run.
+    """
+    command = ["dude", "train", str(folder / "config.yaml")]
+    with suppress(ConfigError):  # what is wrong with the file `dude train` says better
+        if load_config(folder / "config.yaml").run_dir.resolve() != folder.resolve():
+            command.append(f"output_dir={folder}")
+    return shlex.join(command)
 
 
 def _no_such_path(target: str, folder: Path, runs_dir: Path) -> UsageError:

@@ -106,7 +106,7 @@ class AdapterConfig(Section):
     alpha: float | None = Field(
         None,
         gt=0,
-        le=1_000_000,
+        le=10_000,
         description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given.",
     )
     target_modules: str | list[str] = Field(
@@ -226,10 +226,10 @@ class TrainConfig(Section):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the rate after the warm-up; cosine and linear fall to 0."
     )
-    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of the steps over which the rate rises from 0.")
-    num_train_epochs: float = Field(
-        1.0, gt=0, le=1_000_000, description="Passes over the rows; `max_steps` replaces it."
+    warmup_ratio: float = Field(
+        0.03, ge=0, le=1, description="Share of the steps over which the rate rises from 0; never the last step."
     )
+    num_train_epochs: float = Field(1.0, gt=0, le=10_000, description="Passes over the rows; `max_steps` replaces it.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps.")
     global_batch_size: PositiveInt = Field(32, description="Rows per optimizer step, over all ranks and micro-batches.")
     per_device_batch_size: PositiveInt | Literal["auto"] = Field(

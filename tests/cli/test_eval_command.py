@@ -271,6 +271,16 @@ def test_a_log_file_has_the_progress_of_an_evaluation(runs: Path, tmp_path: Path
     assert "requests 1/" in done.stderr
 
 
+def test_where_nothing_keeps_the_results_it_is_said_before(runs: Path, tmp_path: Path) -> None:
+    note = "note: the results are not kept; --output FOLDER keeps them"
+    done = dude_here("eval", "runs/a/adapter", *CHOICES, "--json", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines.index(note) < next(place for place, line in enumerate(lines) if line.startswith("requests"))
+    json.loads(done.stdout)
+    assert note not in dude_here("eval", "runs/a/adapter", *CHOICES, "--output", tmp_path, cwd=runs).stderr
+
+
 def test_of_several_ranks_that_have_nothing_to_score_one_prints(
     zero_shot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

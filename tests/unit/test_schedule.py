@@ -27,3 +27,10 @@ def test_steps_come_from_max_steps_or_the_epochs():
     assert total_steps(TrainConfig(max_steps=7), steps_per_epoch=100) == 7
     assert total_steps(TrainConfig(num_train_epochs=1.5), steps_per_epoch=3) == 5
     assert total_steps(TrainConfig(num_train_epochs=0.01), steps_per_epoch=3) == 1
+
+
+@pytest.mark.parametrize(("steps", "warmup_ratio"), [(1, 0.03), (1, 1.0), (2, 1.0), (10, 0.99)])
+def test_the_last_step_is_never_one_of_the_warm_up(steps, warmup_ratio):
+    config = TrainConfig(lr_scheduler_type="constant", warmup_ratio=warmup_ratio, learning_rate=3e-4)
+    assert warmup_steps(config, steps) == steps - 1
+    assert learning_rate_at(steps - 1, steps, config) == 3e-4

@@ -80,6 +80,19 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
         find_target(str(run))
 
 
+def test_the_advice_to_finish_a_run_leads_to_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "runs" / "a b", finished_at=None)
+    (run / "config.yaml").write_text(
+        "model: {name_or_path: m}\ndata: {train: [{path: x}], completion: '{a}'}\noutput_dir: runs/a b\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"`dude train 'runs/a b/config.yaml'`$"):
+        find_target("runs/a b")
+    monkeypatch.chdir(tmp_path / "runs")
+    with pytest.raises(UsageError, match=r"`dude train 'a b/config.yaml' 'output_dir=a b'`$"):
+        find_target("a b")
+
+
 def test_an_adapter_in_pefts_format_is_refused(tmp_path: Path) -> None:
     target = find_target(str(make_adapter(tmp_path / "peft", peft_type="LORA")))
     with pytest.raises(AdapterError, match=r"PEFT's format \(peft_type LORA\)") as error:
