@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from dude_cli.adapter import AdapterConfig, adapter_layers, load_adapter, patch_model, save_adapter
 from dude_cli.config import ModelConfig
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.export import export_lora, export_merged, export_peft, import_peft, import_to, peft_files
+from dude_cli.export import export_lora, export_merged, export_peft, from_peft, import_peft, import_to, peft_files
 from dude_cli.export.low_rank import learned_change, lowest_rank
+from dude_cli.export.peft_files import PeftLayer
 from dude_cli.model import load_tokenizer
 from dude_cli.target import find_target, load_target
 
@@ -182,6 +183,47 @@ def test_a_start_that_is_computed_again_has_the_signs_that_were_trained_from(tmp
     assert relative(logits(model), expected) <= TOLERANCE
     for layer in adapter_layers(model).values():
         assert float((layer.lora_A - layer.initial_A).norm()) < 0.5 * float(layer.lora_A.norm())
+
+
+def base_with_equal_singular_values(folder):
+    """A base whose q_proj are the identity: which singular vectors lead is the decomposition's own choice."""
+    base = save_base(folder, "llama")
+    model = base_of(base)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.copy_(torch.eye(32))
+    model.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_start_without_leading_singular_vectors_is_the_one_that_peft_computes(use_dora, tmp_path):
+    base = base_with_equal_singular_values(tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": use_dora}
+    expected = peft_trained(base, tmp_path / "peft", **settings)
+    model, config = base_of(base), ModelConfig(name_or_path=str(base), dtype="float32")
+    report = import_to(model, load_tokenizer(config), config, tmp_path / "peft", tmp_path / "ours")
+    assert report.difference.relative <= TOLERANCE
+    assert relative(logits(model), expected) <= TOLERANCE
+    for layer in model.model.layers:  # PEFT subtracts its start from them when it loads
+        assert torch.equal(layer.self_attn.q_proj.base_layer.weight, torch.eye(32))
+
+
+def test_a_start_other_than_pefts_does_not_pass(tmp_path, monkeypatch):
+    """The comparison is with the start that PEFT computes, not with ours put into PEFT."""
+    base = base_with_equal_singular_values(tmp_path / "base")
+    peft_trained(base, tmp_path / "peft", target_modules=["q_proj"], init_lora_weights="pissa")
+    real = from_peft._exact_pissa
+
+    def other(model, adapter, name):
+        start = real(model, adapter, name)
+        return PeftLayer(start.lora_A.roll(1, dims=1), start.lora_B.roll(1, dims=0))  # as good for the identity
+
+    monkeypatch.setattr("dude_cli.export.from_peft._exact_pissa", other)
+    model, config = base_of(base), ModelConfig(name_or_path=str(base), dtype="float32")
+    with pytest.raises(AdapterError, match="the imported adapter, beside PEFT's, does not give"):
+        import_to(model, load_tokenizer(config), config, tmp_path / "peft", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
