@@ -11,8 +11,9 @@ from exporting import save_base, save_trained, trained_target
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, tiny_batch, train_a_little
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dude_cli import quickstart
 from dude_cli.adapter import AdapterConfig, adapter_layers, load_adapter, patch_model, save_adapter
 from dude_cli.config import ModelConfig
 from dude_cli.errors import AdapterError, UsageError
@@ -320,6 +321,37 @@ def test_the_lowest_rank_within_an_error_is_found(max_error, tmp_path):
     assert one_less is not None
     assert max(one_less.by_layer.values()) > max_error
     assert lowest_rank(loaded.model, 0.0, lambda text: None) == 32
+
+
+def save_moe_base(folder):
+    """A base with a dense block, and one with experts and a shared expert: its linear layers are not the experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "first_k_dense_replace": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", vocab_size=96, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(quickstart.MODEL_DIR).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("export", [export_peft, export_lora])
+@pytest.mark.parametrize("method", ["dude", "lora"])
+def test_layers_that_peft_takes_for_experts_are_refused(method, export, tmp_path):
+    base = save_moe_base(tmp_path / "base")
+    config = AdapterConfig(method=method, rank=2)
+    loaded = load_target(find_target(str(save_trained(tmp_path / "adapter", base, config))), None)
+    with pytest.raises(UsageError, match="6 layers") as error:
+        export(loaded, tmp_path / "out")
+    assert "model.layers.0.mlp.gate_proj" in error.value.what
+    excluded = ["lm_head", "down_proj", "gate_proj", "up_proj"]
+    assert "adapter.exclude_modules: [down_proj, gate_proj, up_proj]" in (error.value.fix or "")
+    assert not (tmp_path / "out").exists()
+
+    config = AdapterConfig(method=method, rank=2, exclude_modules=excluded)
+    loaded = load_target(find_target(str(save_trained(tmp_path / "without", base, config))), None)
+    expected = logits(loaded.model)
+    export_peft(loaded, tmp_path / "out")
+    assert relative(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "out")), expected) <= TOLERANCE
 
 
 def test_a_rank_that_no_layer_has_is_refused(tmp_path):
