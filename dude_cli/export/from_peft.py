@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import files
-from dude_cli.config import QUANTIZATIONS, AdapterConfig, DType, ModelConfig, SvdConfig
+from dude_cli.config import QUANTIZATIONS, AdapterConfig, DType, ModelConfig
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.export.peft_files import PeftAdapter, PeftLayer, read_peft_adapter, read_peft_config
 from dude_cli.export.peft_format import peft_logits
@@ -85,8 +85,13 @@ def import_to(
 
     adapter = import_peft(model, folder, initial=initial)
     ours = probe_logits(model)
-    with _reduced_base(model):
-        theirs = peft_logits(model, folder, init_lora_weights=True)
+    if adapter.has_svd_init and initial is None:
+        # PEFT computes its start again when it loads. Given ours instead, it would agree with whatever ours is.
+        with _kept_base(model):
+            theirs = peft_logits(model, folder)
+    else:
+        with _reduced_base(model):
+            theirs = peft_logits(model, folder, init_lora_weights=True)
     found, allowed = difference(ours, theirs), tolerance(model, config.dtype)
     check(found, allowed, "the imported adapter, beside PEFT's,")
     card = imported_card(config, adapter, folder.name, str(found))
@@ -115,6 +120,21 @@ def _reduced_base(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for base_layer, weight in kept.items():
             stored_weight(base_layer).data = weight
+
+
+@contextmanager
+def _kept_base(model: PreTrainedModel) -> Iterator[None]:
+    """Within, PEFT may replace the base weights of the adapted layers, as its PiSSA start does; then they are back."""
+    from dude_cli.adapter import adapter_layers
+    from dude_cli.adapter.weight import stored_weight
+
+    weights = [stored_weight(layer.base_layer) for layer in adapter_layers(model).values()]
+    kept = [weight.data for weight in weights]
+    try:
+        yield
+    finally:
+        for weight, data in zip(weights, kept, strict=True):
+            weight.data = data
 
 
 def peft_base(folder: Path, base_model: str | None, dtype: DType | None, quantized: str | None) -> ModelConfig:
@@ -210,17 +230,20 @@ def _read_initial(adapter: PeftAdapter, initial: Path) -> dict[str, PeftLayer]:
 
 
 def _exact_pissa(model: PreTrainedModel, adapter: PeftAdapter, name: str) -> PeftLayer:
-    """PEFT's `pissa` start computed again; each singular vector pair with the sign that it was trained from."""
+    """PEFT's `pissa` start computed again; each singular vector pair with the sign that it was trained from.
+
+    By torch's own decomposition, which is PEFT's: where singular values are equal or close, any other finds another
+    start, and what PEFT subtracted from the base is this one.
+    """
     import torch
 
-    from dude_cli.adapter.decompose import principal_factors
     from dude_cli.adapter.weight import dense_weight
 
     layer = adapter.layers[name]
-    found = principal_factors(
-        dense_weight(model.get_submodule(name)), layer.lora_A.shape[0], SvdConfig(algorithm="exact")
-    )
-    A0, B0 = found.scaled(_own_scaling(adapter, name)).to(torch.device("cpu"))
+    rank = layer.lora_A.shape[0]
+    U, S, Vh = torch.linalg.svd(dense_weight(model.get_submodule(name)).float(), full_matrices=False)
+    root = (S[:rank] / _own_scaling(adapter, name)).sqrt()
+    A0, B0 = (root[:, None] * Vh[:rank]).cpu(), (U[:, :rank] * root).cpu()
     sign = torch.where((A0 * layer.lora_A).sum(dim=1) < 0, -1.0, 1.0)
     return PeftLayer(A0 * sign[:, None], B0 * sign)
 

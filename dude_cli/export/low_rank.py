@@ -16,7 +16,7 @@ from dude_cli import files
 from dude_cli.config import AdapterConfig, SvdConfig
 from dude_cli.errors import UsageError
 from dude_cli.export.peft_files import PeftLayer, write_peft_adapter
-from dude_cli.export.peft_format import adapter_lora_config, base_alone, peft_logits
+from dude_cli.export.peft_format import adapter_lora_config, base_alone, peft_logits, refuse_taken_for_experts
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport, LowRankError
 from dude_cli.model_card import peft_card
@@ -46,11 +46,12 @@ def export_lora(
 
     With neither, the rank is that of the adapter's own difference, 2 r for an SVD start: without a magnitude that is
     exact. The report has the error by layer and in the logits. PEFT loads what was written, and its logits are
-    compared with those of the same LoRA in memory. Raises UsageError for a rank above every layer's, AdapterError,
-    with nothing left at `out`, past the tolerance of the model's dtype.
+    compared with those of the same LoRA in memory. Raises UsageError for a rank above every layer's and for layers that
+    PEFT cannot load an adapter for, AdapterError, with nothing left at `out`, past the tolerance of the model's dtype.
     """
     from dude_cli.adapter import adapter_layers
 
+    refuse_taken_for_experts(loaded.model)
     layers = adapter_layers(loaded.model)
     svd = SvdConfig()
     if max_error is not None:

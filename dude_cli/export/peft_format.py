@@ -32,10 +32,12 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
     """Write the adapter of `loaded` to `out` as a folder that `PeftModel.from_pretrained` puts on the untouched base.
 
     Exact: nothing is approximated. PEFT itself loads what was written, and its logits are compared on the probe.
-    Raises AdapterError, with nothing left at `out`, past the tolerance of the model's dtype.
+    Raises AdapterError, with nothing left at `out`, past the tolerance of the model's dtype, UsageError for layers that
+    PEFT cannot load an adapter for.
     """
     from dude_cli.adapter import adapter_layers
 
+    refuse_taken_for_experts(loaded.model)
     layers = {}
     for name, layer in adapter_layers(loaded.model).items():
         P, Q = layer.factors.difference()
@@ -89,6 +91,36 @@ def peft_logits(model: PreTrainedModel, folder: Path, **settings: Any) -> Tensor
             return probe_logits(wrapped)
         finally:
             wrapped.unload()
+
+
+def refuse_taken_for_experts(model: PreTrainedModel) -> None:
+    """Raise UsageError for adapted layers that PEFT takes for experts: the dense and shared ones of many MoE models.
+
+    transformers 5 keeps the experts' weights in one parameter. For the adapters of older versions PEFT turns the names
+    of their layers into that parameter's, and does so for any layer that is called as they were.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    from dude_cli.adapter import adapter_layers
+
+    def is_taken(name: str) -> bool:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # it takes this layer for one of two whose weights are kept together, and misses the other
+            return True
+        return bool(config.target_parameters)
+
+    taken = [name for name in adapter_layers(model) if is_taken(name)]
+    if taken:
+        shown = ", ".join(taken[:3]) + (" ..." if len(taken) > 3 else "")
+        short = ", ".join(sorted({name.rpartition(".")[2] for name in taken}))
+        raise UsageError(
+            f"PEFT takes {len(taken)} layers of this model for its experts, and loads no adapter for them: {shown}",
+            where=type(model).__name__,
+            fix=f"use --format merged, or train without these layers, adapter.exclude_modules: [{short}]",
+        )
 
 
 def _refuse_int8_dora(model: PreTrainedModel, use_dora: bool) -> None:

@@ -11,13 +11,15 @@ from exporting import save_base, save_trained, trained_target
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, tiny_batch, train_a_little
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dude_cli import quickstart
 from dude_cli.adapter import AdapterConfig, adapter_layers, load_adapter, patch_model, save_adapter
 from dude_cli.config import ModelConfig
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.export import export_lora, export_merged, export_peft, import_peft, import_to, peft_files
+from dude_cli.export import export_lora, export_merged, export_peft, from_peft, import_peft, import_to, peft_files
 from dude_cli.export.low_rank import learned_change, lowest_rank
+from dude_cli.export.peft_files import PeftLayer
 from dude_cli.model import load_tokenizer
 from dude_cli.target import find_target, load_target
 
@@ -184,6 +186,47 @@ def test_a_start_that_is_computed_again_has_the_signs_that_were_trained_from(tmp
         assert float((layer.lora_A - layer.initial_A).norm()) < 0.5 * float(layer.lora_A.norm())
 
 
+def base_with_equal_singular_values(folder):
+    """A base whose q_proj are the identity: which singular vectors lead is the decomposition's own choice."""
+    base = save_base(folder, "llama")
+    model = base_of(base)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.copy_(torch.eye(32))
+    model.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_start_without_leading_singular_vectors_is_the_one_that_peft_computes(use_dora, tmp_path):
+    base = base_with_equal_singular_values(tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": use_dora}
+    expected = peft_trained(base, tmp_path / "peft", **settings)
+    model, config = base_of(base), ModelConfig(name_or_path=str(base), dtype="float32")
+    report = import_to(model, load_tokenizer(config), config, tmp_path / "peft", tmp_path / "ours")
+    assert report.difference.relative <= TOLERANCE
+    assert relative(logits(model), expected) <= TOLERANCE
+    for layer in model.model.layers:  # PEFT subtracts its start from them when it loads
+        assert torch.equal(layer.self_attn.q_proj.base_layer.weight, torch.eye(32))
+
+
+def test_a_start_other_than_pefts_does_not_pass(tmp_path, monkeypatch):
+    """The comparison is with the start that PEFT computes, not with ours put into PEFT."""
+    base = base_with_equal_singular_values(tmp_path / "base")
+    peft_trained(base, tmp_path / "peft", target_modules=["q_proj"], init_lora_weights="pissa")
+    real = from_peft._exact_pissa
+
+    def other(model, adapter, name):
+        start = real(model, adapter, name)
+        return PeftLayer(start.lora_A.roll(1, dims=1), start.lora_B.roll(1, dims=0))  # as good for the identity
+
+    monkeypatch.setattr("dude_cli.export.from_peft._exact_pissa", other)
+    model, config = base_of(base), ModelConfig(name_or_path=str(base), dtype="float32")
+    with pytest.raises(AdapterError, match="the imported adapter, beside PEFT's, does not give"):
+        import_to(model, load_tokenizer(config), config, tmp_path / "peft", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_randomised_pissa_start_needs_the_initial_adapter(use_dora, tmp_path):
     base = save_base(tmp_path / "base", "llama")
@@ -278,6 +321,37 @@ def test_the_lowest_rank_within_an_error_is_found(max_error, tmp_path):
     assert one_less is not None
     assert max(one_less.by_layer.values()) > max_error
     assert lowest_rank(loaded.model, 0.0, lambda text: None) == 32
+
+
+def save_moe_base(folder):
+    """A base with a dense block, and one with experts and a shared expert: its linear layers are not the experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "first_k_dense_replace": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", vocab_size=96, **sizes)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(quickstart.MODEL_DIR).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("export", [export_peft, export_lora])
+@pytest.mark.parametrize("method", ["dude", "lora"])
+def test_layers_that_peft_takes_for_experts_are_refused(method, export, tmp_path):
+    base = save_moe_base(tmp_path / "base")
+    config = AdapterConfig(method=method, rank=2)
+    loaded = load_target(find_target(str(save_trained(tmp_path / "adapter", base, config))), None)
+    with pytest.raises(UsageError, match="6 layers") as error:
+        export(loaded, tmp_path / "out")
+    assert "model.layers.0.mlp.gate_proj" in error.value.what
+    excluded = ["lm_head", "down_proj", "gate_proj", "up_proj"]
+    assert "adapter.exclude_modules: [down_proj, gate_proj, up_proj]" in (error.value.fix or "")
+    assert not (tmp_path / "out").exists()
+
+    config = AdapterConfig(method=method, rank=2, exclude_modules=excluded)
+    loaded = load_target(find_target(str(save_trained(tmp_path / "without", base, config))), None)
+    expected = logits(loaded.model)
+    export_peft(loaded, tmp_path / "out")
+    assert relative(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "out")), expected) <= TOLERANCE
 
 
 def test_a_rank_that_no_layer_has_is_refused(tmp_path):
