@@ -16,6 +16,7 @@ from dude_cli.console import Counter
 from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import AdapterError
 from dude_cli.init_from import keeps_own_start, source_folder, source_sha256
+from dude_cli.overwritten import finding_overwritten
 from dude_cli.ranks import failing_together, on_main_rank
 from dude_cli.run_dir import INITIAL, RESULT, initial_key
 from dude_cli.uncalled import refusing_uncalled
@@ -49,26 +50,37 @@ class Start:
         Raises UsageError for a target layer that the model does not call, and AdapterError unless the base model is
         still there, bit for bit; see `_check`.
         """
-        base_logits = None
+        base_logits, seen = None, set[str]()
         with failing_together(accelerator):
             if accelerator.is_main_process:
-                base_logits = self._base_logits()
+                base_logits, seen = self._base_logits()
+        overwritten = on_main_rank(accelerator, lambda: sorted(seen))
         reused = on_main_rank(accelerator, lambda: self._reuse(overwrite=overwrite))
         found = {} if reused else self._decompose(accelerator)
         on_main_rank(accelerator, lambda: self._make_checked(None if reused else found, base_logits))
         if not accelerator.is_main_process:
             self._load(self.config.run_dir / INITIAL / RESULT)
+        self._keep_outputs_of(overwritten)
         return reused
 
-    def _base_logits(self) -> torch.Tensor:
-        """Those of the model before it is patched. Raises UsageError for a target layer that it does not call.
+    def _base_logits(self) -> tuple[torch.Tensor, set[str]]:
+        """Those of the model before it is patched, and the target layers whose output it writes over.
 
-        That is better known before an hour of decomposing.
+        Raises UsageError for one that it does not call: that is better known before an hour of decomposing.
         """
         from dude_cli.adapter import find_targets
 
-        with refusing_uncalled(find_targets(self.model, self.config.adapter)):
-            return self._logits()
+        targets = find_targets(self.model, self.config.adapter)
+        with refusing_uncalled(targets), finding_overwritten(targets) as overwritten:
+            logits = self._logits()
+        return logits, overwritten
+
+    def _keep_outputs_of(self, names: Sequence[str]) -> None:
+        from dude_cli.adapter import adapter_layers
+
+        layers = adapter_layers(self.model)
+        for name in names:
+            layers[name].returns_copy = layers[name].magnitude is not None
 
     def _make_checked(self, found: dict[str, PrincipalFactors] | None, base_logits: torch.Tensor | None) -> None:
         assert base_logits is not None

@@ -75,6 +75,7 @@ class AdapterLayer(nn.Module):
         self.scaling = config.scaling
         self.enabled = True
         self.is_plain = os.environ.get("DUDE_LAYER") == "plain"
+        self.returns_copy = False  # for a model that writes over the output, which the backward pass needs
         self.is_held = False
         self._held_norms: RowNorms | None = None
         self._held_difference: tuple[Tensor, Tensor] | None = None
@@ -97,12 +98,13 @@ class AdapterLayer(nn.Module):
         if not self.enabled:
             return self.base_layer(x)  # type: ignore[no-any-return]
         norms = None if self.magnitude is None else self.row_norms()
-        if self.is_plain or (norms is not None and norms.has_zero_magnitude):
+        if self.is_plain or (norms is not None and (norms.has_zero_magnitude or self._trains_bias())):
             return self.plain_forward(x)
         # What y - bias is proportional to and the gradient goes through: m, or g where the norm has a gradient too.
         gain = self.magnitude_ratio() if self._differentiates_norm() else self.magnitude
         dtype = product_dtype(x)
-        linear = self._frozen_linear(dtype)
+        # torch may round the product of a strided x of three axes otherwise than that of its rows.
+        linear = self._frozen_linear(dtype) if x.is_contiguous() else None
         if linear is not None:
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             step = self._step_tensors(dtype, norms, gain)
@@ -115,7 +117,8 @@ class AdapterLayer(nn.Module):
             step = self._step_tensors(z.dtype, norms, gain)
             in_place = self._may_overwrite(z)
             y = adapted_product(z, rows, self.lora_A, self.lora_B, gain, step, in_place=in_place)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        return y.clone() if self.returns_copy else y
 
     def plain_forward(self, x: Tensor) -> Tensor:
         """The same y and the same gradients in plain autograd, with more work and memory."""
@@ -308,6 +311,9 @@ class AdapterLayer(nn.Module):
             self._held_step[key] = step
         return step
 
+    def _trains_bias(self) -> bool:
+        return self.bias is not None and self.bias.requires_grad
+
     def _differentiates_norm(self) -> bool:
         return self.magnitude is not None and self.config.norm_gradient == "exact" and torch.is_grad_enabled()
 
@@ -330,6 +336,11 @@ class AdapterLayer(nn.Module):
         if torch.compiler.is_compiling() or self.base_layer._forward_hooks:
             return False
         return not z._is_view() and z.is_contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made within a scope does not end with it, so it holds nothing."""
+        nothing = dict.fromkeys(("_held_norms", "_held_difference", "_scratch"))
+        return self.__dict__ | nothing | {"is_held": False, "_held_step": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLayer:
         """Move with the model, but keep float32: `model.to(torch.bfloat16)` would round the learned magnitudes."""

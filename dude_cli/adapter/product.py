@@ -106,6 +106,8 @@ class AdaptedProduct(torch.autograd.Function):
         # Of h the backward pass needs the trained half alone.
         h = h if h.shape[1] == rank else h[:, :rank].clone()
         ctx.step = step
+        # What is kept is the output itself; `mark_dirty` counts as a write too.
+        ctx.version = None if torch.compiler.is_compiling() or y.is_inference() else y._version + (y is base)
         ctx.save_for_backward(x, h, None if step.scale is None else y, weight)
         return y
 
@@ -118,6 +120,7 @@ class AdaptedProduct(torch.autograd.Function):
         rank = h.shape[1]
         dz, d_gain = dy, None
         if step.scale is not None:
+            _check_as_kept(y, ctx.version)
             dz, d_gain = _scale_backward(dy.contiguous(), y, step, is_only_here=weight is not None)
         dx = None
         with without_autocast(x.device):
@@ -172,6 +175,15 @@ def _scale_backward(dy: Tensor, y: Tensor, step: StepTensors, is_only_here: bool
         buffer = step.scratch.like(dy) if step.scratch and is_only_here and row_scale.takes_buffer(dy) else None
         dz, products = row_scale.scale_backward(dy, y, step.scale, buffer)
     return dz, products.mul_(step.inverse_gain)  # y - bias is proportional to the gain
+
+
+def _check_as_kept(y: Tensor, version: int | None) -> None:
+    """Raise RuntimeError if the output was written over: autograd does not look where it is computed anew."""
+    if version is not None and y._version > version:
+        raise RuntimeError(
+            "the model writes over the output of an adapter layer, which the magnitude's gradient needs: "
+            "set `returns_copy` of that AdapterLayer"
+        )
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:

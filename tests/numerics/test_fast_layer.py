@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dude_cli.adapter import AdapterConfig, adapter_layers, constant_adapters, patch_model, trainable_parameters
 from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.adapter.norm import bfloat16_parts, frozen_products
+from dude_cli.adapter.patch import start_factors
 from dude_cli.adapter.row_scale import RowScale, scale_, scale_backward
 
 # Relative error of one rounding to the dtype, times a small number for the roundings on the way.
@@ -140,9 +141,53 @@ def test_a_base_layer_that_is_more_than_a_product_is_called(change):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_base_layer_that_is_trained_too_gets_its_gradient(name):
-    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(method="lora", rank=4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_at_the_start_it_is_the_base_for_a_strided_input_too(has_bias, dtype):
+    base = linear_layer(48, 40, bias=has_bias, dtype=dtype)
+    config = AdapterConfig(rank=6)
+    layer = AdapterLayer(base, config, start_factors(base, config, seed=0))
+    x = torch.randn(5, 40, 7).to(dtype).transpose(1, 2)
+    assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("has_checkpointing", [False, True])
+def test_a_model_may_write_over_the_output_of_a_layer_that_returns_a_copy(has_checkpointing):
+    layer = moved_layer(linear_layer(24, 20, bias=False), AdapterConfig(rank=4))
+    x = torch.randn(5, 20)
+
+    def model(x: Tensor) -> Tensor:
+        y = layer(x)
+        y += 1.0
+        return torch.tanh(y)
+
+    def gradient() -> Tensor:
+        layer.magnitude.grad = None
+        (checkpoint(model, x, use_reentrant=False) if has_checkpointing else model(x)).sum().backward()
+        return layer.magnitude.grad
+
+    with pytest.raises(RuntimeError, match=r"writes over|inplace operation"):
+        gradient()
+    layer.returns_copy = True
+    found = gradient()
+    layer.is_plain = True
+    torch.testing.assert_close(found, gradient(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_made_within_the_scope_holds_nothing():
+    model = nn.Sequential(moved_layer(linear_layer(24, 20, bias=False), AdapterConfig(rank=4)))
+    x = torch.randn(5, 20)
+    with constant_adapters(model):
+        model(x)
+        copied = copy.deepcopy(model)
+    for layers in (model, copied):
+        layers[0].magnitude.data.mul_(2)
+    assert torch.equal(copied(x), model(x))
+
+
+@pytest.mark.parametrize(("name", "method"), [("weight", "lora"), ("bias", "lora"), ("bias", "dude")])
+def test_a_base_layer_that_is_trained_too_gets_its_gradient(name, method):
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(method=method, rank=4))
     trained = getattr(layer.base_layer, name).requires_grad_()
     x, grad_y = torch.randn(5, 20), torch.randn(5, 24)
     layer(x).backward(grad_y)
