@@ -32,7 +32,11 @@ A key that is unknown, misspelt or given twice is an error. All problems are rep
 column, before any model is loaded. Anchors and aliases work; merge keys (`<<`) and tags (`!!...`) do not.
 
 Templates (`data.prompt`, `data.completion`) name columns in braces, `{question}`; `{{` and `}}` are literal braces. The
-column's value is inserted as it is, and a null as nothing. One end-of-sequence token follows each completion.
+column's value is inserted as it is; a row with a null there is an error that names the row. One end-of-sequence token
+follows each completion.
+
+Relative paths, of data, models, adapters and `output_dir`, start from the working directory of the command, not from
+the folder of the config file.
 """
 
 
