@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from dude_cli.export.probe import Difference
 from dude_cli.export.report import ExportReport, ImportReport, export_shown, import_shown
+from dude_cli.init_report import memory_line
+from dude_cli.memory import PeakMemory
 
 
 def test_the_allowance_stands_beside_the_share_that_it_is_of() -> None:
@@ -16,3 +21,12 @@ def test_the_allowance_stands_beside_the_share_that_it_is_of() -> None:
     assert line in export_shown(exported)
     assert line in import_shown(imported)
     assert "allowed" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"), [("cpu", "2 MiB (resident set, what libraries take too), "), ("cuda", "2 MiB, ")]
+)
+def test_memory_that_is_not_of_tensors_alone_is_said_to_be_so(device: str, told: str) -> None:
+    measured = PeakMemory(torch.device(device)).definition
+    memory = {"predicted_training_bytes": 2**20, "measured_training_bytes": 2**21, "measured": measured}
+    assert memory_line({"memory": memory}) == [f"peak memory of the training: {told}predicted 1 MiB"]
