@@ -12,7 +12,7 @@ from rich.text import Text
 
 from dude_cli.data import DataReport
 from dude_cli.decompositions import CheckedLayer
-from dude_cli.memory import device_bytes, human_bytes
+from dude_cli.memory import RESIDENT_SET, device_bytes, human_bytes
 from dude_cli.prepare import LayerReport, Plan, Prepared
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ def memory_line(summary: dict[str, Any]) -> list[str]:
         return []
     predicted = memory["predicted_training_bytes"]
     forecast = "no forecast" if predicted is None else f"predicted {human_bytes(predicted)}"
-    return [f"peak memory of the training: {human_bytes(memory['measured_training_bytes'])}, {forecast}"]
+    measured = human_bytes(memory["measured_training_bytes"])
+    if memory["measured"] == RESIDENT_SET:  # the forecast is of tensors alone, so the two are not of the same
+        measured += " (resident set, what libraries take too)"
+    return [f"peak memory of the training: {measured}, {forecast}"]
 
 
 def _memory_line(estimate: MemoryEstimate, prepared: Prepared) -> str:

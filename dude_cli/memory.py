@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+# What is measured where torch does not count the bytes of its tensors.
+RESIDENT_SET = "largest resident set of the process, less the one before the model was loaded"
+
 
 def device_bytes(device: torch.device) -> int:
     """All the memory of a GPU; for any other device the machine's."""
@@ -44,11 +47,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._before = 0 if device.type == "cuda" else _resident_bytes()
-        self.definition = (
-            "torch.cuda.max_memory_allocated over the training"
-            if device.type == "cuda"
-            else "largest resident set of the process, less the one before the model was loaded"
-        )
+        self.definition = "torch.cuda.max_memory_allocated over the training" if device.type == "cuda" else RESIDENT_SET
 
     def restart(self) -> None:
         if self.device.type == "cuda":

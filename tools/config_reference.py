@@ -24,14 +24,19 @@ is generated from the schema (`make config-docs`).
 
 Any key can be changed on the command line: `dude train my.yaml train.learning_rate=1e-4 "data.train.0.split=dev[:9]"`.
 A number names an entry of a list, from 0. The value follows the same YAML rules as the file, and wins over it; setting
-`train.max_steps` also replaces the file's `train.num_train_epochs`, and the other way round.
+`train.max_steps` also replaces the file's `train.num_train_epochs`, and the other way round. A template needs quotes of
+YAML's within those of the shell: `dude train my.yaml 'data.prompt="Q: {question}\\nA:"' 'data.completion=" {answer}"'`.
 
 The YAML is strict. `1e-4` is a number. Only `true` and `false` are booleans: `no` and `off` are text. Dates are text.
 A key that is unknown, misspelt or given twice is an error. All problems are reported at once, each with its line and
 column, before any model is loaded. Anchors and aliases work; merge keys (`<<`) and tags (`!!...`) do not.
 
 Templates (`data.prompt`, `data.completion`) name columns in braces, `{question}`; `{{` and `}}` are literal braces. The
-column's value is inserted as it is, and a null as nothing. One end-of-sequence token follows each completion.
+column's value is inserted as it is; a row with a null there is an error that names the row. One end-of-sequence token
+follows each completion.
+
+Relative paths, of data, models, adapters and `output_dir`, start from the working directory of the command, not from
+the folder of the config file.
 """
 
 

@@ -11,7 +11,8 @@ from dude_cli.errors import nearest
 
 _TYPO = 0.75  # how alike two keys are when one letter of the shortest key (seed, rank) is wrong
 
-# Other tools' names: whose name it is, our key ("" where there is none), and what differs.
+# Other tools' names: whose name it is, our key ("" where there is none), and what differs. A name that means something
+# in one section only is written with that section.
 FOREIGN: dict[str, tuple[str, str, str]] = {
     "base_model": ("axolotl's", "model.name_or_path", ""),
     "model_name_or_path": ("LLaMA-Factory's and TRL's", "model.name_or_path", ""),
@@ -25,6 +26,8 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "fp32": ("torchtune's", "model.dtype", " (`float32`)"),
     "flash_attention": ("axolotl's", "model.attn_implementation", " (`flash_attention_2`)"),
     "flash_attn": ("LLaMA-Factory's", "model.attn_implementation", " (`flash_attention_2`)"),
+    "use_flash_attention": ("several scripts'", "model.attn_implementation", " (`flash_attention_2`)"),
+    "use_flash_attention_2": ("transformers'", "model.attn_implementation", " (`flash_attention_2`)"),
     "load_in_4bit": ("axolotl's and TRL's", "model.quantization", " (`nf4`)"),
     "load_in_8bit": ("axolotl's and TRL's", "model.quantization", " (`int8`)"),
     "quantization_bit": ("LLaMA-Factory's", "model.quantization", " (`nf4` for 4, `int8` for 8)"),
@@ -57,6 +60,17 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "dataset_name": ("TRL's", "data.train", " (a list of entries with `path`)"),
     "data_path": ("several scripts'", "data.train", " (a list of entries with `path`)"),
     "data_files": ("datasets'", "data.train", " (one entry per file, each with `path`)"),
+    "data.train.type": ("axolotl's", "data.format", " (of all entries)"),
+    "max_samples": (
+        "LLaMA-Factory's",
+        "",
+        'the first rows are taken with `split: "train[:1000]"` in an entry of `data.train`',
+    ),
+    "max_train_samples": (
+        "several scripts'",
+        "",
+        'the first rows are taken with `split: "train[:1000]"` in an entry of `data.train`',
+    ),
     "val_set_size": ("axolotl's", "data.validation", ""),
     "val_size": ("LLaMA-Factory's", "data.validation", ""),
     "test_split_size": ("TRL's", "data.validation", ""),
@@ -74,6 +88,13 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "train_on_input": ("torchtune's", "data.train_on_inputs", ""),
     "completion_only_loss": ("TRL's", "data.train_on_inputs", " (the opposite: true learns the prompt too)"),
     "template": ("LLaMA-Factory's", "data.format", " (or `data.prompt` and `data.completion`)"),
+    "dataset_text_field": ("TRL's", "data.completion", ' (`"{column}"`, with `data.format: text`)'),
+    "system_prompt": (
+        "several tools'",
+        "",
+        "write it into `data.prompt`, or as the first message of each conversation",
+    ),
+    "roles_to_train": ("axolotl's", "", "of a conversation the assistant's messages are learned"),
     "lr": ("torchtune's", "train.learning_rate", ""),
     "lr_scheduler": ("axolotl's and torchtune's", "train.lr_scheduler_type", ""),
     "warmup_steps": ("transformers'", "train.warmup_ratio", " (a share of the steps)"),
@@ -113,6 +134,12 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "fsdp": ("transformers' and axolotl's", "train.distributed", " (`fsdp`)"),
     "fsdp_config": ("transformers' and axolotl's", "train.distributed", " (`fsdp`)"),
     "lm_eval_tasks": ("axolotl's", "eval.tasks", ""),
+    "resume_from_checkpoint": (
+        "transformers' and axolotl's",
+        "",
+        "the same `dude train` command goes on with an interrupted run",
+    ),
+    "overwrite_output_dir": ("transformers'", "", "`dude train --overwrite` starts anew in a folder that has a run"),
     "save_dir": ("several scripts'", "output_dir", ""),
     "random_seed": ("several scripts'", "seed", ""),
     "data_seed": ("transformers'", "seed", ""),
@@ -134,8 +161,9 @@ def unknown_key(loc: Loc, root: type[Section] = Config) -> str:
 def meant_by(loc: Loc, root: type[Section] = Config) -> list[Path]:
     """Return the keys that the unknown key at `loc` was probably meant to be, where that is not in doubt."""
     *section, key = path_of(loc)
-    if root is Config and key in FOREIGN:
-        return [tuple(FOREIGN[key][1].split("."))]
+    foreign = _foreign(path_of(loc), root)
+    if foreign is not None:
+        return [tuple(foreign[1].split("."))]
     siblings = list(getattr(section_at(tuple(section), root), "model_fields", {}))
     return [(*section, name) for name in closest(key, siblings, _TYPO)]
 
@@ -153,8 +181,9 @@ def or_list(names: list[str]) -> str:
 
 def _advice(key: str, section: Path, root: type[Section]) -> str:
     siblings = list(getattr(section_at(section, root), "model_fields", {}))
-    if root is Config and key in FOREIGN:
-        owner, ours, note = FOREIGN[key]
+    foreign = _foreign((*section, key), root)
+    if foreign is not None:
+        owner, ours, note = foreign
         return f"it is {owner} name; here: `{ours}`{note}" if ours else f"it is {owner} name; {note}"
     elsewhere = [path for path in key_paths(root) if path[:-1] != section]
     same = [_dotted(path, root) for path in elsewhere if path[-1] == key]
@@ -167,6 +196,10 @@ def _advice(key: str, section: Path, root: type[Section]) -> str:
     if near:
         return f"did you mean {or_list([_dotted(path, root) for path in elsewhere if path[-1] in near])}?"
     return "the keys here are " + ", ".join(f"`{name}`" for name in siblings)
+
+
+def _foreign(path: Path, root: type[Section]) -> tuple[str, str, str] | None:
+    return FOREIGN.get(".".join(path), FOREIGN.get(path[-1])) if root is Config else None
 
 
 def _dotted(path: Path, root: type[Section]) -> str:

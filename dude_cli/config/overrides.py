@@ -13,6 +13,9 @@ _ALTERNATIVES: dict[Loc, Loc] = {
     ("train", "num_train_epochs"): ("train", "max_steps"),
 }
 
+# The shell takes one pair of quotes, YAML the other.
+IN_A_SHELL = """in a shell such as `'data.prompt="Q: {question}\\nA:"'`"""
+
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
     """Change `document` by each override in turn; what is wrong with one is added to the document's problems.
@@ -32,7 +35,8 @@ def _apply(document: Document, override: str, place: Place) -> list[str]:
         return ["wanted `key.sub=value`, such as `train.learning_rate=1e-4`"]
     parsed = parse(text)
     if parsed.problems:
-        return [problem.message for problem in parsed.problems]
+        *others, last = [problem.message for problem in parsed.problems]
+        return [*others, f"{last}; for text, quote the value, {IN_A_SHELL}"]
     try:
         loc = _set(document, parts, parsed.value, place)
     except LookupError as error:

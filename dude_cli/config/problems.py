@@ -24,6 +24,7 @@ from dude_cli.config.keys import (
     wanted_entry,
     without_union_tags,
 )
+from dude_cli.config.overrides import IN_A_SHELL
 from dude_cli.config.schema import Section
 from dude_cli.config.strict_yaml import Document, Loc, Place, Problem, parse
 
@@ -93,7 +94,8 @@ def _problems(
         message = details["msg"].removeprefix("Value error, ")
         yield Problem(_value_place(document, loc), f"`{_dotted(loc)}`: {message}")
     elif kind != "missing":
-        yield Problem(_value_place(document, loc), _wrong_value(loc, value, root))
+        place = _value_place(document, loc)
+        yield Problem(place, _wrong_value(loc, value, root, is_override=place.is_override))
 
 
 def _faulty_paths(loc: Loc, details: ErrorDetails) -> list[Path]:
@@ -146,7 +148,7 @@ def _missing(loc: Loc, root: type[Section]) -> str:
     return f"`{_dotted(loc)}` is required, for example `{sample}`"
 
 
-def _wrong_value(loc: Loc, value: Any, root: type[Section]) -> str:
+def _wrong_value(loc: Loc, value: Any, root: type[Section], *, is_override: bool) -> str:
     field = field_at(path_of(loc), root)
     if field is None:
         return f"`{_dotted(loc)}` is {_shown(value)}, which does not belong here"
@@ -154,6 +156,8 @@ def _wrong_value(loc: Loc, value: Any, root: type[Section]) -> str:
     want = wanted_entry(field) if is_entry else wanted(field)
     key = entry_key(field)
     hint = _entry_hint(key, value, is_entry) if key else _hint(choices(field), want, value)
+    if isinstance(value, dict) and want.startswith("text"):
+        hint = _quotes_hint(value) + (f", {IN_A_SHELL}" if is_override else "")
     if value is None and not field.is_required() and not is_entry:
         hint = "leave the key out for its default"
     return f"`{_dotted(loc)}` is {_shown(value)}; wanted {want}" + (f"; {hint}" if hint else "")
@@ -166,6 +170,12 @@ def _shown(value: Any) -> str:
         return "a list"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _quotes_hint(value: dict[str, Any]) -> str:
+    """Say how to write a template: to YAML, `{answer}` without quotes is a mapping with the key `answer`."""
+    column = next(iter(value)) if list(value.values()) == [None] else "column"
+    return f'write `"{{{column}}}"`, with quotes'
 
 
 def _entry_hint(key: str, value: Any, is_entry: bool) -> str:

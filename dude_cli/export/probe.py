@@ -36,8 +36,13 @@ class Difference:
         return self.largest / self.largest_logit if self.largest_logit > 0 else self.largest
 
     def __str__(self) -> str:
+        return self.shown()
+
+    def shown(self, allowed: float | None = None) -> str:
+        """For a person; `allowed` is a share of the largest logit too."""
+        beside = "" if allowed is None else f" (allowed {allowed:.2g})"
         return (
-            f"largest logit difference {self.largest:.3g}, {self.relative:.2g} of the largest logit; "
+            f"largest logit difference {self.largest:.3g}, {self.relative:.2g} of the largest logit{beside}; "
             f"same next token at {self.same_top_token:.1%} of {ROWS * LENGTH} positions"
         )
 

@@ -68,7 +68,7 @@ class ExportReport:
 def export_shown(report: ExportReport) -> str:
     """What a person reads after an export."""
     lines = [f"wrote {report.path}, verified by loading it again in {report.dtype}:"]
-    lines += [f"  {report.difference} (allowed {report.tolerance:.2g})"]
+    lines += [f"  {report.difference.shown(report.tolerance)}"]
     if report.quantization is not None:
         lines.append(
             f"the base was trained on in {report.quantization}: its weights are dequantised in the merged model"
@@ -91,5 +91,5 @@ def import_shown(report: ImportReport) -> str:
     """What a person reads after an import."""
     return (
         f"wrote {report.path}: {report.method}, rank {report.rank}; beside PEFT, in {report.dtype}:\n"
-        f"  {report.difference} (allowed {report.tolerance:.2g})"
+        f"  {report.difference.shown(report.tolerance)}"
     )

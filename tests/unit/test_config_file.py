@@ -148,6 +148,10 @@ def test_an_alias_bomb_is_cheap(load: Load) -> None:
         ("eval.tasks=[gsm8k]", "write `{name: gsm8k}`"),
         ("train=", "`train` is null; wanted a section"),
         ("model.name_or_path=3", "wanted text that is not empty; quote it if it is text"),
+        ("data.prompt={question}", 'is a mapping; wanted text, or null; write `"{question}"`, with quotes'),
+        ("data.completion={a b}", 'write `"{a b}"`, with quotes'),
+        ("data.completion={a: 1}", 'write `"{column}"`, with quotes'),
+        ("data.completion={a}", """in a shell such as `'data.prompt="Q: {question}\\nA:"'`"""),
         ("data.validation=2", "or a number above 0 and below 1"),
         ("adapter.target_modules=[]", "wanted text that is not empty, or a list of one or more texts"),
         ("adapter.target_modules=[3]", "`adapter.target_modules.0` is 3; wanted text"),
@@ -171,6 +175,16 @@ def test_a_wrong_value_says_what_is_wanted(load: Load, override: str, expected: 
         ("train.per_device_train_batch_size=3", "here: `train.per_device_batch_size`"),
         ("train.gradient_accumulation_steps=3", "global_batch_size / (per_device_batch_size * world size)"),
         ("train.fp16=true", "here: `model.dtype` (`float16`)"),
+        ("train.resume_from_checkpoint=a", "the same `dude train` command goes on with an interrupted run"),
+        ("overwrite_output_dir=true", "`dude train --overwrite` starts anew"),
+        ("data.train.0.type=alpaca", "it is axolotl's name; here: `data.format`"),
+        ("data.train.0.max_samples=9", '`split: "train[:1000]"` in an entry of `data.train`'),
+        ("data.max_samples=9", '`split: "train[:1000]"` in an entry of `data.train`'),
+        ("model.use_flash_attention=true", "here: `model.attn_implementation` (`flash_attention_2`)"),
+        ("model.flash_attn=fa2", "here: `model.attn_implementation` (`flash_attention_2`)"),
+        ("data.dataset_text_field=body", 'here: `data.completion` (`"{column}"`, with `data.format: text`)'),
+        ("data.system_prompt=Hi", "write it into `data.prompt`, or as the first message of each conversation"),
+        ("data.roles_to_train=[a]", "of a conversation the assistant's messages are learned"),
         ("data.train.0.pth=3", "unknown key `pth` in `data.train.0`; did you mean `path`?"),
         ("qqqq=3", "the keys here are `model`, `adapter`, `data`, `train`, `eval`, `output_dir`, `seed`"),
     ],
@@ -330,6 +344,9 @@ def test_an_override_of_steps_replaces_the_files_epochs(load: Load) -> None:
         ("data.train.path=x", "`data.train` is a list: name an entry by its number, such as `data.train.0`"),
         ("model.name_or_path.x=3", "`model.name_or_path` is a single value and has no key `x`"),
         ("seed=[1", "YAML syntax"),
+        ("data.prompt={a}: {b}", "a key must be a word"),
+        ("data.prompt={a}: {b}", "for text, quote the value, in a shell such as `'data.prompt="),
+        ("data.prompt=Q: {a}\\nA:", """in a shell such as `'data.prompt="Q: {question}\\nA:"'`"""),
         ("seed=!!int 3 4", "`3 4` cannot be read as int"),
         ("seed={a: 1, a: 2}", "duplicate key `a`"),
     ],
@@ -338,6 +355,14 @@ def test_a_bad_override_is_explained(load: Load, override: str, expected: str) -
     found = problems(load, MINIMAL, override)
     assert found[0].startswith(f'override "{override}": ')
     assert expected in found[0]
+
+
+def test_a_template_without_quotes_in_a_file_is_told_of_them(load: Load) -> None:
+    text = MINIMAL.replace("data: {", "data: {completion: {answer}, ")
+    assert text != MINIMAL
+    found = problems(load, text)
+    assert len(found) == 1
+    assert found[0].endswith('`data.completion` is a mapping; wanted text, or null; write `"{answer}"`, with quotes')
 
 
 # --- files ------------------------------------------------------------------------------------------------------

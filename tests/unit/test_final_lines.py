@@ -1,0 +1,32 @@
+"""What a command says in the end is read as it is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dude_cli.export.probe import Difference
+from dude_cli.export.report import ExportReport, ImportReport, export_shown, import_shown
+from dude_cli.init_report import memory_line
+from dude_cli.memory import PeakMemory
+
+
+def test_the_allowance_stands_beside_the_share_that_it_is_of() -> None:
+    found = Difference(largest=2e-05, largest_logit=13.0, same_top_token=1.0)
+    line = "largest logit difference 2e-05, 1.5e-06 of the largest logit (allowed 1e-05); same next token at 100.0% "
+    exported = ExportReport("merged", Path("out"), "float32", found, 1e-5, None)
+    imported = ImportReport(Path("out"), "lora", 8, "float32", found, 1e-5)
+    assert line in export_shown(exported)
+    assert line in import_shown(imported)
+    assert "allowed" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("device", "told"), [("cpu", "2 MiB (resident set, what libraries take too), "), ("cuda", "2 MiB, ")]
+)
+def test_memory_that_is_not_of_tensors_alone_is_said_to_be_so(device: str, told: str) -> None:
+    measured = PeakMemory(torch.device(device)).definition
+    memory = {"predicted_training_bytes": 2**20, "measured_training_bytes": 2**21, "measured": measured}
+    assert memory_line({"memory": memory}) == [f"peak memory of the training: {told}predicted 1 MiB"]
