@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dude_cli import quickstart
 from dude_cli.config import AdapterConfig, Config, ModelConfig
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ The adapter never changes the base weights; `dude eval path/to/this/folder --tas
 
 _USAGE = """from transformers import AutoModelForCausalLM
 from dude_cli.adapter import load_adapter
-
-model = AutoModelForCausalLM.from_pretrained("{name_or_path}", dtype="{dtype}")
+{base_import}
+model = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}")
 load_adapter(model, "path/to/this/folder")"""
 
 _QUANTIZED_USAGE = """from dude_cli.adapter import load_adapter
@@ -83,7 +84,15 @@ def _start(adapter: AdapterConfig, source_sha256: str | None) -> str:
 
 
 def _usage(model: ModelConfig) -> str:
-    return (_USAGE if model.quantization is None else _QUANTIZED_USAGE).format_map(model.model_dump())
+    template = _USAGE if model.quantization is None else _QUANTIZED_USAGE
+    return template.format(**model.model_dump(), **_base(model.name_or_path))
+
+
+def _base(name: str) -> dict[str, str]:
+    """The base as Python, for transformers, which does not know the embedded model by its name: its folder."""
+    if name == quickstart.NAME:
+        return {"base": "MODEL_DIR", "base_import": "from dude_cli.quickstart import MODEL_DIR\n"}
+    return {"base": f'"{name}"', "base_import": ""}
 
 
 def _number(value: float | None) -> str:
@@ -110,17 +119,17 @@ tags: [{method}]
 
 _PEFT_USAGE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}")  # as it is, nothing subtracted
+{base_import}
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}")  # as it is, nothing subtracted
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 _QUANTIZED_PEFT_USAGE = """import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
+{base_import}
 # The base as it was quantised in the training: on a full one the adapter computes something else.
 quantized = BitsAndBytesConfig({settings})
-base = AutoModelForCausalLM.from_pretrained("{base_model}", dtype="{dtype}", quantization_config=quantized)
+base = AutoModelForCausalLM.from_pretrained({base}, dtype="{dtype}", quantization_config=quantized)
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 _QUANTIZED_SETTINGS = {
@@ -162,9 +171,9 @@ def peft_card(saved: SavedAdapter, title: str, measured: str) -> str:
 def _peft_usage(saved: SavedAdapter) -> str:
     settings = _QUANTIZED_SETTINGS.get(saved.base_quantization or "")
     if settings is None:  # not quantised, or so in its own files
-        return _PEFT_USAGE.format(base_model=saved.base_model, dtype=saved.base_dtype)
+        return _PEFT_USAGE.format(dtype=saved.base_dtype, **_base(saved.base_model))
     return _QUANTIZED_PEFT_USAGE.format(
-        settings=settings.format(dtype=saved.base_dtype), base_model=saved.base_model, dtype=saved.base_dtype
+        settings=settings.format(dtype=saved.base_dtype), dtype=saved.base_dtype, **_base(saved.base_model)
     )
 
 

@@ -222,9 +222,10 @@ def smaller_than_rank(model: PreTrainedModel, config: AdapterConfig) -> list[str
 def target_names(model: PreTrainedModel, layers: Collection[str]) -> list[str]:
     """The shortest `target_modules` that stands for `layers`: `q_proj`, not 32 paths that end in it. Sorted.
 
-    The last parts of the names if no other linear layer of the base has them, else the names themselves.
+    The last parts of the names if no other module of the base has them, else the names themselves. PEFT looks for them
+    among all modules, and refuses one that is no linear layer, such as a block that is called `0` as a layer is.
     """
-    names = {name.removesuffix(".base_layer") for name, module in model.named_modules() if is_linear(module)}
+    names = {name.removesuffix(".base_layer") for name, _ in model.named_modules()}
     short = sorted({name.rpartition(".")[2] for name in layers})
     matched = {name for name in names if name.rpartition(".")[2] in short}
     return short if matched == set(layers) else sorted(layers)

@@ -8,6 +8,7 @@ an exact PiSSA start is computed again, a randomised one cannot be.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ def import_peft(model: PreTrainedModel, folder: Path, *, initial: Path | None = 
 
     adapter = read_peft_adapter(folder)
     _refuse_unsupported(adapter)
+    _check_alphas(adapter)
     given = {name: _factors(layer, None, layer.lora_A.shape[0], 1.0) for name, layer in adapter.layers.items()}
     check_factors(model, given, str(folder))
     _check_base_weights(model, adapter)
@@ -175,6 +177,19 @@ def _refuse_unsupported(adapter: PeftAdapter) -> None:
         )
 
 
+def _check_alphas(adapter: PeftAdapter) -> None:
+    """Raise AdapterError unless each layer's alpha is a finite number above zero, as ours is."""
+    alphas = {"lora_alpha": adapter.config.get("lora_alpha", PEFT_ALPHA)}
+    alphas |= {f"alpha_pattern: {key}": value for key, value in (adapter.config.get("alpha_pattern") or {}).items()}
+    for key, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise AdapterError(
+                f"{key.partition(':')[0]} is {alpha!r}, and a scaling is a number above zero",
+                where=f"{adapter.folder / 'adapter_config.json'}: {key}",
+                fix="import adapters with a positive alpha",
+            )
+
+
 def _check_base_weights(model: PreTrainedModel, adapter: PeftAdapter) -> None:
     """PEFT saves the weight of an adapted head too; Raises AdapterError if it is not the base's own."""
     import torch
@@ -198,11 +213,19 @@ def _subtracted_start(
     from dude_cli.adapter.weight import quantization
 
     start = str(adapter.config.get("init_lora_weights", True))
+    if initial is None and not start.startswith(_SUBTRACTED_STARTS):
+        return None
+    if quantization(model) is not None:
+        # PEFT quantises what is left of the base anew: another rounding, which the two factors do not have.
+        raise AdapterError(
+            f"an adapter with the start {start} cannot be restored if that was subtracted from a quantised base",
+            where=f"{adapter.folder / 'adapter_config.json'}: init_lora_weights"
+            + ("" if initial is None else f"; --initial {initial}"),
+            fix="import adapters whose start leaves the base as it is, such as PEFT's default, with no initial one",
+        )
     if initial is not None:
         return _read_initial(adapter, initial)
-    if not start.startswith(_SUBTRACTED_STARTS):
-        return None
-    if start == "pissa" and quantization(model) is None:
+    if start == "pissa":
         return {name: _exact_pissa(model, adapter, name) for name in adapter.layers}
     raise AdapterError(
         f"an adapter with the start {start} cannot be restored from itself: its initial factors were subtracted from "

@@ -17,7 +17,9 @@ from quickstart_config import quickstart_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_cli import quickstart
-from dude_cli.adapter import AdapterConfig, load_adapter
+from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, save_adapter
+from dude_cli.export import export_lora, export_peft
+from dude_cli.target import find_target, load_target
 
 IDS = torch.arange(3, 43)[None]
 
@@ -84,6 +86,25 @@ def test_a_run_goes_out_in_every_format_and_comes_back(place, expected):
     assert close(logits(model), expected)
     done = dude_here("eval", "imported", "--task", "quickstart_choices", "--limit", "1", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["peft", "lora"])
+def test_an_export_for_peft_is_used_as_its_readme_says(kind, tmp_path):
+    """The tokenizer comes along, and the base of the snippet is one that transformers finds, the embedded one too."""
+    model = patch_model(base(), AdapterConfig(rank=2))
+    model.config.name_or_path = quickstart.NAME
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
+    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    (export_peft if kind == "peft" else export_lora)(loaded, tmp_path / "out")
+    written = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert written.get_vocab() == tokenizer.get_vocab()
+    assert written.chat_template == tokenizer.chat_template
+    snippet = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, torch.nn.Module] = {}
+    exec(snippet.replace("path/to/this/folder", str(tmp_path / "out")), names)
+    assert close(logits(names["model"].eval()), logits(loaded.model))
 
 
 def refused(place: Path, code: int, message: str, *arguments: object) -> None:

@@ -354,6 +354,21 @@ def test_layers_that_peft_takes_for_experts_are_refused(method, export, tmp_path
     assert relative(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "out")), expected) <= TOLERANCE
 
 
+def test_a_target_is_named_in_full_where_another_module_ends_alike(tmp_path):
+    """CTRL's linear layers `ffn.0` and `ffn.2` have short names that its blocks `h.0` and the like have too."""
+    sizes = {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("ctrl", vocab_size=96, **sizes))
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(quickstart.MODEL_DIR).save_pretrained(tmp_path / "base")
+    save_trained(tmp_path / "adapter", tmp_path / "base", AdapterConfig(method="dude", rank=2))
+    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    expected = logits(loaded.model)
+    export_peft(loaded, tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(base_of(tmp_path / "base"), tmp_path / "peft")
+    assert relative(logits(theirs), expected) <= TOLERANCE
+
+
 def test_a_rank_that_no_layer_has_is_refused(tmp_path):
     loaded = trained_target(tmp_path, "llama", AdapterConfig(method="lora", rank=4))
     with pytest.raises(UsageError, match="at rank 32 nothing is left out"):

@@ -82,6 +82,13 @@ def test_the_same_settings_switched_off_are_no_obstacle(folder, key):
     import_peft(tiny_model("llama"), folder)
 
 
+@pytest.mark.parametrize("alpha", [0, -4, "4", None, float("inf")])
+@pytest.mark.parametrize("key", ["lora_alpha", "alpha_pattern"])
+def test_an_alpha_that_is_no_scaling(folder, key, alpha):
+    change_config(folder, **{key: alpha if key == "lora_alpha" else {"up_proj": alpha}})
+    refused(folder, str(folder / "adapter_config.json"), key, repr(alpha))
+
+
 def test_tensors_of_no_lora_layer(folder):
     change_tensors(folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
     refused(folder, "1 tensors are of no LoRA layer", "lm_head.weight", "modules_to_save")
@@ -138,3 +145,16 @@ def test_an_initial_adapter_of_another_training(folder, tmp_path_factory):
     change_tensors(initial, lambda tensors: tensors.pop(f"base_model.model.{LAYERS[1]}.lora_magnitude_vector"))
     with pytest.raises(AdapterError, match="use_dora: true wants"):
         import_peft(tiny_model("llama"), folder, initial=initial)
+
+
+def test_an_initial_adapter_for_a_quantised_base(folder, tmp_path_factory):
+    """PEFT subtracts a start from what a packed weight stands for, and packs the rest again: nothing restores that."""
+    from quantized_models import quantized_model  # skips the test where bitsandbytes is not installed
+
+    change_config(folder, init_lora_weights="olora")
+    model = quantized_model("llama", "nf4", tmp_path_factory.mktemp("base"))
+    for initial in (folder, None):
+        with pytest.raises(AdapterError, match="subtracted from a quantised base") as error:
+            import_peft(model, folder, initial=initial)
+        assert ("--initial" in str(error.value)) == (initial is not None)
+    assert not adapter_layers(model)
