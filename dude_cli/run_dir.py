@@ -140,7 +140,8 @@ def begun_base_revision(config: Config) -> str | None:
 
 def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
-    left = (RESULT, BEST, CHECKPOINTS, "eval", "tensorboard", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
+    # What is said of the adapter first: none of it may be there beside another one, should this be cut short.
+    left = ("eval", *REPORT_FILES, LAYERS_FILE, RESULT, BEST, CHECKPOINTS, "tensorboard", METRICS_FILE, MEMORY_FILE)
     for name in left:
         files.delete(config.run_dir / name)
 

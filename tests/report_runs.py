@@ -54,9 +54,10 @@ seed: {seed}
         layer(f"model.layers.{depth}.{kind}", 0.001 * (depth + 1)) for depth in (0, 1) for kind in ("q_proj", "up")
     ]
     write_json(folder / "layers.json", {"trainable_parameters": 480, "all_parameters": 4800, "layers": layers})
-    write_json(folder / "adapter" / "adapter_config.json", {"sha256": f"{method}{seed}".ljust(64, "0")})
+    sha256 = f"{method}{seed}".ljust(64, "0")
+    write_json(folder / "adapter" / "adapter_config.json", {"sha256": sha256})
     if right:
-        write_results(scored(right, base_right, **results), folder / "eval")
+        write_results(scored(right, base_right, **{"adapter_sha256": sha256} | results), folder / "eval")
     return folder
 
 

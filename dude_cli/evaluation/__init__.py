@@ -11,6 +11,7 @@ from dude_cli.evaluation.results import plain_results, results_json, results_tab
 from dude_cli.evaluation.run import EvalRequest, evaluate, load_request
 from dude_cli.evaluation.saved import (
     find_results,
+    is_of_adapter,
     other_examples,
     read_results,
     requested_task,
@@ -27,6 +28,7 @@ __all__ = [
     "different_settings",
     "evaluate",
     "find_results",
+    "is_of_adapter",
     "load_request",
     "other_examples",
     "plain_results",

@@ -123,11 +123,16 @@ def find_results(
     return None
 
 
+def is_of_adapter(results: Mapping[str, Any], adapter_sha256: str | None) -> bool:
+    """Whether this adapter was scored; no result is of None, the adapter of a run that is not finished."""
+    return adapter_sha256 is not None and results.get("adapter_sha256") == adapter_sha256
+
+
 def _is_wanted(
     results: Mapping[str, Any], task: EvalTask, adapter_sha256: str, base_fingerprint: str, dtype: str | None
 ) -> bool:
     return (
-        results["adapter_sha256"] == adapter_sha256
+        is_of_adapter(results, adapter_sha256)
         # Results of an earlier version do not say on which base.
         and results.get("base_fingerprint") == base_fingerprint
         and task.num_fewshot in (None, *_examples(results))

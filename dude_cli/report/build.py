@@ -156,6 +156,11 @@ def _warnings(settings: Sequence[Setting]) -> list[str]:
         if run.adapter_sha256 is None:
             last = run.steps[-1]["step"] if run.steps else 0
             warnings.append(f"{run.folder} is not finished: the numbers are those up to step {last}.")
+        if run.left_out:
+            warnings.append(
+                f"{run.folder}/eval: {', '.join(run.left_out)} left out, of another adapter than the run has now: "
+                "`dude eval` scores this one."
+            )
     for setting in settings:
         for seed in repeated_seeds(setting):
             warnings.append(

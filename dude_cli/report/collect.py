@@ -11,7 +11,7 @@ from typing import Any
 
 from dude_cli.config import Config, load_config
 from dude_cli.errors import DudeError, UsageError
-from dude_cli.evaluation import other_examples, read_results, requested_task, result_files
+from dude_cli.evaluation import is_of_adapter, other_examples, read_results, requested_task, result_files
 from dude_cli.evaluation.results import as_number, scores, table_rows
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
 from dude_cli.run_dir import RESULT
@@ -61,6 +61,7 @@ class Run:
     adapter_sha256: str | None
     scores: Sequence[Score]
     results: Sequence[Mapping[str, Any]]
+    left_out: Sequence[str] = ()  # files of results that are not of this adapter
 
     @property
     def seed(self) -> int:
@@ -93,7 +94,9 @@ def read_run(folder: Path) -> Run:
     config = load_config(folder / "config.yaml")
     lines = read_metrics(folder)
     adapter = _read_json(folder / RESULT / "adapter_config.json")
-    results = [read_results(path, samples=False) | {"path": path} for path in result_files(folder / "eval")]
+    adapter_sha256 = None if adapter is None else adapter.get("sha256")
+    found = [read_results(path, samples=False) | {"path": path} for path in result_files(folder / "eval")]
+    results = [document for document in found if is_of_adapter(document, adapter_sha256)]
     return Run(
         folder=folder,
         config=config,
@@ -102,12 +105,14 @@ def read_run(folder: Path) -> Run:
         evaluations=[line for line in lines if "eval_loss" in line],
         memory=_read_json(folder / MEMORY_FILE),
         layers=_read_json(folder / LAYERS_FILE),
-        adapter_sha256=None if adapter is None else adapter.get("sha256"),
+        adapter_sha256=adapter_sha256,
         # What the run is for comes first.
         scores=sorted(
-            (score for found in results for score in _scores(config, found)), key=lambda score: not score.is_of_config
+            (score for document in results for score in _scores(config, document)),
+            key=lambda score: not score.is_of_config,
         ),
         results=results,
+        left_out=[document["path"].name for document in found if document not in results],
     )
 
 

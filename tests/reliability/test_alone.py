@@ -46,7 +46,9 @@ def test_a_command_has_its_folder_for_itself_to_its_end(
 
     def with_second(function: Callable[..., Any]) -> Callable[..., Any]:
         def both(*args: Any, **kwargs: Any) -> Any:
-            codes.append(dude_here("train", "--overwrite", config).returncode)
+            with monkeypatch.context() as undone:
+                undone.setattr(prepare, "check_writable", lambda folder: 1 / 0)  # what it does after the lock
+                codes.append(dude_here("train", "--overwrite", config).returncode)
             return function(*args, **kwargs)
 
         return both

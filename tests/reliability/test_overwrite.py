@@ -8,9 +8,11 @@ import pytest
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli import commands
+from dude_cli import commands, files
+from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
+from dude_cli.run_dir import clear_run
 
 
 def train(config, *overrides, overwrite=True):
@@ -45,6 +47,22 @@ def test_a_new_run_takes_the_place_of_the_old(finished, tmp_path, capsys):
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["adapter"]["rank"] == 2
     folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
     assert sorted(folders) == ["adapter", "initial"]
+
+
+def test_no_score_outlives_the_adapter_that_it_is_of(finished, tmp_path, monkeypatch):
+    (tmp_path / "run/eval").mkdir()
+    for name in ("eval/quickstart.json", "report.html", "report.md"):
+        (tmp_path / "run" / name).write_text("x")
+    delete = files.delete
+
+    def looked_at(path):
+        delete(path)
+        if not (tmp_path / "run/adapter").exists():
+            assert not [name for name in ("eval", "report.html", "report.md") if (tmp_path / "run" / name).exists()]
+
+    monkeypatch.setattr(files, "delete", looked_at)
+    clear_run(load_config(finished))
+    assert not (tmp_path / "run/adapter").exists()
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

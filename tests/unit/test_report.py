@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 from command import dude_here, environment
-from report_runs import write_run
+from report_runs import scored, write_run
 
 from dude_cli.errors import UsageError
+from dude_cli.evaluation import write_results
 from dude_cli.report import Section, Table, text_column, write_report
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
@@ -219,13 +220,30 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(runs: list[Path], tmp_pa
 def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", right=RIGHT["dude", 1])
     again = write_run(tmp_path / "again", right=RIGHT["dude", 2], prompt_hashes={"sums": "q" * 64})
-    (again / "adapter" / "adapter_config.json").unlink()
-    document = numbers([first, again])
+    begun = write_run(tmp_path / "begun", seed=2)
+    (begun / "adapter" / "adapter_config.json").unlink()
+    document = numbers([first, again, begun])
     unfinished, repeated, forms = document["warnings"]
-    assert "again is not finished: the numbers are those up to step 40" in unfinished
+    assert "begun is not finished: the numbers are those up to step 40" in unfinished
     assert "seed 1 was run more than once" in repeated
     assert "sums was scored in 2 forms" in forms
     assert [row["n"] for row in rows(document, "scores")] == [1, 1], "scores of other prompts have no common mean"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_scores_of_another_adapter_are_left_out_and_named(finished: bool, tmp_path: Path) -> None:
+    """As an earlier training leaves them that was killed when it took the place of another one."""
+    run = write_run(tmp_path / "run", right=RIGHT["dude", 1], adapter_sha256="b" * 64)
+    config = run / "adapter" / "adapter_config.json"
+    if not finished:
+        config.unlink()
+    write_results(scored(RIGHT["dude", 2], task="own", adapter_sha256="dude1".ljust(64, "0")), run / "eval")
+    document = numbers([run])
+    for table, name, shown in (("scores", "score", "own, acc"), ("evaluations", "task", "own")):
+        found = rows(document, table) if table in document["tables"] else []
+        assert [row[name] for row in found] == ([shown] if finished else [])
+    (warning,) = [line for line in document["warnings"] if "left out" in line]
+    assert f"{run}/eval: {'' if finished else 'own.json, '}sums.json" in warning
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
