@@ -55,7 +55,10 @@ def run_summary(config: Config) -> dict[str, Any]:
     evaluations = [record for record in records if "eval_loss" in record]
     last = steps[-1] if steps else {"step": 0}
     lowest = min(evaluations, key=lambda record: record["eval_loss"], default=None)
-    kept = lowest if config.train.early_stopping_patience is not None and lowest is not None else last
+    kept = last
+    if config.train.early_stopping_patience is not None and lowest is not None:
+        # A run may have got its patience on its way, after a lower evaluation. Earlier versions did not say.
+        kept = next((record for record in reversed(evaluations) if record.get("kept")), lowest)
     return {
         "run_dir": str(config.run_dir),
         "steps": last["step"],
@@ -120,7 +123,7 @@ class MetricsLog:
         self._file.flush()
         if self._writer is not None:
             for key, value in record.items():
-                if key != "step" and value is not None:
+                if key not in ("step", "kept") and value is not None:
                     self._writer.add_scalar(key, value, record["step"])
 
     def sync(self) -> None:

@@ -170,14 +170,16 @@ class _Run:
                 where=str(self.run_dir),
                 fix="lower train.learning_rate, or use model.dtype: bfloat16 or float32",
             )
-        self.log({"eval_loss": loss})
+        is_best = self.state.best_eval_loss is None or loss < self.state.best_eval_loss
+        is_kept = is_best and self.config.train.early_stopping_patience is not None
+        self.log({"eval_loss": loss} | ({"kept": True} if is_kept else {}))
         self.display.message(f"step {self.state.step}  eval_loss {loss:.4f}")
-        if self.state.best_eval_loss is None or loss < self.state.best_eval_loss:
+        if is_best:
             self.state.best_eval_loss, self.state.evaluations_since_best = loss, 0
-            if self.config.train.early_stopping_patience is not None:
-                on_main_rank(self.accelerator, lambda: self._save_adapter(BEST))
         else:
             self.state.evaluations_since_best += 1
+        if is_kept:
+            on_main_rank(self.accelerator, lambda: self._save_adapter(BEST))
         return True
 
     def is_out_of_patience(self) -> bool:
@@ -237,6 +239,9 @@ class _Run:
             return TrainState(self.prepared.origin, per_device_batch_size=plan.per_device_batch_size)
         state = load_checkpoint(folder, self.model, self.optimizer)
         state.origin = self.prepared.origin
+        if self.config.train.early_stopping_patience is not None and not (self.run_dir / BEST).is_dir():
+            # It had no patience so far, and kept no adapter: this step's is the first to compare with.
+            state.best_eval_loss, state.evaluations_since_best, state.evaluation_is_due = None, 0, True
         self.console.print(f"continuing after step {state.step}, from {folder}", highlight=False)
         if self.config.train.per_device_batch_size != "auto":
             state.per_device_batch_size = plan.per_device_batch_size
