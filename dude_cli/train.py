@@ -223,8 +223,8 @@ class _Run:
 
     def _save_result(self) -> None:
         self._save_memory()
-        self._save_adapter(RESULT)
         self._save_layers()
+        self._save_adapter(RESULT)  # last: a run that has it is finished
 
     def log(self, record: dict[str, Any]) -> None:
         if self._metrics is not None:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
+from training import train_here
 
 import dude_cli.report
+from dude_cli import train
+from dude_cli.config import load_config
+from dude_cli.run_dir import is_finished_run
 
 
 def test_a_training_ends_with_a_report_and_loses_nothing_without(
@@ -31,3 +35,19 @@ def test_a_training_ends_with_a_report_and_loses_nothing_without(
     assert done.returncode == 0, done.stderr
     assert f"report: {run / 'report.html'}" in done.stdout
     assert "How far the layers moved" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["_save_memory", "_save_layers"])
+def test_a_run_is_finished_when_all_that_is_written_at_its_end_is_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = quickstart_config(tmp_path, max_steps="1", rows="4")
+
+    def killed(run: train._Run) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train._Run, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(config)
+    assert not is_finished_run(load_config(config))
