@@ -301,6 +301,14 @@ def split_batch(train: TrainConfig, longest_row: int, world_size: int) -> tuple[
     return per_device, -(-rows_per_rank // per_device)
 
 
+def evaluation_batch(rows: int, planned: int, longest_row: int) -> int:
+    """The rows of a forward of an evaluation under `auto`: the training's, or fewer where rows are longer than there.
+
+    `rows` is what memory has left of the `planned` ones, and its share of the tokens is what a forward may have.
+    """
+    return max(1, min(rows, AUTO_BATCH_TOKENS * rows // (planned * longest_row)))
+
+
 def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
     from dude_cli.adapter import adapter_layers
 

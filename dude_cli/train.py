@@ -17,7 +17,7 @@ from dude_cli.errors import DivergedError, ResourceError, StoppedError, is_out_o
 from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
 from dude_cli.model_card import model_card
-from dude_cli.prepare import Prepared, packs_flat
+from dude_cli.prepare import Prepared, evaluation_batch, packs_flat
 from dude_cli.ranks import on_main_rank
 from dude_cli.run_dir import BEST, RESULT
 from dude_cli.runtime import StopSignal, process_age_s, seed_everything
@@ -358,6 +358,8 @@ class _Run:
         from dude_cli.adapter import constant_adapters
 
         size = self.state.per_device_batch_size
+        if self.config.train.per_device_batch_size == "auto":
+            size = evaluation_batch(size, self.prepared.plan.per_device_batch_size, int(rows.lengths.max()))
         order = longest_first(np.arange(len(rows)), rows.lengths)  # for the least padding
         own = [rows[int(row)] for row in self._share(order)]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)

@@ -11,6 +11,7 @@ from dude_cli.adapter import load_adapter
 from dude_cli.config import load_config
 from dude_cli.data import collate, prepare_data
 from dude_cli.errors import StoppedError
+from dude_cli.files import delete
 from dude_cli.loss import SummedLoss, with_targets
 from dude_cli.metrics import read_metrics
 from dude_cli.model import load_model, load_tokenizer
@@ -46,7 +47,8 @@ def test_a_run_that_gets_patience_on_its_way_keeps_the_best_from_there(steps, tm
     """With a rate far too high the lowest evaluation is the first one, and its adapter was not kept."""
     path = quickstart_config(tmp_path, extra="  eval_steps: 1\n  warmup_ratio: 0.0", max_steps="8")
     with pytest.raises(StoppedError):
-        train_here(path, "train.learning_rate=0.5", stop=StopAfter(3))
+        train_here(path, "train.learning_rate=0.5", "train.save_steps=3", stop=StopAfter(4))
+    delete(tmp_path / "run/checkpoints/step-000004")  # that of step 3 has its evaluation behind it
     now = ("train.learning_rate=0.5", f"train.max_steps={steps}", "train.early_stopping_patience=2")
     summary = train_here(path, *now, allow_changes=True)
     evaluations = [(line["eval_loss"], line["step"]) for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
