@@ -104,10 +104,7 @@ class AdapterConfig(Section):
     )
     rank: PositiveInt = Field(16, description="Rank r of the trained factors; at most a target layer's min(in, out).")
     alpha: float | None = Field(
-        None,
-        gt=0,
-        le=10_000,
-        description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given.",
+        None, gt=0, description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given."
     )
     target_modules: str | list[str] = Field(
         "all-linear",
