@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
 from dude_cli.adapter.layer import AdapterLayer, Factors
-from dude_cli.loss import SummedLoss, with_targets
+from dude_cli.training.loss import SummedLoss, with_targets
 
 # Four power iterations instead of PiSSA's full SVD: the start's accuracy does not change what a step costs.
 PEFT = {

@@ -1,4 +1,4 @@
-"""Time and memory of a large vocabulary's loss: plain, with each chunk recomputed, and as `dude_cli.loss` has it.
+"""Time and memory of a large vocabulary's loss: plain, with each chunk recomputed, and as `training/loss.py` has it.
 
     python benchmarks/loss.py --tokens 2048 --hidden 1024 --vocabulary 32000
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dude_cli.live_bytes import counted
-from dude_cli.loss import chunk_tokens, linear_cross_entropy
+from dude_cli.training.live_bytes import counted
+from dude_cli.training.loss import chunk_tokens, linear_cross_entropy
 
 
 def plain(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
 from dude_cli.config import DataConfig, DataSource, ModelConfig
 from dude_cli.data import StepOrder, collate, prepare_data, steps_per_epoch
 from dude_cli.data.batches import EncodedRows
-from dude_cli.loss import SummedLoss
 from dude_cli.model import load_model, load_tokenizer
-from dude_cli.train_step import accumulate_gradients
+from dude_cli.training.loss import SummedLoss
+from dude_cli.training.step import accumulate_gradients
 
 Order = list[np.ndarray]  # the rows of each step of an epoch
 

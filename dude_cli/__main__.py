@@ -9,9 +9,9 @@ import threading
 from contextlib import suppress
 from typing import NoReturn
 
-from dude_cli.garbage import collect_rarely
-from dude_cli.launch import follow_launcher
-from dude_cli.stopping import ignore_signals, leave_on_signals
+from dude_cli.system.garbage import collect_rarely
+from dude_cli.system.launch import follow_launcher
+from dude_cli.system.stopping import ignore_signals, leave_on_signals
 
 
 def main() -> None:

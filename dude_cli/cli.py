@@ -1,4 +1,4 @@
-"""The command line: parse, call one function of `commands`, map errors to exit codes."""
+"""The command line: parse, call one function of `commands/`, map errors to exit codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import typer
 
 from dude_cli import __version__
 from dude_cli.errors import StoppedError, explained, without_tokens
-from dude_cli.launch import tell_error
-from dude_cli.stopping import Interrupted, interrupting_signals
+from dude_cli.system.launch import tell_error
+from dude_cli.system.stopping import Interrupted, interrupting_signals
 
 app = typer.Typer(
     name="dude",
@@ -83,10 +83,10 @@ def init(
 ) -> None:
     """Check everything, decompose each target layer, and save the initial adapter."""
     with _reported(debug, if_stopped="the same command starts again"):
-        from dude_cli import commands
+        from dude_cli.commands import training
         from dude_cli.console import Output
 
-        commands.init(
+        training.init(
             config,
             overrides or [],
             smoke=smoke,
@@ -116,10 +116,10 @@ def train(
 ) -> None:
     """Train; an interrupted run continues. Prepares first what `dude init` has not."""
     with _reported(debug, if_stopped="what was not saved is lost, and the same command starts or continues the run"):
-        from dude_cli import commands
+        from dude_cli.commands import training
         from dude_cli.console import Output
 
-        commands.train(
+        training.train(
             config,
             overrides or [],
             smoke=smoke,
@@ -170,7 +170,7 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, or compare two."""
     with _reported(debug, if_stopped="the scores written so far stay"):
-        from dude_cli import scoring
+        from dude_cli.commands import scoring
         from dude_cli.console import Output
 
         options = scoring.EvalOptions(
@@ -220,10 +220,10 @@ def generate(
 ) -> None:
     """Answer prompts with a run, an adapter or a model."""
     with _reported(debug):
-        from dude_cli import commands
+        from dude_cli.commands import answering
         from dude_cli.console import Output
 
-        commands.generate(
+        answering.generate(
             target,
             prompt or [],
             interactive=interactive,
@@ -272,7 +272,7 @@ def export(
 ) -> None:
     """Write a trained adapter for other programs, load it again, and say how exact it is."""
     with _reported(debug, if_stopped="nothing was exported"):
-        from dude_cli import exchanging
+        from dude_cli.commands import exchanging
         from dude_cli.console import Output
 
         exchanging.export(
@@ -311,7 +311,7 @@ def import_adapter(
 ) -> None:
     """Make an adapter of dude's from one of PEFT's, to evaluate, continue or export it."""
     with _reported(debug, if_stopped="nothing was imported"):
-        from dude_cli import exchanging
+        from dude_cli.commands import exchanging
         from dude_cli.console import Output
 
         exchanging.import_adapter(
@@ -349,10 +349,10 @@ def reproduce(
 ) -> None:
     """Make the runs of a recipe that are missing, score them, and judge the published numbers."""
     with _reported(debug, if_stopped="the same command continues"):
-        from dude_cli import commands
+        from dude_cli.commands import reproducing
         from dude_cli.console import Output
 
-        commands.reproduce(
+        reproducing.reproduce(
             recipe,
             plan_only=plan,
             smoke=smoke,
@@ -380,20 +380,20 @@ def report(
 ) -> None:
     """Compare runs on one page: curves, scores with their spread, layers, cost, paired tests."""
     with _reported(debug, if_stopped="no report was written"):
-        from dude_cli import commands
+        from dude_cli.commands import reporting
         from dude_cli.console import Output
 
-        commands.report(runs, out, loss or [], output=Output(json, quiet))
+        reporting.report(runs, out, loss or [], output=Output(json, quiet))
 
 
 @app.command("ls")
 def list_shipped(json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the shipped configs and recipes."""
     with _reported(debug):
-        from dude_cli import commands
+        from dude_cli.commands import listing
         from dude_cli.console import Output
 
-        commands.list_shipped(Output(json, quiet))
+        listing.list_shipped(Output(json, quiet))
 
 
 @app.command("cp")
@@ -406,10 +406,10 @@ def copy_shipped(
 ) -> None:
     """Copy a shipped config or recipe, to edit it."""
     with _reported(debug):
-        from dude_cli import commands
+        from dude_cli.commands import listing
         from dude_cli.console import Output
 
-        commands.copy_shipped(name, dest, Output(json, quiet))
+        listing.copy_shipped(name, dest, Output(json, quiet))
 
 
 @contextmanager

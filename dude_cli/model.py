@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, DType, ModelConfig, Quantization
 from dude_cli.errors import ResourceError, UsageError, is_out_of_memory, nearest
-from dude_cli.garbage import collect_as_usual
+from dude_cli.system.garbage import collect_as_usual
 
 if TYPE_CHECKING:
     import torch

@@ -112,7 +112,7 @@ def load_target(
 
     from dude_cli.adapter import cast_parameters, check_base, load_adapter
     from dude_cli.adapter.state import base_fingerprint
-    from dude_cli.runtime import best_device, quiet_libraries
+    from dude_cli.system.runtime import best_device, quiet_libraries
 
     quiet_libraries()
     chosen = check_dtype(dtype)
@@ -146,7 +146,7 @@ def check_target(
 
     Of the model only its config is read.
     """
-    from dude_cli.runtime import quiet_libraries
+    from dude_cli.system.runtime import quiet_libraries
 
     quiet_libraries()
     check_dtype(dtype)

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dude_cli.garbage import RARELY
+from dude_cli.system.garbage import RARELY
 
 # Looking through what libraries and tests make was a fifth of the time of tests of commands.
 gc.set_threshold(RARELY)

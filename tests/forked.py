@@ -28,13 +28,13 @@ from dude_cli.reproduce.execute import PRELOAD
 PRELOADED = [*PRELOAD, "dude_cli.cli", "dude_cli.report", "drawn"]
 # Where each stage is entered, and which time: the first evaluation and the first checksums are others.
 STAGES: dict[str, tuple[str, str, int]] = {
-    "data": ("dude_cli.prepare", "prepare_data", 1),
-    "load": ("dude_cli.prepare", "load_model", 1),
+    "data": ("dude_cli.training.prepare", "prepare_data", 1),
+    "load": ("dude_cli.training.prepare", "load_model", 1),
     "decomposition": ("dude_cli.adapter.decomposition_cache", "decompose_layer", 2),
-    "first evaluation": ("dude_cli.train", "longest_first", 1),
-    "step": ("dude_cli.train", "accumulate_gradients", 3),
-    "evaluation": ("dude_cli.train", "longest_first", 2),
-    "save": ("dude_cli.checkpoint", "_checksums", 1),
+    "first evaluation": ("dude_cli.training.loop", "longest_first", 1),
+    "step": ("dude_cli.training.loop", "accumulate_gradients", 3),
+    "evaluation": ("dude_cli.training.loop", "longest_first", 2),
+    "save": ("dude_cli.training.checkpoint", "_checksums", 1),
 }
 
 

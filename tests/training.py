@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from dude_cli.config import load_config
-from dude_cli.init_from import resolve_init_from
-from dude_cli.prepare import Prepared, prepare
-from dude_cli.runtime import StopSignal, make_accelerator
-from dude_cli.train import train
+from dude_cli.system.runtime import StopSignal, make_accelerator
+from dude_cli.training.init_from import resolve_init_from
+from dude_cli.training.loop import train
+from dude_cli.training.prepare import Prepared, prepare
 
 
 class StopAfter(StopSignal):

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dude_cli import cache_dir, files
 from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer, is_exact
 from dude_cli.adapter.weight import content_sha256, stored_weight, weight_shape
 from dude_cli.config import AdapterConfig, SvdConfig
+from dude_cli.system import cache_dir, files
 
 # Raise it when the same weight and settings get other factors.
 ALGORITHM_VERSION = 1

@@ -22,10 +22,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dude_cli import files
 from dude_cli.adapter.factors import Factors
 from dude_cli.config import AdapterConfig, DType
 from dude_cli.errors import AdapterError
+from dude_cli.system import files
 
 FORMAT_VERSION = 2
 TENSORS_FILE = "adapter.safetensors"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dude_cli import files
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import (
     CONFIG_FILE,
@@ -28,6 +27,7 @@ from dude_cli.adapter.patch import adapter_layers, patch_with_factors, tied_laye
 from dude_cli.adapter.weight import check_readable, is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError
+from dude_cli.system import files
 
 # Values of one parameter that the fingerprint reads: all of a small one; of a 7B model, in all, a quarter of a GB.
 FINGERPRINT_VALUES = 2**19

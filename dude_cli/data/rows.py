@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.cache_dir import folder_cache
 from dude_cli.config import HUB_NAME, DataSource
 from dude_cli.data.columns import Columns, check_columns, keep_columns
 from dude_cli.data.row_files import FILE_SUFFIXES, Row, first_line, read_file
 from dude_cli.errors import DataError, nearest
+from dude_cli.system.cache_dir import folder_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset

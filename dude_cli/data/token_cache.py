@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from dude_cli.cache_dir import cache_dir, prune
 from dude_cli.config import DataConfig
 from dude_cli.data.row_files import first_line
 from dude_cli.data.table import TokenTable
-from dude_cli.files import disk_errors, new_file
+from dude_cli.system.cache_dir import cache_dir, prune
+from dude_cli.system.files import disk_errors, new_file
 
 Say = Callable[[str], None]
 

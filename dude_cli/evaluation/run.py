@@ -17,7 +17,7 @@ from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harne
 from dude_cli.evaluation.results import BY_TASK, differences
 from dude_cli.evaluation.saved import task_results
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
-from dude_cli.runtime import local_main_first
+from dude_cli.system.runtime import local_main_first
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

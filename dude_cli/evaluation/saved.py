@@ -19,7 +19,7 @@ from typing import Any
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
 from dude_cli.evaluation.results import BY_TASK, plain, results_json
-from dude_cli.files import write_text
+from dude_cli.system.files import write_text
 
 
 def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:

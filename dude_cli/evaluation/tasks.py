@@ -16,10 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dude_cli.cache_dir import folder_cache
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, nearest
 from dude_cli.evaluation.protocols import TASKS_DIR as PROTOCOLS_DIR
+from dude_cli.system.cache_dir import folder_cache
 
 # The papers' number for both. lm-eval's gsm8k says 5 itself; its mmlu says nothing, which means 0.
 BENCHMARK_NUM_FEWSHOT = 5

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli import files
 from dude_cli.config import QUANTIZATIONS, AdapterConfig, DType, ModelConfig
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.export.peft_files import PeftAdapter, PeftLayer, read_peft_adapter, read_peft_config
@@ -23,7 +22,8 @@ from dude_cli.export.peft_format import peft_logits
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ImportReport
 from dude_cli.model import hub_commit, saved_dtype
-from dude_cli.model_card import imported_card
+from dude_cli.system import files
+from dude_cli.training.model_card import imported_card
 
 if TYPE_CHECKING:
     from torch import Tensor

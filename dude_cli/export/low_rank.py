@@ -12,14 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dude_cli import files
 from dude_cli.config import AdapterConfig, SvdConfig
 from dude_cli.errors import UsageError
 from dude_cli.export.peft_files import PeftLayer, write_peft_adapter
 from dude_cli.export.peft_format import adapter_lora_config, base_alone, peft_logits, refuse_taken_for_experts
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport, LowRankError
-from dude_cli.model_card import peft_card
+from dude_cli.system import files
+from dude_cli.training.model_card import peft_card
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_cli import files
 from dude_cli.config import DType
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport
 from dude_cli.model import load_model
-from dude_cli.model_card import merged_card
+from dude_cli.system import files
+from dude_cli.training.model_card import merged_card
 
 if TYPE_CHECKING:
     from dude_cli.target import LoadedTarget

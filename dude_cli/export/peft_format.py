@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli import files
 from dude_cli.errors import UsageError
 from dude_cli.export.peft_files import PeftLayer, lora_config, write_peft_adapter
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport
-from dude_cli.model_card import peft_card
+from dude_cli.system import files
+from dude_cli.training.model_card import peft_card
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dude_cli.files import write_text
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
 from dude_cli.report.page import html_page, markdown
+from dude_cli.system.files import write_text
 
 __all__ = ["write_report", "write_report_if_possible"]
 

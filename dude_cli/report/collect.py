@@ -13,8 +13,8 @@ from dude_cli.config import Config, load_config
 from dude_cli.errors import DudeError, UsageError
 from dude_cli.evaluation import is_of_adapter, other_examples, read_results, requested_task, result_files
 from dude_cli.evaluation.results import as_number, scores, table_rows
-from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
-from dude_cli.run_dir import RESULT
+from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
+from dude_cli.training.run_dir import RESULT
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dude_cli.evaluation.statistics import Summary
-from dude_cli.memory import human_bytes
+from dude_cli.system.memory import human_bytes
 
 NOTHING = "–"
 Shown = Callable[[Any], str]

@@ -16,18 +16,18 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from dude_cli import files
 from dude_cli.config import EvalTask, dump_config
 from dude_cli.errors import DivergedError, DudeError, StoppedError, UsageError
-from dude_cli.lock import locked
 from dude_cli.reproduce.plan import Run
 from dude_cli.reproduce.scores import task_results
-from dude_cli.stopping import Interrupted, interrupting_signals
+from dude_cli.system import files
+from dude_cli.system.lock import locked
+from dude_cli.system.stopping import Interrupted, interrupting_signals
 
 # What a run imports, once for all of them: the server process of multiprocessing does it, and each run is a copy of it.
-PRELOAD = ["dude_cli.commands", "dude_cli.train", "dude_cli.prepare", "dude_cli.target", "dude_cli.start"]
-PRELOAD += ["dude_cli.decompositions", "dude_cli.estimate", "dude_cli.init_report", "dude_cli.evaluation", "datasets"]
-PRELOAD += ["peft", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["dude_cli.commands.reproducing", "dude_cli.target", "dude_cli.evaluation"]
+PRELOAD += [f"dude_cli.training.{name}" for name in ("loop", "prepare", "start", "decompositions", "estimate")]
+PRELOAD += ["dude_cli.training.init_report", "datasets", "peft", "transformers.models.llama.modeling_llama"]
 PRELOAD += ["lm_eval", "lm_eval.evaluator", "lm_eval.tasks", "lm_eval.models.huggingface"]
 
 

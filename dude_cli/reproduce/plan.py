@@ -12,8 +12,8 @@ from dude_cli.config import Config, EvalTask, load_config
 from dude_cli.data.order import steps_per_epoch
 from dude_cli.errors import ConfigError
 from dude_cli.reproduce.recipe import Block, Number, Recipe
-from dude_cli.schedule import total_steps
-from dude_cli.smoke import EVAL_LIMIT
+from dude_cli.training.schedule import total_steps
+from dude_cli.training.smoke import EVAL_LIMIT
 
 
 @dataclass(frozen=True)

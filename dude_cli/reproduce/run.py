@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dude_cli import files
 from dude_cli.config import EvalTask
 from dude_cli.errors import NumberNotMetError
 from dude_cli.reproduce.execute import Failures, Job, Slot, Work, run_jobs
 from dude_cli.reproduce.plan import Plan, Run
 from dude_cli.reproduce.report import Result
 from dude_cli.reproduce.verdict import choose_rate, judge, setting_scores
+from dude_cli.system import files
 
 
 def reproduce(

@@ -8,8 +8,8 @@ from typing import Any
 
 from dude_cli.config import EvalTask
 from dude_cli.evaluation import find_results
-from dude_cli.metrics import run_summary
 from dude_cli.reproduce.plan import Run
+from dude_cli.training.metrics import run_summary
 
 
 @dataclass(frozen=True)

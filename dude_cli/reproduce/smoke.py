@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dude_cli.config import EvalTask
 from dude_cli.reproduce.recipe import EVAL_LOSS, Recipe
-from dude_cli.smoke import EVAL_LIMIT
+from dude_cli.training.smoke import EVAL_LIMIT
 
 RATES = 2
 

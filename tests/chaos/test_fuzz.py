@@ -25,13 +25,14 @@ from command import dude_here
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli import prepare, quickstart, report, shipped
+from dude_cli import quickstart, report, shipped
 from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, save_adapter, unpatch_model
 from dude_cli.config import DataConfig, ModelConfig
 from dude_cli.data import prepare_data
 from dude_cli.errors import DudeError
 from dude_cli.evaluation.tasks import offline
 from dude_cli.model import load_model, load_tokenizer
+from dude_cli.training import prepare
 
 IS_LONG = os.environ.get("DUDE_CHAOS") == "long"
 SEED = int(os.environ.get("DUDE_CHAOS_SEED", "1"))

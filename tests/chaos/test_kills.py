@@ -15,7 +15,7 @@ import pytest
 from forked import Ranks, Strike
 from quickstart_config import quickstart_config
 
-from dude_cli.metrics import read_metrics
+from dude_cli.training.metrics import read_metrics
 
 IS_LONG = os.environ.get("DUDE_CHAOS") == "long"
 SEED = int(os.environ.get("DUDE_CHAOS_SEED", "1"))
@@ -24,10 +24,10 @@ KILLS = {1: 20, 2: 20} if IS_LONG else {1: 1, 2: 1}
 RESULT = "adapter/adapter.safetensors"
 # The moments of a save: before the manifest, before the rename, before the check, before the oldest goes.
 MOMENTS = [
-    ("dude_cli.checkpoint", "_checksums"),
-    ("dude_cli.files", "_replace_folder"),
-    ("dude_cli.checkpoint", "is_valid"),
-    ("dude_cli.checkpoint", "checkpoints"),
+    ("dude_cli.training.checkpoint", "_checksums"),
+    ("dude_cli.system.files", "_replace_folder"),
+    ("dude_cli.training.checkpoint", "is_valid"),
+    ("dude_cli.training.checkpoint", "checkpoints"),
 ]
 
 

@@ -48,14 +48,15 @@ def test_an_output_that_was_closed_from_the_start_is_no_error(closed):
 
 
 def test_a_terminal_without_a_sign_shows_another_one():
-    says = "import sys\nfrom dude_cli import commands\n"
-    says += "commands.list_shipped = lambda output: output.result('1.5 \\xb1 0.2', {})"
+    says = "import sys\nfrom dude_cli.commands import listing\n"
+    says += "listing.list_shipped = lambda output: output.result('1.5 \\xb1 0.2', {})"
     done = run_with(says, "ls", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "1.5 ? 0.2\n"), done.stderr
 
 
 def test_a_crash_of_a_library_says_where_it_was():
-    crash = "import ctypes, sys\nfrom dude_cli import commands\ncommands.list_shipped = lambda _: ctypes.string_at(0)"
+    crash = "import ctypes, sys\nfrom dude_cli.commands import listing\n"
+    crash += "listing.list_shipped = lambda _: ctypes.string_at(0)"
     done = run_with(crash, "ls")
     assert done.returncode == -11
     assert "Segmentation fault" in done.stderr

@@ -18,7 +18,7 @@ from quickstart_config import quickstart_config
 from transformers import AutoModelForCausalLM
 
 from dude_cli import quickstart
-from dude_cli.commands import reproduce_run
+from dude_cli.commands.reproducing import reproduce_run
 from dude_cli.config import EvalTask, ModelConfig, load_config
 from dude_cli.evaluation.tasks import offline
 from dude_cli.model import load_model

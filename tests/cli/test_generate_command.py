@@ -17,7 +17,9 @@ from command import dude, environment
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli import commands, quickstart
+from dude_cli import quickstart
+from dude_cli.commands import answering
+from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.model import load_tokenizer
@@ -68,7 +70,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def generate(target, *prompts: str, as_json=False, **options) -> None:
-    commands.generate(str(target), prompts, **(OPTIONS | options), output=Output(as_json))
+    answering.generate(str(target), prompts, **(OPTIONS | options), output=Output(as_json))
 
 
 def test_one_document_has_all_of_several_answers_and_nothing_else_is_printed(run):
@@ -130,7 +132,7 @@ def test_a_chat_stops_at_the_end_of_turn_that_it_has_learned(chat_run, capsys):
     assert "chat template" in document["prompt_form"]
     (answer,) = document["answers"]
     assert (answer["completion"], answer["stop_reason"]) == (" 12", "eos")
-    tokenizer = load_tokenizer(commands.load_config(chat_run / "config.yaml").model)
+    tokenizer = load_tokenizer(load_config(chat_run / "config.yaml").model)
     assert answer["new_tokens"] == len(tokenizer(" 12", add_special_tokens=False).input_ids) + 1
     generate(chat_run / "adapter", "Ann has 3 apples")  # the tokenizer saved with it has the chat template
     assert capsys.readouterr().out == " 12\n"

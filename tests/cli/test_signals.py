@@ -43,7 +43,7 @@ def signalled(argv: list[str], module: str, name: str, cwd: Path) -> subprocess.
         (["ls"], "dude_cli.shipped", "error: stopped\n"),
         (["init", "c.yaml"], "yaml", "error: stopped; the same command starts again\n"),
         (["train", "c.yaml"], "yaml", "error: stopped; what was not saved is lost, and the same command starts or"),
-        (["generate", "--prompt", "x"], "dude_cli.generate", "error: stopped\n"),
+        (["generate", "--prompt", "x"], "dude_cli.generation.generate", "error: stopped\n"),
         (
             ["eval", "embedded:quickstart", "--task", "x"],
             "dude_cli.evaluation",
@@ -75,8 +75,8 @@ def test_a_signal_at_any_time_ends_it_the_same_way(delay_s, tmp_path):
 def test_an_interruption_that_passes_through_exec_keeps_the_exit_code(tmp_path):
     """Python remembers a KeyboardInterrupt that left `exec`, and then `python -m` ends by SIGINT, handled or not."""
     (tmp_path / "program.py").write_text(
-        "import os, signal, sys\nfrom dude_cli import commands\nfrom dude_cli.__main__ import main\n"
-        "commands.list_shipped = lambda output: exec('os.kill(os.getpid(), signal.SIGINT)')\n"
+        "import os, signal, sys\nfrom dude_cli.commands import listing\nfrom dude_cli.__main__ import main\n"
+        "listing.list_shipped = lambda output: exec('os.kill(os.getpid(), signal.SIGINT)')\n"
         "sys.argv = ['dude', 'ls']\nmain()\n"
     )
     env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
@@ -100,8 +100,8 @@ def wait_for_our_code(pid: int) -> None:
 
 POOL = """
 import multiprocessing, time
-from dude_cli.runtime import stop_signals
-from dude_cli.stopping import interrupting_signals
+from dude_cli.system.runtime import stop_signals
+from dude_cli.system.stopping import interrupting_signals
 
 with {scope}():
     with multiprocessing.get_context("fork").Pool(4) as pool:  # leaving it ends its processes by SIGTERM

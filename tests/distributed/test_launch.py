@@ -15,16 +15,16 @@ import pytest
 import torch
 import torch.distributed.elastic.multiprocessing
 
-from dude_cli import launch
 from dude_cli.errors import UsageError
-from dude_cli.launch import ranks_to_start, run_ranks
-from dude_cli.runtime import make_accelerator
+from dude_cli.system import launch
+from dude_cli.system.launch import ranks_to_start, run_ranks
+from dude_cli.system.runtime import make_accelerator
 
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
-from dude_cli.launch import follow_launcher, tell_error
-from dude_cli.stopping import leave_on_signals
+from dude_cli.system.launch import follow_launcher, tell_error
+from dude_cli.system.stopping import leave_on_signals
 
 folder, mode, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
 (folder / f"pid-{rank}").write_text(str(os.getpid()))

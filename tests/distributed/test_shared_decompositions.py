@@ -10,9 +10,9 @@ from tiny_models import tiny_model
 
 from dude_cli.adapter import AdapterConfig, find_targets
 from dude_cli.adapter.decompose import decompose_layer
-from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import DudeError
-from dude_cli.runtime import make_accelerator
+from dude_cli.system.runtime import make_accelerator
+from dude_cli.training.decompositions import decompose_on_all_ranks
 
 
 def decompose_twice(arguments: list[str]) -> None:

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from training import StopAfter, init_here, train_here
 
 from dude_cli.adapter import adapter_layers
-from dude_cli.checkpoint import checkpoints, is_valid
 from dude_cli.cli import app
 from dude_cli.errors import StoppedError
-from dude_cli.metrics import read_metrics
-from dude_cli.runtime import StopSignal, make_accelerator
-from dude_cli.train import train
+from dude_cli.system.runtime import StopSignal, make_accelerator
+from dude_cli.training.checkpoint import checkpoints, is_valid
+from dude_cli.training.loop import train
+from dude_cli.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

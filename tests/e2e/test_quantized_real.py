@@ -14,10 +14,10 @@ from quickstart_config import quickstart_config
 from rich.console import Console
 
 from dude_cli.config import load_config
-from dude_cli.prepare import prepare
-from dude_cli.runtime import StopSignal, make_accelerator
+from dude_cli.system.runtime import StopSignal, make_accelerator
 from dude_cli.target import find_target, load_target
-from dude_cli.train import train
+from dude_cli.training.loop import train
+from dude_cli.training.prepare import prepare
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -8,7 +8,7 @@ import pytest
 from command import dude, dude_here
 from gsm8k_config import gsm8k_config
 
-from dude_cli.metrics import read_metrics
+from dude_cli.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

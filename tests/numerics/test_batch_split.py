@@ -10,8 +10,8 @@ from tiny_models import VOCABULARY, tiny_model
 
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
-from dude_cli.loss import SummedLoss
-from dude_cli.train_step import accumulate_gradients, equal_batches
+from dude_cli.training.loss import SummedLoss
+from dude_cli.training.step import accumulate_gradients, equal_batches
 
 ROWS = 13  # no split below divides it: the last micro-batch is short
 

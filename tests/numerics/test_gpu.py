@@ -25,7 +25,6 @@ from test_adapter_reference import (
 from tiny_models import KINDS, linear_layer, tiny_batch, tiny_model
 from training import StopAfter, train_here
 
-from dude_cli import prepare
 from dude_cli.adapter import (
     AdapterConfig,
     adapter_layers,
@@ -37,7 +36,8 @@ from dude_cli.adapter import (
     unpatch_model,
 )
 from dude_cli.errors import ResourceError, StoppedError
-from dude_cli.metrics import read_metrics
+from dude_cli.training import prepare
+from dude_cli.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

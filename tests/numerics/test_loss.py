@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dude_cli import loss as loss_module
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
-from dude_cli.live_bytes import counted
-from dude_cli.loss import SummedLoss, chunk_tokens, linear_cross_entropy, with_targets
+from dude_cli.training import loss as loss_module
+from dude_cli.training.live_bytes import counted
+from dude_cli.training.loss import SummedLoss, chunk_tokens, linear_cross_entropy, with_targets
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -11,9 +11,10 @@ import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
 
-from dude_cli import prepare, train
-from dude_cli.lock import locked
-from dude_cli.run_dir import LOCK_FILE
+from dude_cli.system.lock import locked
+from dude_cli.training import loop as train
+from dude_cli.training import prepare
+from dude_cli.training.run_dir import LOCK_FILE
 
 COMMANDS = [("init",), ("train",), ("train", "--overwrite")]
 

@@ -11,10 +11,10 @@ import pytest
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli import ranks
-from dude_cli.checkpoint import Origin, checkpoints, is_valid, newest_checkpoint
-from dude_cli.metrics import read_metrics
-from dude_cli.resume import checkpoint_to_continue
+from dude_cli.system import ranks
+from dude_cli.training.checkpoint import Origin, checkpoints, is_valid, newest_checkpoint
+from dude_cli.training.metrics import read_metrics
+from dude_cli.training.resume import checkpoint_to_continue
 
 EXTRA = "  save_steps: 2"
 RESULT = "adapter/adapter.safetensors"

@@ -11,10 +11,10 @@ from dude_cli.adapter import load_adapter
 from dude_cli.config import load_config
 from dude_cli.data import collate, prepare_data
 from dude_cli.errors import StoppedError
-from dude_cli.files import delete
-from dude_cli.loss import SummedLoss, with_targets
-from dude_cli.metrics import read_metrics
 from dude_cli.model import load_model, load_tokenizer
+from dude_cli.system.files import delete
+from dude_cli.training.loss import SummedLoss, with_targets
+from dude_cli.training.metrics import read_metrics
 
 
 def validation_loss(config, adapter) -> float:

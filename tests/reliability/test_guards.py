@@ -16,12 +16,14 @@ from quickstart_config import quickstart_config
 from safetensors.torch import load_file
 from training import init_here, train_here
 
-from dude_cli import disk, files, train
 from dude_cli.adapter import unpatch_model
-from dude_cli.checkpoint import checkpoints, is_valid, save_checkpoint
 from dude_cli.config import load_config
 from dude_cli.errors import DivergedError, ResourceError
-from dude_cli.metrics import MetricsLog, read_metrics
+from dude_cli.system import files
+from dude_cli.training import disk
+from dude_cli.training import loop as train
+from dude_cli.training.checkpoint import checkpoints, is_valid, save_checkpoint
+from dude_cli.training.metrics import MetricsLog, read_metrics
 
 TENSORS = "adapter.safetensors"
 
@@ -31,7 +33,7 @@ def losses(run_dir: Path) -> list[tuple[int, float, float]]:
 
 
 class AtCall:
-    """Does something before the `count`-th call of a function that `dude_cli.train` calls, or each from then on."""
+    """Does something before the `count`-th call of a function that `training.loop` calls, or each from then on."""
 
     name, count = "accumulate_gradients", 3
 
@@ -172,8 +174,8 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_checked_deletes_no_older_one(tmp_path, monkeypatch):
-    from dude_cli import checkpoint
     from dude_cli.errors import AdapterError
+    from dude_cli.training import checkpoint
 
     config = quickstart_config(tmp_path, max_steps="3", extra="  save_steps: 1\n  save_total_limit: 1")
     with monkeypatch.context() as patch:

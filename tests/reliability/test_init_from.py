@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 from training import StopAfter, init_here, train_here
 
-from dude_cli import commands, prepare, start
 from dude_cli.adapter import AdapterConfig, patch_model, read_adapter_config
+from dude_cli.commands import training
 from dude_cli.config import ADAPTER_FIXED as FIXED
 from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import AdapterError, StoppedError, UsageError
-from dude_cli.init_from import resolve_init_from
-from dude_cli.metrics import read_metrics
-from dude_cli.smoke import smoke_config
+from dude_cli.training import prepare, start
+from dude_cli.training.init_from import resolve_init_from
+from dude_cli.training.metrics import read_metrics
+from dude_cli.training.smoke import smoke_config
 
 TENSORS = "adapter/adapter.safetensors"
 SETTINGS = "rank: 4, alpha: 8, rank_stabilized: true, target_modules: [q_proj, up_proj], exclude_modules: []"
@@ -26,7 +27,7 @@ SETTINGS = "rank: 4, alpha: 8, rank_stabilized: true, target_modules: [q_proj, u
 
 def train(config, *, overwrite):
     options = {"smoke": False, "overwrite": overwrite, "allow_changes": False, "num_processes": None}
-    commands.train(config, [], **options, output=Output())
+    training.train(config, [], **options, output=Output())
 
 
 def continued(folder, source, *, adapter="", **changes):
@@ -129,7 +130,7 @@ def test_a_run_that_has_begun_goes_on_whatever_became_of_the_source(fate, source
     assert "holds this run, finished" in capsys.readouterr().err
     if fate == "gone":
         with pytest.raises(UsageError, match="no folder"):
-            commands.train(
+            training.train(
                 parts, [], smoke=False, overwrite=True, allow_changes=False, num_processes=None, output=Output()
             )
         assert result(tmp_path / "parts/run") == result(tmp_path / "whole/run")

@@ -11,8 +11,9 @@ import pytest
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli import prepare, train
-from dude_cli.metrics import read_metrics
+from dude_cli.training import loop as train
+from dude_cli.training import prepare
+from dude_cli.training.metrics import read_metrics
 
 
 def write_rows(path: Path, words: list[int]) -> str:

@@ -8,16 +8,17 @@ import pytest
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli import commands, files
+from dude_cli.commands import training
 from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
-from dude_cli.run_dir import clear_run
+from dude_cli.system import files
+from dude_cli.training.run_dir import clear_run
 
 
 def train(config, *overrides, overwrite=True):
     options = {"smoke": False, "overwrite": overwrite, "allow_changes": False, "num_processes": None}
-    commands.train(config, overrides, **options, output=Output(is_quiet=True))
+    training.train(config, overrides, **options, output=Output(is_quiet=True))
 
 
 def contents(folder):

@@ -8,8 +8,8 @@ from quickstart_config import quickstart_config
 from test_uncalled import save_model
 from training import train_here
 
-from dude_cli.metrics import read_metrics
-from dude_cli.overwritten import finding_overwritten
+from dude_cli.training.metrics import read_metrics
+from dude_cli.training.overwritten import finding_overwritten
 
 FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.1}
 

@@ -13,12 +13,13 @@ from command import dude_here
 from quickstart_config import quickstart_config
 from training import StopAfter, init_here, train_here
 
-from dude_cli import prepare, quickstart, target
-from dude_cli.checkpoint import Origin, checkpoints, read_state
+from dude_cli import quickstart, target
 from dude_cli.config import load_config
 from dude_cli.errors import StoppedError, UsageError
-from dude_cli.metrics import read_metrics
-from dude_cli.run_dir import changed_settings, is_finished_run
+from dude_cli.training import prepare
+from dude_cli.training.checkpoint import Origin, checkpoints, read_state
+from dude_cli.training.metrics import read_metrics
+from dude_cli.training.run_dir import changed_settings, is_finished_run
 
 EXTRA = "  save_steps: 2"
 

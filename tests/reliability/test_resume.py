@@ -13,10 +13,10 @@ from forked import Ranks, dude_forked
 from quickstart_config import quickstart_config
 from training import StopAfter, train_here
 
-from dude_cli import train_step
-from dude_cli.checkpoint import checkpoints, is_valid
 from dude_cli.errors import AdapterError, StoppedError, UsageError
-from dude_cli.metrics import read_metrics
+from dude_cli.training import step as train_step
+from dude_cli.training.checkpoint import checkpoints, is_valid
+from dude_cli.training.metrics import read_metrics
 
 EXTRA = "  save_steps: 3\n  eval_steps: 5"
 RESULT = "adapter/adapter.safetensors"
@@ -134,7 +134,7 @@ def test_a_run_does_not_go_on_with_other_rows(unfinished, monkeypatch):
 def test_a_run_does_not_go_on_with_another_base(unfinished, monkeypatch):
     import torch
 
-    from dude_cli import prepare
+    from dude_cli.training import prepare
 
     def other_model(config, device, load=prepare.load_model):
         model = load(config, device)
@@ -159,8 +159,8 @@ def test_only_an_automatic_batch_size_is_the_checkpoints(given, used, tmp_path):
 
 
 def test_a_checkpoint_of_another_version_is_explained(unfinished, tmp_path):
-    from dude_cli import files
-    from dude_cli.checkpoint import _manifest
+    from dude_cli.system import files
+    from dude_cli.training.checkpoint import _manifest
 
     folder = tmp_path / "run/checkpoints/step-000012"
     (folder / "state.json").write_text('{"epoch": 3}')

@@ -13,12 +13,13 @@ from quickstart_config import quickstart_config
 from tiny_models import tiny_model
 from training import train_here
 
-from dude_cli import files, quickstart
+from dude_cli import quickstart
 from dude_cli.config import ModelConfig
 from dude_cli.errors import UsageError
 from dude_cli.evaluation import write_results
 from dude_cli.model import load_model, load_tokenizer
-from dude_cli.run_dir import FILES, FOLDERS, LOCK_FILE
+from dude_cli.system import files
+from dude_cli.training.run_dir import FILES, FOLDERS, LOCK_FILE
 
 TOKEN = "hf_" + "Abc123" * 6
 

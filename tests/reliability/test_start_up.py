@@ -11,8 +11,8 @@ from training import StopAfter, train_here
 from dude_cli.data import prepare
 from dude_cli.data.encode import TextEncoder
 from dude_cli.errors import StoppedError
-from dude_cli.metrics import read_metrics
-from dude_cli.runtime import process_age_s
+from dude_cli.system.runtime import process_age_s
+from dude_cli.training.metrics import read_metrics
 
 RESULT = "adapter/adapter.safetensors"
 

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from dude_cli import quickstart
 from dude_cli.adapter import AdapterConfig, find_targets
 from dude_cli.errors import UsageError
-from dude_cli.uncalled import refusing_uncalled
+from dude_cli.training.uncalled import refusing_uncalled
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 56}
 

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from dude_cli.adapter import AdapterConfig, DecompositionCache, SvdConfig, adapter_layers, patch_model
 from dude_cli.adapter import decomposition_cache as module
 from dude_cli.adapter.decomposition_cache import decomposition_key
-from dude_cli.cache_dir import prune
 from dude_cli.errors import AdapterError
+from dude_cli.system.cache_dir import prune
 
 CONFIG = AdapterConfig(rank=3)
 

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 from dude_cli.adapter import AdapterConfig, adapter_layers, patch_model
-from dude_cli.decompositions import check_decompositions, share_out
+from dude_cli.training.decompositions import check_decompositions, share_out
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 5))

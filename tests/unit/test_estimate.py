@@ -11,16 +11,16 @@ from tiny_models import VOCABULARY, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dude_cli import live_bytes
 from dude_cli.adapter import constant_adapters, patch_model
 from dude_cli.config import Config
 from dude_cli.errors import UsageError
-from dude_cli.estimate import Batch, MemoryEstimate, estimate_memory
-from dude_cli.live_bytes import counted
-from dude_cli.loss import SummedLoss, with_targets
-from dude_cli.memory import human_bytes
 from dude_cli.model import load_model
-from dude_cli.train_step import make_optimizer
+from dude_cli.system.memory import human_bytes
+from dude_cli.training import live_bytes
+from dude_cli.training.estimate import Batch, MemoryEstimate, estimate_memory
+from dude_cli.training.live_bytes import counted
+from dude_cli.training.loss import SummedLoss, with_targets
+from dude_cli.training.step import make_optimizer
 
 METHODS = ("dude", "dora", "pissa", "lora")
 

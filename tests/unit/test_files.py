@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from dude_cli import files
+from dude_cli.system import files
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 
 from dude_cli.export.probe import Difference
 from dude_cli.export.report import ExportReport, ImportReport, export_shown, import_shown
-from dude_cli.init_report import memory_line
-from dude_cli.memory import PeakMemory
+from dude_cli.system.memory import PeakMemory
+from dude_cli.training.init_report import memory_line
 
 
 def test_the_allowance_stands_beside_the_share_that_it_is_of() -> None:

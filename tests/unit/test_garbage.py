@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from dude_cli.config import ModelConfig
-from dude_cli.garbage import RARELY, collect_as_usual, collect_rarely
 from dude_cli.model import load_model
 from dude_cli.quickstart import NAME
+from dude_cli.system.garbage import RARELY, collect_as_usual, collect_rarely
 
 COMMAND = """
 import gc, sys

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 from dude_cli.adapter import AdapterConfig, disable_adapters, patch_model
 from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.config import ModelConfig
-from dude_cli.conversation import Conversation
 from dude_cli.data import prompt_form
 from dude_cli.errors import DivergedError, UsageError
-from dude_cli.generate import Generator, Sampling, _TextStream
+from dude_cli.generation.conversation import Conversation
+from dude_cli.generation.generate import Generator, Sampling, _TextStream
 from dude_cli.model import load_model, load_tokenizer
 
 QUICKSTART = ModelConfig(name_or_path="embedded:quickstart", dtype="float32")

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from dude_cli.lock import locked
+from dude_cli.system.lock import locked
 
 # Forks one that lives on until its standard input ends, and is killed within the lock.
 KILLED = """\
 import os, signal, sys
 from pathlib import Path
-from dude_cli.lock import locked
+from dude_cli.system.lock import locked
 
 with locked(Path(sys.argv[1]), print):
     if os.fork() == 0:

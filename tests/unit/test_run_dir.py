@@ -6,10 +6,10 @@ import pytest
 
 from dude_cli.config import Config
 from dude_cli.errors import UsageError
-from dude_cli.metrics import MEMORY_FILE, METRICS_FILE, check_trackers, read_metrics, run_summary
-from dude_cli.model_card import model_card
-from dude_cli.run_dir import INITIAL, check_run_dir, check_writable, initial_key
-from dude_cli.start import initial_adapter_key
+from dude_cli.training.metrics import MEMORY_FILE, METRICS_FILE, check_trackers, read_metrics, run_summary
+from dude_cli.training.model_card import model_card
+from dude_cli.training.run_dir import INITIAL, check_run_dir, check_writable, initial_key
+from dude_cli.training.start import initial_adapter_key
 
 
 def config_in(folder, **sections):

@@ -8,8 +8,8 @@ import torch
 from quickstart_config import quickstart_config
 from training import init_here
 
-from dude_cli import cpu
-from dude_cli.runtime import best_device, make_accelerator
+from dude_cli.system import cpu
+from dude_cli.system.runtime import best_device, make_accelerator
 
 
 @pytest.mark.parametrize(("kind", "device"), [(None, "cpu"), ("mps", "cpu"), ("cuda", "cuda:0")])
@@ -29,7 +29,7 @@ def test_a_gpu_without_float64_is_not_taken(kind, device, monkeypatch):
     [("bfloat16", 40.0, True), ("bfloat16", 1.5, False), ("float32", 40.0, False)],
 )
 def test_a_dtype_that_this_cpu_is_slow_in_is_told(dtype, slowdown, is_said, tmp_path, monkeypatch):
-    monkeypatch.setattr("dude_cli.prepare.product_slowdown", lambda dtype: slowdown)
+    monkeypatch.setattr("dude_cli.training.prepare.product_slowdown", lambda dtype: slowdown)
     said = []
     init_here(quickstart_config(tmp_path, dtype=dtype, rows="8"), say=said.append)
     line = f"this CPU multiplies 40 times slower in {dtype} than in float32: try model.dtype=float32"

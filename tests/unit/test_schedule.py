@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from dude_cli.config import TrainConfig
-from dude_cli.schedule import learning_rate_at, total_steps, warmup_steps
+from dude_cli.training.schedule import learning_rate_at, total_steps, warmup_steps
 
 
 @given(st.sampled_from(["cosine", "linear", "constant"]), st.integers(1, 60), st.floats(0, 1))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dude_cli import quickstart, shipped, smoke
+from dude_cli import quickstart, shipped
 from dude_cli.config import Config
 from dude_cli.config.read import dump_config, load_config
+from dude_cli.training import smoke
 
 CONFIGS = [name for name, _ in shipped.list_shipped() if name.startswith("configs/")]
 

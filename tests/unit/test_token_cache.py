@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dude_cli.cache_dir import cache_dir, prune
 from dude_cli.config import DataConfig, DataSource
 from dude_cli.data import PreparedData, prepare_data, token_cache
 from dude_cli.data.encode import Encoded, TextEncoder
 from dude_cli.data.table import TokenTable
 from dude_cli.data.token_cache import encoded_once, token_key
 from dude_cli.errors import DataError
-from dude_cli.runtime import local_main_first
+from dude_cli.system.cache_dir import cache_dir, prune
+from dude_cli.system.runtime import local_main_first
 
 CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 ROWS = [{"prompt": f"How many is {i}?", "completion": f" {i} apples"} for i in range(20)]

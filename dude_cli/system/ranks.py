@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dude_cli.errors import DudeError, explained
-from dude_cli.stopping import Interrupted, ignore_signals
+from dude_cli.system.stopping import Interrupted, ignore_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dude_cli.errors import StoppedError, UsageError
-from dude_cli.gpu import gpu_kind
-from dude_cli.stopping import SIGNALS
+from dude_cli.system.gpu import gpu_kind
+from dude_cli.system.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext

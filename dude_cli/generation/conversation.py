@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from dude_cli.console import Output
 from dude_cli.data import Message
 from dude_cli.errors import UsageError
-from dude_cli.generate import Answer, Generator, OnText
+from dude_cli.generation.generate import Answer, Generator, OnText
 
 # Below this many columns two answers side by side are harder to read than one under the other.
 TABLE_WIDTH = 72

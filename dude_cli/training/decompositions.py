@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli.config import AdapterConfig
 from dude_cli.console import Count
-from dude_cli.ranks import failing_together
+from dude_cli.system.ranks import failing_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dude_cli import files
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
+from dude_cli.system import files
 
 
 def export(
@@ -60,7 +60,7 @@ def import_adapter(
     """Make an adapter of ours from PEFT's, and compare the two."""
     from dude_cli.export import import_shown, import_to, peft_base
     from dude_cli.model import check_vocabulary, load_model, load_tokenizer
-    from dude_cli.runtime import best_device, quiet_libraries
+    from dude_cli.system.runtime import best_device, quiet_libraries
     from dude_cli.target import check_dtype
 
     chosen = check_dtype(dtype)

@@ -9,13 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_cli import files
-from dude_cli.checkpoint import CHECKPOINTS, checkpoints
 from dude_cli.config import ADAPTER_FIXED, Config, load_config
 from dude_cli.errors import UsageError
-from dude_cli.lock import locked
-from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
-from dude_cli.ranks import on_main_rank
+from dude_cli.system import files
+from dude_cli.system.lock import locked
+from dude_cli.system.ranks import on_main_rank
+from dude_cli.training.checkpoint import CHECKPOINTS, checkpoints
+from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

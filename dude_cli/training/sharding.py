@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dude_cli.config import Distributed
-    from dude_cli.loss import SummedLoss
+    from dude_cli.training.loss import SummedLoss
 
 
 def share_model(summed_loss: SummedLoss, accelerator: Accelerator, strategy: Distributed) -> nn.Module:

@@ -9,31 +9,32 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli import files, quickstart
-from dude_cli.checkpoint import Origin
+from dude_cli import quickstart
 from dude_cli.config import Config, DataSource, TrainConfig, dump_config
 from dude_cli.console import Counter, no_counter
-from dude_cli.cpu import product_slowdown
 from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
 from dude_cli.data.packing import check_packing
-from dude_cli.disk import check_disk_space
 from dude_cli.errors import DataError, UsageError
-from dude_cli.memory import PeakMemory
-from dude_cli.metrics import check_trackers
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, is_flash, load_model, load_tokenizer
-from dude_cli.ranks import on_main_rank
-from dude_cli.resume import checkpoint_to_continue
-from dude_cli.run_dir import begun_at, begun_base_revision, check_writable, clear_run
-from dude_cli.runtime import environment, local_main_first
-from dude_cli.schedule import total_steps, warmup_steps
-from dude_cli.sharding import blocks_of
-from dude_cli.start import Start
+from dude_cli.system import files
+from dude_cli.system.cpu import product_slowdown
+from dude_cli.system.memory import PeakMemory
+from dude_cli.system.ranks import on_main_rank
+from dude_cli.system.runtime import environment, local_main_first
+from dude_cli.training.checkpoint import Origin
+from dude_cli.training.disk import check_disk_space
+from dude_cli.training.metrics import check_trackers
+from dude_cli.training.resume import checkpoint_to_continue
+from dude_cli.training.run_dir import begun_at, begun_base_revision, check_writable, clear_run
+from dude_cli.training.schedule import total_steps, warmup_steps
+from dude_cli.training.sharding import blocks_of
+from dude_cli.training.start import Start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dude_cli.estimate import MemoryEstimate
+    from dude_cli.training.estimate import MemoryEstimate
 
 # Rows times longest row that `per_device_batch_size: auto` starts with.
 AUTO_BATCH_TOKENS = 16_384
@@ -248,7 +249,7 @@ def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
     The rows are read for their longest one where that is quick; else each may have `data.max_length` tokens.
     Raises DudeError as `prepare` does.
     """
-    from dude_cli.estimate import Batch, estimate_memory
+    from dude_cli.training.estimate import Batch, estimate_memory
 
     length, source = config.data.max_length, "data.max_length"
     if all(map(_is_quick, config.data.train)):
@@ -264,7 +265,7 @@ def _is_quick(source: DataSource) -> bool:
 
 
 def _forecast(config: Config, plan: Plan, length: int, say: Callable[[str], None]) -> MemoryEstimate | None:
-    from dude_cli.estimate import Batch, estimate_memory
+    from dude_cli.training.estimate import Batch, estimate_memory
 
     batch = Batch(plan.per_device_batch_size, length, plan.gradient_accumulation_steps, plan.world_size)
     try:

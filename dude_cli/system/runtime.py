@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.errors import UsageError, is_lost_rank, without_tokens
-from dude_cli.gpu import gpu_kind
-from dude_cli.stopping import Interrupted, handling
+from dude_cli.system.gpu import gpu_kind
+from dude_cli.system.stopping import Interrupted, handling
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,10 +14,10 @@ from dude_cli.adapter.patch import check_ranks, tied_layers
 from dude_cli.adapter.weight import is_linear, stored_weight, weight_shape
 from dude_cli.config import Config, Quantization
 from dude_cli.errors import UsageError
-from dude_cli.live_bytes import LiveBytes, counted
-from dude_cli.loss import SummedLoss
 from dude_cli.model import load_shape
-from dude_cli.sharding import blocks_of
+from dude_cli.training.live_bytes import LiveBytes, counted
+from dude_cli.training.loss import SummedLoss
+from dude_cli.training.sharding import blocks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

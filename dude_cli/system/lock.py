@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dude_cli.files import make_folder
+from dude_cli.system.files import make_folder
 
 _held: set[int] = set()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli.config import EvalTask
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
-from dude_cli.launch import ranks_to_start, run_ranks
+from dude_cli.system.launch import ranks_to_start, run_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +71,7 @@ def evaluate_tasks(
 ) -> None:
     """Score a target on these tasks, whatever `options` says of tasks; show the table, write the results."""
     from dude_cli.evaluation import plain_results, results_table
-    from dude_cli.runtime import part_ranks
+    from dude_cli.system.runtime import part_ranks
 
     folder = _results_folder(target, options.output_dir)
     accelerator = _eval_ranks(options)
@@ -99,8 +99,8 @@ def _compare(names: tuple[str, str], options: EvalOptions, output: Output) -> No
     known to be wrong with either of the two is told before one is scored.
     """
     from dude_cli.evaluation import refuse_other_questions, task_results
-    from dude_cli.memory import free_models
-    from dude_cli.runtime import part_ranks
+    from dude_cli.system.memory import free_models
+    from dude_cli.system.runtime import part_ranks
 
     sides = [_side(name, options, place) for name, place in zip(names, "ab", strict=True)]
     tasks = _compared_tasks(sides, options)
@@ -174,8 +174,8 @@ def _compared_tasks(sides: Sequence[_Side], options: EvalOptions) -> list[EvalTa
 
 def _results_folder(target: Target, chosen: Path | None) -> Path | None:
     """Where results go, `chosen` or a run's own folder. Raises UsageError if that is a link to somewhere else."""
-    from dude_cli.run_dir import REPORT_FILES, refuse_links
     from dude_cli.target import results_dir
+    from dude_cli.training.run_dir import REPORT_FILES, refuse_links
 
     if chosen is None and target.kind == "run" and target.path is not None:
         refuse_links(target.path, ["eval", *REPORT_FILES])
@@ -249,7 +249,7 @@ def _eval_tasks(targets: Sequence[Target], options: EvalOptions) -> list[EvalTas
 
 def _eval_ranks(options: EvalOptions) -> Accelerator:
     """This rank, or the start of all of them, which does not come back."""
-    from dude_cli.runtime import make_accelerator
+    from dude_cli.system.runtime import make_accelerator
 
     count = ranks_to_start(options.num_processes)
     if count > 1:

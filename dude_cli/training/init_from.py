@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dude_cli.config import ADAPTER_FIXED, AdapterConfig, Config, SvdConfig, load_config
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.run_dir import INITIAL, has_steps, initial_key
 from dude_cli.target import find_target
+from dude_cli.training.run_dir import INITIAL, has_steps, initial_key
 
 
 def resolve_init_from(config: Config, *, overwrite: bool = False) -> Config:

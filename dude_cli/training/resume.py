@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_cli.checkpoint import Origin, checkpoints, newest_checkpoint, read_state
 from dude_cli.errors import UsageError
-from dude_cli.ranks import on_main_rank
+from dude_cli.system.ranks import on_main_rank
+from dude_cli.training.checkpoint import Origin, checkpoints, newest_checkpoint, read_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,20 +10,20 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dude_cli import files
-from dude_cli.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from dude_cli.data import StepOrder, collate, longest_first
 from dude_cli.errors import DivergedError, ResourceError, StoppedError, is_out_of_memory
-from dude_cli.loss import SummedLoss, with_targets
-from dude_cli.metrics import LAYERS_FILE, MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
-from dude_cli.model_card import model_card
-from dude_cli.prepare import Prepared, evaluation_batch, packs_flat
-from dude_cli.ranks import on_main_rank
-from dude_cli.run_dir import BEST, RESULT
-from dude_cli.runtime import StopSignal, process_age_s, seed_everything
-from dude_cli.schedule import learning_rate_at
-from dude_cli.sharding import share_model
-from dude_cli.train_step import (
+from dude_cli.system import files
+from dude_cli.system.ranks import on_main_rank
+from dude_cli.system.runtime import StopSignal, process_age_s, seed_everything
+from dude_cli.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from dude_cli.training.loss import SummedLoss, with_targets
+from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, MetricsLog, TrainDisplay, run_summary
+from dude_cli.training.model_card import model_card
+from dude_cli.training.prepare import Prepared, evaluation_batch, packs_flat
+from dude_cli.training.run_dir import BEST, RESULT
+from dude_cli.training.schedule import learning_rate_at
+from dude_cli.training.sharding import share_model
+from dude_cli.training.step import (
     StepResult,
     accumulate_gradients,
     equal_batches,
@@ -31,7 +31,7 @@ from dude_cli.train_step import (
     make_loss_scaler,
     make_optimizer,
 )
-from dude_cli.uncalled import check_gradients
+from dude_cli.training.uncalled import check_gradients
 
 if TYPE_CHECKING:
     import numpy as np

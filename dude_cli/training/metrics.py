@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dude_cli import files
 from dude_cli.config import Config
 from dude_cli.console import PLAIN_LINE_EVERY_S
 from dude_cli.errors import UsageError
+from dude_cli.system import files
 
 if TYPE_CHECKING:
     from rich.console import Console

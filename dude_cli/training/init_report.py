@@ -11,12 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dude_cli.data import DataReport
-from dude_cli.decompositions import CheckedLayer
-from dude_cli.memory import RESIDENT_SET, device_bytes, human_bytes
-from dude_cli.prepare import LayerReport, Plan, Prepared
+from dude_cli.system.memory import RESIDENT_SET, device_bytes, human_bytes
+from dude_cli.training.decompositions import CheckedLayer
+from dude_cli.training.prepare import LayerReport, Plan, Prepared
 
 if TYPE_CHECKING:
-    from dude_cli.estimate import MemoryEstimate
+    from dude_cli.training.estimate import MemoryEstimate
 
 
 def init_report(prepared: Prepared, checked: Sequence[CheckedLayer] = ()) -> RenderableType:

@@ -9,17 +9,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dude_cli import files
-from dude_cli.cache_dir import cache_dir
 from dude_cli.config import Config
 from dude_cli.console import Counter
-from dude_cli.decompositions import decompose_on_all_ranks
 from dude_cli.errors import AdapterError
-from dude_cli.init_from import keeps_own_start, source_folder, source_sha256
-from dude_cli.overwritten import finding_overwritten
-from dude_cli.ranks import failing_together, on_main_rank
-from dude_cli.run_dir import INITIAL, RESULT, initial_key
-from dude_cli.uncalled import refusing_uncalled
+from dude_cli.system import files
+from dude_cli.system.cache_dir import cache_dir
+from dude_cli.system.ranks import failing_together, on_main_rank
+from dude_cli.training.decompositions import decompose_on_all_ranks
+from dude_cli.training.init_from import keeps_own_start, source_folder, source_sha256
+from dude_cli.training.overwritten import finding_overwritten
+from dude_cli.training.run_dir import INITIAL, RESULT, initial_key
+from dude_cli.training.uncalled import refusing_uncalled
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli import files
 from dude_cli.errors import AdapterError
+from dude_cli.system import files
 
 if TYPE_CHECKING:
     import torch

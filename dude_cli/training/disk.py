@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
-from dude_cli import files
-from dude_cli.checkpoint import CHECKPOINTS
 from dude_cli.config import Config
 from dude_cli.errors import ResourceError
-from dude_cli.memory import human_bytes
-from dude_cli.run_dir import BEST, INITIAL, RESULT
+from dude_cli.system import files
+from dude_cli.system.memory import human_bytes
+from dude_cli.training.checkpoint import CHECKPOINTS
+from dude_cli.training.run_dir import BEST, INITIAL, RESULT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -79,7 +79,7 @@ class Generator:
         import torch
 
         from dude_cli.adapter import constant_adapters
-        from dude_cli.runtime import seed_everything
+        from dude_cli.system.runtime import seed_everything
 
         prompt = self.form.prompt(conversation)
         self._check_room(prompt)

@@ -1,0 +1,60 @@
+"""What `dude generate` does: answer prompts, or the lines of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from dude_cli.console import Output
+from dude_cli.errors import UsageError
+
+
+def generate(
+    target_name: str | None,
+    prompts: Sequence[str],
+    *,
+    interactive: bool,
+    raw: bool,
+    compare_base: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    dtype: str | None,
+    base_model: str | None,
+    allow_other_base: bool,
+    output: Output,
+) -> None:
+    """Answer prompts, or the lines of a conversation, with a run, an adapter or a model."""
+    from dude_cli.data import prompt_form
+    from dude_cli.generation.conversation import Conversation, answer_prompts, converse, read_prompt
+    from dude_cli.generation.generate import Generator, Sampling
+    from dude_cli.target import data_config, find_target, load_target
+
+    if interactive == bool(prompts):
+        what = "--prompt and --interactive exclude each other" if interactive else "there is nothing to answer"
+        raise UsageError(what, where="--prompt", fix="give --prompt TEXT, or --prompt - to read it, or --interactive")
+    if interactive and output.as_json:
+        raise UsageError("a conversation is no JSON document", where="--json", fix="give --prompt TEXT with --json")
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
+    target = find_target(target_name)
+    if compare_base and target.adapter_dir is None:
+        raise UsageError(
+            "the model has no adapter, so there is no base to compare it with",
+            where="--base",
+            fix="give a run or an adapter, or leave --base out",
+        )
+    texts = [read_prompt(text, raw=raw) for text in prompts]
+    output.say(f"answering with {target}")
+    loaded = load_target(target, dtype, base_model=base_model, allow_other_base=allow_other_base)
+    form = prompt_form(loaded.tokenizer, data_config(target), raw=raw)
+    output.say(f"prompt form: {form.description}")
+    conversation = Conversation(Generator(loaded.model, loaded.tokenizer, form, sampling), compare_base=compare_base)
+    if interactive:
+        converse(conversation, output)
+        return
+    answers = answer_prompts(conversation, texts, output)
+    if output.as_json:
+        document = {"target": str(target), "adapter_sha256": loaded.adapter_sha256, "prompt_form": form.description}
+        output.result("", document | {"sampling": asdict(sampling), "answers": answers})

@@ -1,0 +1,1 @@
+"""Text from a run, an adapter or a model."""

@@ -1,0 +1,1 @@
+"""From a config to an adapter: prepare, train, and continue what was interrupted."""
