@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import TrainConfig
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow
-from dude_cli.loss import with_targets
+from dude_cli.training.loss import with_targets
 
 if TYPE_CHECKING:
     import torch
