@@ -158,7 +158,10 @@ class DataSource(Section):
     path: str = Field(
         min_length=1,
         examples=["meta-math/MetaMathQA"],
-        description="Hub name, folder, or a .jsonl, .json, .csv or .parquet file, or `embedded:quickstart`.",
+        description=(
+            "Hub name, folder, or a .jsonl, .json, .csv, .tsv, .txt (a text a line) or .parquet file, or "
+            "`embedded:quickstart`. All but .parquet may be compressed: .jsonl.gz, also .bz2 and .xz."
+        ),
     )
     name: str | None = Field(None, description="Configuration (subset) of a hub data set or folder.")
     split: str = Field("train", description='Split, with slices as in `datasets`: "train[:1000]", "train[10%:]".')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -14,6 +15,15 @@ from dude_cli.errors import DataError
 
 Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation, its text, and the assistant's turns in that, from and to which character."""
+
+    messages: list[Message]
+    text: str
+    turns: list[tuple[int, int]]
 
 
 class ChatEncoder:
@@ -41,20 +51,10 @@ class ChatEncoder:
 
     def encode(self, conversation: Any, *, where: str, learn_all: bool) -> Encoded:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
-        return self.encode_all([conversation], [where], learn_all=learn_all)[0]
+        return self.encode_all([self.render(conversation, where)], learn_all=learn_all)[0]
 
-    def encode_all(self, conversations: Sequence[Any], wheres: Sequence[str], *, learn_all: bool) -> list[Encoded]:
-        """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
-        rendered = [self._rendered(*pair) for pair in zip(conversations, wheres, strict=True)]
-        texts = [[text, *(text[:border] for turn in turns for border in turn)] for _, text, turns in rendered]
-        ids = iter(self.encoder.raw([text for group in texts for text in group]))
-        return [
-            self._finish(messages, list(islice(ids, len(group))), learn_all)
-            for (messages, _, _), group in zip(rendered, texts, strict=True)
-        ]
-
-    def _rendered(self, conversation: Any, where: str) -> tuple[list[Message], str, list[tuple[int, int]]]:
-        """Return the messages, their text, and the assistant's turns in it, in characters."""
+    def render(self, conversation: Any, where: str) -> Rendered:
+        """Return a conversation's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
         messages = _checked(conversation, where)
         try:
             text, turns = self._marked_turns(messages) if self.marks_turns else self._grown_turns(messages, where)
@@ -62,7 +62,16 @@ class ChatEncoder:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise _refused(error, where) from error
-        return messages, text, turns
+        return Rendered(messages, text, turns)
+
+    def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
+        """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
+        texts = [[each.text, *(each.text[:border] for turn in each.turns for border in turn)] for each in conversations]
+        ids = iter(self.encoder.raw([text for group in texts for text in group]))
+        return [
+            self._finish(each.messages, list(islice(ids, len(group))), learn_all)
+            for each, group in zip(conversations, texts, strict=True)
+        ]
 
     def _finish(self, messages: list[Message], encoded: list[list[int]], learn_all: bool) -> Encoded:
         """Make the row; `encoded` are the ids of the whole text and of its beginnings up to each border of a turn."""

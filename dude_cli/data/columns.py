@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dude_cli.config import DataSource
-from dude_cli.data.row_files import Row
+from dude_cli.data.bad_rows import BadRows
+from dude_cli.data.row_files import Row, Rows
 from dude_cli.errors import DataError, nearest
 
 
@@ -39,23 +39,27 @@ def check_columns(source: DataSource, there: list[str], columns: Columns, *, emp
             )
 
 
-def keep_columns(source: DataSource, rows: Sequence[Row], columns: Columns) -> list[Row]:
+def keep_columns(source: DataSource, rows: Rows, columns: Columns) -> Rows:
     """Return the rows with just `columns`, an empty text where an optional one has no value.
 
-    Raises DataError, naming the row, for a value that cannot be learned as it stands.
+    Raises DataError, naming the rows, for values that cannot be learned as they stand.
     """
-    return [_kept(source, row, number, columns) for number, row in enumerate(rows, start=1)]
+    kept, bad = Rows([], rows.places), BadRows()
+    for row, where in zip(rows.values, rows.places, strict=True):
+        with bad.collected():
+            kept.values.append(_kept(row, where, columns))
+    bad.check(len(rows.values), f"{source.path}, split {source.split}")
+    return kept
 
 
-def _kept(source: DataSource, row: Row, number: int, columns: Columns) -> Row:
+def _kept(row: Row, where: str, columns: Columns) -> Row:
     new = {column: row.get(column) for column in columns.required}
     new |= {column: "" if _is_missing(row.get(column)) else row[column] for column in columns.optional}
     for column, value in new.items():
         problem = _problem(value, are_texts=columns.are_texts)
         if problem is not None:
             what, fix = problem
-            where = f"{source.path}, split {source.split}, row {number}"
-            raise DataError(f"row {number}: column {column!r} {what}", where=where, fix=fix)
+            raise DataError(f"column {column!r} {what}", where=where, fix=fix)
     return new
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dude_cli.config import DataConfig, DataSource
+from dude_cli.data.bad_rows import BadRows
 from dude_cli.data.batches import EncodedRow, EncodedRows
 from dude_cli.data.chat import ChatEncoder
 from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts
@@ -123,28 +124,38 @@ class _RowEncoder:
 
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
         """Read and encode all rows of `sources`; `name` is for messages."""
-        texts = self.texts(read_sources(sources, format_columns(self.config), self.revisions))
+        rows = read_sources(sources, format_columns(self.config), self.revisions)
+        texts = self.texts(rows.values)
         template = None if self.chat is None else self.chat.template
         key = token_key(self.tokenizer, texts, self.config, template)
-        return encoded_once(key, lambda: TokenTable.of(self.encode(texts, name), self.config.max_length), say)
+
+        def encode() -> TokenTable:
+            return TokenTable.of(self.encode(texts, rows.places, name), self.config.max_length)
+
+        return encoded_once(key, encode, say)
 
     def texts(self, rows: Sequence[Row]) -> list[Any]:
         """Return what the tokenizer gets of each row: (prompt, completion), or a conversation."""
         return [row["messages"] if self.chat is not None else row_texts(self.config, row) for row in rows]
 
-    def encode(self, texts: Sequence[Any], name: str) -> Iterator[Encoded]:
+    def encode(self, texts: Sequence[Any], places: Sequence[str], name: str) -> Iterator[Encoded]:
         """Encode what `texts` gives, in chunks that the tokenizer divides among threads of its own.
 
         On two cores two processes are no faster: they have to start, and to send what they did.
         """
-        learn_all = self.config.train_on_inputs
+        learn_all, bad = self.config.train_on_inputs, BadRows()
         for start in range(0, len(texts), _CHUNK_ROWS):
             chunk = texts[start : start + _CHUNK_ROWS]
             if self.chat is None:
                 yield from self.text.encode_pairs(chunk, learn_all=learn_all)
-            else:
-                wheres = [f"{name}, row {start + number}, column messages" for number in range(1, len(chunk) + 1)]
-                yield from self.chat.encode_all(chunk, wheres, learn_all=learn_all)
+                continue
+            rendered = []
+            for conversation, where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
+                with bad.collected():
+                    rendered.append(self.chat.render(conversation, where))
+            if not bad.count:
+                yield from self.chat.encode_all(rendered, learn_all=learn_all)
+        bad.check(len(texts), name)
 
     def sequences(self, table: TokenTable, rows: npt.NDArray[np.int64], name: str) -> tuple[EncodedRows, DataReport]:
         """Take those of `rows` of a table that there is something to learn of, packed if asked; `name` for messages."""

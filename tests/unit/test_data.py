@@ -101,7 +101,7 @@ def test_packing_keeps_every_row(prepare):
     assert packed.fingerprint != plain.fingerprint
 
 
-def test_chat_rows_and_the_row_that_is_wrong(prepare, make_tokenizer):
+def test_chat_rows_and_the_rows_that_are_wrong(prepare, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer(None, eos_token="<|im_end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -114,7 +114,12 @@ def test_chat_rows_and_the_row_that_is_wrong(prepare, make_tokenizer):
     assert prepared.train_report.example[1] == ("46<|im_end|>", True)
     with pytest.raises(DataError) as caught:
         prepare([talk, {"messages": "hello"}], tokenizer=tokenizer, format="chat")
-    assert caught.value.where == "data.train, row 2, column messages"
+    assert caught.value.where == f"{tmp_path}/rows.jsonl:2"
+    with pytest.raises(DataError) as caught:
+        prepare([{"messages": []}, talk, *[{"messages": "hello"}] * 1100], tokenizer=tokenizer, format="chat")
+    assert "1,101 of 1,102 rows cannot be used" in caught.value.what
+    assert f"{tmp_path}/rows.jsonl:6: `messages` is not a conversation: hello\n  and 1,096 more" in caught.value.what
+    assert caught.value.where == "data.train"
 
 
 def test_numbers_become_text_and_alpaca_input_may_be_missing(prepare):
