@@ -177,7 +177,7 @@ class DataConfig(Section):
         "prompt_completion",
         description=(
             "prompt_completion: columns prompt and completion; alpaca: instruction, input, output; "
-            "chat: messages, through the tokenizer's chat template; text: text. "
+            "chat: messages (or conversations), through the tokenizer's chat template; text: text. "
             "`prompt` and `completion` below replace the columns by templates."
         ),
     )

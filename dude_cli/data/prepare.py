@@ -135,8 +135,10 @@ class _RowEncoder:
         return encoded_once(key, encode, say)
 
     def texts(self, rows: Sequence[Row]) -> list[Any]:
-        """Return what the tokenizer gets of each row: (prompt, completion), or a conversation."""
-        return [row["messages"] if self.chat is not None else row_texts(self.config, row) for row in rows]
+        """Return what the tokenizer gets of each row: (prompt, completion), or a conversation and its tools."""
+        if self.chat is not None:
+            return [(row["messages"], row["tools"]) for row in rows]
+        return [row_texts(self.config, row) for row in rows]
 
     def encode(self, texts: Sequence[Any], places: Sequence[str], name: str) -> Iterator[Encoded]:
         """Encode what `texts` gives, in chunks that the tokenizer divides among threads of its own.
@@ -150,9 +152,9 @@ class _RowEncoder:
                 yield from self.text.encode_pairs(chunk, learn_all=learn_all)
                 continue
             rendered = []
-            for conversation, where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
+            for (messages, tools), where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
                 with bad.collected():
-                    rendered.append(self.chat.render(conversation, where))
+                    rendered.append(self.chat.render(messages, tools, where))
             if not bad.count:
                 yield from self.chat.encode_all(rendered, learn_all=learn_all)
         bad.check(len(texts), name)

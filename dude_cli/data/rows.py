@@ -132,7 +132,8 @@ def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str
         revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     check_columns(source, there, columns, empty=len(dataset) == 0)
-    kept = [name for name in (*columns.required, *columns.optional) if name in there]
+    read = [name for column in (*columns.required, *columns.optional) for name in columns.names(column)]
+    kept = [name for name in read if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
     return keep_columns(source, numbered(rows, f"{source.path}, split {source.split}"), columns)

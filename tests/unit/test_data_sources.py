@@ -257,6 +257,37 @@ def test_missing_column_names_those_there_and_the_nearest(tmp_path):
     assert "no column 'prompt'" in error_of(tmp_path / "folder", Columns(("prompt",))).what
 
 
+@pytest.mark.parametrize(
+    ("there", "columns", "what", "fix"),
+    [
+        ("messages", Columns(("prompt", "completion")), "no column 'prompt'", "set data.format: chat, or templates"),
+        ("conversations", Columns(("text",)), "no column 'text'", "set data.format: chat, or templates"),
+        ("instruction", Columns(("prompt",)), "no column 'prompt'", "set data.format: alpaca, or templates"),
+        ("text", Columns(("prompt",)), "no column 'prompt'", "set data.format: text, or templates"),
+        ("instruction", Columns(("instruction", "output")), "no column 'output'", "choose another `data.format`, or"),
+        ("dialog", Columns(("messages",), are_texts=False), "no column 'messages' or 'conversations'; ", "the name `m"),
+    ],
+)
+def test_a_missing_column_is_told_the_format_that_the_data_have(tmp_path, there, columns, what, fix):
+    error = error_of(write(tmp_path / "rows.jsonl", [{there: "a"}]), columns)
+    assert what in error.what
+    assert fix in error.fix
+
+
+@pytest.mark.parametrize("where", ["rows.jsonl", "rows.parquet", "folder"])
+def test_conversations_have_either_name(tmp_path, where):
+    columns = Columns(("messages",), ("tools",), are_texts=False)
+    talk = [{"from": "human", "value": "hi"}]
+    rows = [{"conversations": talk, "tools": "[]"}, {"conversations": talk, "tools": None}]
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder/train.jsonl", rows)
+    if where != "folder":
+        write(tmp_path / where, rows)
+    assert read(tmp_path / where, columns) == [{"messages": talk, "tools": "[]"}, {"messages": talk, "tools": ""}]
+    both = write(tmp_path / "both.jsonl", [{"messages": "a", "conversations": "b"}, {"conversations": "b"}])
+    assert [row["messages"] for row in read(both, columns)] == ["a", "b"]
+
+
 def test_null_in_a_needed_column_names_the_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": None}])
     error = error_of(path)
@@ -288,8 +319,9 @@ def test_what_is_no_text_names_the_row(tmp_path, value, what, columns):
 
 
 def test_conversations_are_told_their_format(tmp_path):
-    rows = [{"question": "a", "answer": [{"role": "user", "content": "hi"}]}]
-    assert "data.format: chat" in error_of(write(tmp_path / "rows.jsonl", rows)).fix
+    for message in ({"role": "user", "content": "hi"}, {"from": "human", "value": "hi"}):
+        rows = [{"question": "a", "answer": [message]}]
+        assert "data.format: chat" in error_of(write(tmp_path / "rows.jsonl", rows)).fix
 
 
 def test_conversations_may_be_lists_and_have_whole_characters(tmp_path):

@@ -55,7 +55,7 @@ def test_the_prompts_tokens_are_those_of_the_training(name, tokenizer):
 def test_a_chat_prompts_tokens_are_those_of_the_training(template, turns, chat_tokenizer):
     tokenizer = chat_tokenizer(template)
     conversation = CONVERSATION[:turns]
-    row = {"messages": [*conversation, {"role": "assistant", "content": "46"}]}
+    row = {"messages": [*conversation, {"role": "assistant", "content": "46"}], "tools": ""}
     prompt = prompt_form(tokenizer, config(format="chat"), raw=False).prompt(conversation)
     encoder = prepare._RowEncoder(config(format="chat"), tokenizer)
     (trained,) = encoder.encode(encoder.texts([row]), ["row 1"], "data.train")
