@@ -184,7 +184,11 @@ class DataConfig(Section):
     prompt: str | None = Field(None, description='Template over the columns, such as "Question: {question}\\nAnswer:".')
     completion: str | None = Field(None, description='Template over the columns, such as " {answer}".')
     max_length: PositiveInt = Field(
-        512, description="Longest row in tokens; longer ones lose the start of their prompt."
+        512,
+        description=(
+            "Longest row in tokens; longer ones lose the start of their prompt. In format text without a prompt they "
+            "lose nothing: they are split into several rows."
+        ),
     )
     packing: bool = Field(False, description="Pack several rows into one sequence; no row attends to another.")
     train_on_inputs: bool = Field(False, description="Learn the prompt's tokens too, not the completion's alone.")
