@@ -18,7 +18,7 @@ from dude_cli.reproduce import Plan, Recipe, Result, check_result, load_recipe, 
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, number_of_steps
 from dude_cli.reproduce.scores import Measured
-from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, setting_scores, summarise
+from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, over_seeds, setting_scores
 
 RECIPES = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
 TEXT = """\
@@ -221,14 +221,14 @@ def test_a_development_task_is_chosen_by_its_highest_score(tmp_path: Path) -> No
 
 def test_mean_and_standard_deviation_are_scipys_and_lm_evals_error_is_kept_apart() -> None:
     values = [0.31, 0.35, 0.36, 0.29]
-    summary = summarise([Measured(value, 0.01) for value in values], 100.0)
+    summary = over_seeds([Measured(value, 0.01) for value in values], 100.0)
     described = stats.describe([100 * value for value in values])
     assert summary.mean == pytest.approx(described.mean)
     assert summary.sd == pytest.approx(described.variance**0.5)
     assert summary.sd == pytest.approx(statistics.stdev(100 * value for value in values))
     assert (summary.n, summary.stderr) == (4, pytest.approx(1.0))
-    assert summarise([Measured(0.5)]).sd is None
-    assert summarise([Measured(0.5, 0.1), Measured(0.5)]).stderr is None
+    assert over_seeds([Measured(0.5)]).sd is None
+    assert over_seeds([Measured(0.5, 0.1), Measured(0.5)]).stderr is None
 
 
 SCORES: dict[str, Any] = {"lora-r16": {}, "dude-r16": {}}
