@@ -28,11 +28,12 @@ def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
     """
     from dude_cli.training.estimate import Batch, estimate_memory
 
-    length, source = config.data.max_length, "data.max_length"
+    step_rows, length, source = config.train.global_batch_size, config.data.max_length, "data.max_length"
     if all(map(_is_quick, config.data.train)):
         data = prepare_data(config.data, load_tokenizer(config.model), config.seed)
+        step_rows = min(step_rows, len(data.train))
         length, source = int(data.train.lengths.max()), "the longest row"
-    rows, accumulation = split_batch(config.train, length, world_size)
+    rows, accumulation = split_batch(config.train, step_rows, length, world_size)
     return estimate_memory(config, Batch(rows, length, accumulation, world_size)), source
 
 

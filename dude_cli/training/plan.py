@@ -15,7 +15,10 @@ AUTO_BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run will do. Batch sizes in rows, over all ranks where they are called global."""
+    """What the run will do. Batch sizes in rows, over all ranks where they are called global.
+
+    The global one is that of a full step: with fewer rows than `train.global_batch_size`, all of them.
+    """
 
     total_steps: int
     warmup_steps: int
@@ -31,21 +34,22 @@ def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
     train = config.train
     per_epoch = steps_per_epoch(len(data.train), train.global_batch_size)
     steps = total_steps(train, per_epoch)
-    per_device, accumulation = split_batch(train, int(data.train.lengths.max()), world_size)
+    rows = min(train.global_batch_size, len(data.train))
+    per_device, accumulation = split_batch(train, rows, int(data.train.lengths.max()), world_size)
     return Plan(
         total_steps=steps,
         warmup_steps=warmup_steps(train, steps),
         steps_per_epoch=per_epoch,
-        global_batch_size=train.global_batch_size,
+        global_batch_size=rows,
         per_device_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         world_size=world_size,
     )
 
 
-def split_batch(train: TrainConfig, longest_row: int, world_size: int) -> tuple[int, int]:
-    """The rows of a micro-batch on one device, and how many of them make its part of a global batch."""
-    rows_per_rank = -(-train.global_batch_size // world_size)
+def split_batch(train: TrainConfig, rows: int, longest_row: int, world_size: int) -> tuple[int, int]:
+    """The rows of a micro-batch on one device, and how many of them make its part of a step of so many `rows`."""
+    rows_per_rank = -(-rows // world_size)
     if train.per_device_batch_size == "auto":
         per_device = max(1, min(rows_per_rank, AUTO_BATCH_TOKENS // longest_row))
     else:

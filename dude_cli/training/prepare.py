@@ -126,6 +126,10 @@ def prepare(
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))
     plan = make_plan(config, data, accelerator.num_processes)
+    if plan.global_batch_size < config.train.global_batch_size:
+        what = f"{plan.global_batch_size} {'sequences' if config.data.packing else 'rows'}"
+        asked = config.train.global_batch_size
+        say(f"note: train.global_batch_size is {asked}, and there are {what}: each step takes all of them")
     origin = Origin(accelerator.num_processes, model_revision, data.fingerprints())
     checkpoint = None
     if continues and not overwrite:

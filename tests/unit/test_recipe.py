@@ -16,7 +16,7 @@ from dude_cli.errors import ConfigError, NumberNotMetError
 from dude_cli.evaluation import write_results
 from dude_cli.reproduce import Plan, Recipe, Result, check_result, load_recipe, make_plan, plan_document, smoke_recipe
 from dude_cli.reproduce.execute import Failures
-from dude_cli.reproduce.plan import Run, number_of_steps
+from dude_cli.reproduce.plan import Run, estimate_hours, number_of_steps
 from dude_cli.reproduce.scores import Measured
 from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, over_seeds, setting_scores
 
@@ -147,6 +147,16 @@ def test_steps_follow_from_rows_and_epochs(tmp_path: Path) -> None:
     assert number_of_steps(recipe, config) == 782  # 100,000 / 128
     config = config.model_copy(update={"train": config.train.model_copy(update={"num_train_epochs": 3.0})})
     assert number_of_steps(recipe, config) == 3 * 782  # as the trainer does: the last batch of an epoch is a step
+
+
+def test_hours_are_of_the_rows_that_there_are(tmp_path: Path) -> None:
+    recipe, file = load_recipe(Path("recipes/pissa-table5.yaml"))
+    config = make_plan(recipe, file, tmp_path).settings[0].final[2e-5][0].config  # a global batch of 128
+    few, whole = (
+        recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"rows": rows})}) for rows in (16, 128)
+    )
+    hours = [estimate_hours(one, config).training for one in (few, whole)]
+    assert hours[0] == pytest.approx(hours[1] / 8)
 
 
 @pytest.mark.parametrize("name", RECIPES)
