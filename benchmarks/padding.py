@@ -11,14 +11,12 @@ benchmarks/results/padding.json and prints a Markdown table.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from measure import record
 
 from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
@@ -26,8 +24,8 @@ from dude_cli.config import DataConfig, DataSource, ModelConfig
 from dude_cli.data import StepOrder, collate, prepare_data, steps_per_epoch
 from dude_cli.data.batches import EncodedRows
 from dude_cli.model import load_model, load_tokenizer
-from dude_cli.training.loss import SummedLoss
-from dude_cli.training.step import accumulate_gradients
+from dude_cli.training.gradients import accumulate_gradients
+from dude_cli.training.loss import SummedLoss, with_targets
 
 Order = list[np.ndarray]  # the rows of each step of an epoch
 
@@ -76,8 +74,7 @@ def main() -> None:
                 [rows[int(row)] for row in step_rows],
                 per_device_batch_size=arguments.micro_batch,
                 target_tokens=int(rows.target_tokens[step_rows].sum()),
-                collate=functools.partial(collate, pad_id=0),
-                device=torch.device("cpu"),
+                make_batch=lambda some: with_targets(collate(some, pad_id=0)),
                 backward=lambda loss: loss.backward(),
             )
         model.zero_grad(set_to_none=True)

@@ -46,15 +46,15 @@ class Target:
         return f"{self.kind} {self.name}"
 
 
-def find_target(target: str | None, runs_dir: Path = RUNS_DIR) -> Target:
-    """Say what `target` is; with None, the newest finished run under `runs_dir`.
+def find_target(target: str | None) -> Target:
+    """Say what `target` is; with None, the newest finished run under `runs/`.
 
     A run is finished once `adapter/adapter_config.json` exists in it; the newest is the one whose file is youngest.
     Raises UsageError for a folder that is none of the three, an unfinished run, a path that does not exist, and for
     None without a finished run. Whether an adapter is one of ours is seen when it is read.
     """
     if target is None:
-        return _newest_run(runs_dir)
+        return _newest_run()
     if target == quickstart.NAME:
         return Target("model", target)
     folder = Path(os.path.expanduser(target))
@@ -69,7 +69,7 @@ def find_target(target: str | None, runs_dir: Path = RUNS_DIR) -> Target:
     # `runs/gsm8k` reads like a hub name; a first part that is a folder here means that a path was meant.
     is_path = folder.is_absolute() or target[0] in ".~" or (folder.parts[1:] and Path(folder.parts[0]).is_dir())
     if is_path or not HUB_NAME.fullmatch(target):
-        raise _no_such_path(target, folder, runs_dir)
+        raise _no_such_path(target, folder)
     return Target("model", target)
 
 
@@ -193,7 +193,7 @@ def _explained(target: Target, base_model: str | None) -> Iterator[None]:
             fix = f"{error.fix}; or say where it is: --base-model"
             raise UsageError(error.what, where=error.where, fix=fix) from error
         if target.kind == "model" and target.path is None and "/" not in target.name:
-            close = _close_folders(Path(target.name), RUNS_DIR)
+            close = _close_folders(Path(target.name))
             raise UsageError(
                 f"there is no run, folder or file `{target.name}` here; as a model's name: {error.what}",
                 where=str(Path.cwd()),
@@ -219,16 +219,16 @@ def results_dir(target: Target) -> Path | None:
     return target.path / "eval" if target.kind == "run" and target.path is not None else None
 
 
-def _newest_run(runs_dir: Path) -> Target:
+def _newest_run() -> Target:
     finished = {
         config: config.stat().st_mtime_ns
-        for config in runs_dir.rglob(f"adapter/{ADAPTER_CONFIG}")
+        for config in RUNS_DIR.rglob(f"adapter/{ADAPTER_CONFIG}")
         if (config.parent.parent / "config.yaml").is_file()
     }
     if not finished:
         raise UsageError(
             "there is no finished run",
-            where=str(runs_dir),
+            where=str(RUNS_DIR),
             fix="train one with `dude train CONFIG`, or name a run, an adapter or a model",
         )
     # The path decides between equal times, so that the choice is the same on every machine.
@@ -271,8 +271,8 @@ def _finishing(folder: Path) -> str:
     return shlex.join(command)
 
 
-def _no_such_path(target: str, folder: Path, runs_dir: Path) -> UsageError:
-    close = _close_folders(folder, runs_dir)
+def _no_such_path(target: str, folder: Path) -> UsageError:
+    close = _close_folders(folder)
     return UsageError(
         f"there is no folder `{target}`",
         where=str(folder.absolute().parent),
@@ -280,9 +280,9 @@ def _no_such_path(target: str, folder: Path, runs_dir: Path) -> UsageError:
     )
 
 
-def _close_folders(folder: Path, runs_dir: Path) -> list[str]:
+def _close_folders(folder: Path) -> list[str]:
     """The folders beside `folder`, and the runs, whose names are spelt most like its own."""
-    parents = [parent for parent in (runs_dir, folder.parent) if parent.is_dir()]
+    parents = [parent for parent in (RUNS_DIR, folder.parent) if parent.is_dir()]
     around = {path.name: str(path) for parent in parents for path in sorted(parent.iterdir()) if path.is_dir()}
     return [around[name] for name in nearest(folder.name, list(around))]
 

@@ -31,9 +31,9 @@ STAGES: dict[str, tuple[str, str, int]] = {
     "data": ("dude_cli.training.prepare", "prepare_data", 1),
     "load": ("dude_cli.training.prepare", "load_model", 1),
     "decomposition": ("dude_cli.adapter.decomposition_cache", "decompose_layer", 2),
-    "first evaluation": ("dude_cli.training.loop", "longest_first", 1),
-    "step": ("dude_cli.training.loop", "accumulate_gradients", 3),
-    "evaluation": ("dude_cli.training.loop", "longest_first", 2),
+    "first evaluation": ("dude_cli.training.validation", "longest_first", 1),
+    "step": ("dude_cli.training.step", "accumulate_gradients", 3),
+    "evaluation": ("dude_cli.training.validation", "longest_first", 2),
     "save": ("dude_cli.training.checkpoint", "_checksums", 1),
 }
 

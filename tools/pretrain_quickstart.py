@@ -1,6 +1,6 @@
 """Pretrain the embedded quickstart's model from a seed: `python tools/pretrain_quickstart.py`.
 
-Trains a BPE tokenizer and a small Llama on the generated corpus of `dude_cli.quickstart.problems`, all kinds
+Trains a BPE tokenizer and a small Llama on the generated corpus of `dude_cli.quickstart.corpus`, all kinds
 of rows mixed from the first step and annealed together, and writes both as Hugging Face files. The same seed,
 steps, threads and versions give the same model.
 """
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dude_cli.quickstart import MODEL_DIR
-from dude_cli.quickstart.problems import FIRST_ROWS, pretraining_rows
+from dude_cli.quickstart.corpus import FIRST_ROWS, pretraining_rows
 
 VOCAB_SIZE = 640
 SEQUENCE_TOKENS = 256

@@ -63,8 +63,8 @@ def init(
 def _estimate(config: Config, count: int, output: Output) -> None:
     from dude_cli.system.memory import device_bytes
     from dude_cli.system.runtime import make_accelerator
+    from dude_cli.training.forecast import estimate
     from dude_cli.training.init_report import memory_table
-    from dude_cli.training.prepare import estimate
 
     accelerator = make_accelerator()
     forecast, length_source = estimate(config, max(count, accelerator.num_processes))

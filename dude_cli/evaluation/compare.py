@@ -198,7 +198,7 @@ def _comparison(a: Mapping[str, Any], b: Mapping[str, Any], name: str, metric: s
         task=name,
         metric=metric,
         filter=filter_name,
-        higher_is_better=_higher_is_better(a, name, metric),
+        higher_is_better=higher_is_better_of(a, name, metric),
         score_a=rows[0][key],
         score_b=rows[1][key],
         stderr_a=rows[0].get(error_key, NOT_AVAILABLE),
@@ -209,7 +209,8 @@ def _comparison(a: Mapping[str, Any], b: Mapping[str, Any], name: str, metric: s
     )
 
 
-def _higher_is_better(results: Mapping[str, Any], name: str, metric: str) -> bool | None:
+def higher_is_better_of(results: Mapping[str, Any], name: str, metric: str) -> bool | None:
+    """Whether a higher value of a task's or group's metric is better; None if lm-eval does not say, or not for all."""
     known = results.get("higher_is_better", {})
     values = {known.get(task, {}).get(metric) for task in (name, *leaf_tasks(results, name))} - {None}
     return values.pop() if len(values) == 1 else None
@@ -271,12 +272,14 @@ def _examples_shown(comparisons: Sequence[Comparison]) -> Iterator[str]:
                 continue
             yield f"\n{row.task}, {row.metric} ({row.filter}): {len(changes)} {heading}"
             for change in changes[:SHOWN_EXAMPLES]:
-                yield f"  {change.task} {change.doc_id}: {_cut(change.question)}"
-                yield f"    A: {_cut(change.answer_a)}   B: {_cut(change.answer_b)}   target: {_cut(change.target)}"
+                yield f"  {change.task} {change.doc_id}: {one_line(change.question)}"
+                answers = {"A": change.answer_a, "B": change.answer_b, "target": change.target}
+                yield f"    {'   '.join(f'{name}: {one_line(text)}' for name, text in answers.items())}"
             if len(changes) > SHOWN_EXAMPLES:
                 yield f"  and {len(changes) - SHOWN_EXAMPLES} more: --json has all of them"
 
 
-def _cut(text: str) -> str:
+def one_line(text: str, characters: int = _SHOWN_CHARACTERS) -> str:
+    """`text` with its white space as single spaces, cut to so many characters."""
     line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
+    return line if len(line) <= characters else line[: characters - 1] + "…"

@@ -3,7 +3,9 @@
 import random
 from typing import TYPE_CHECKING
 
-from dude_cli.quickstart.problems import LAST_MIX, SPLIT_SIZES, Row, choices, mixed_row, word_problems
+from dude_cli.quickstart.corpus import LAST_MIX, mixed_row
+from dude_cli.quickstart.layouts import Row
+from dude_cli.quickstart.problems import SPLIT_SIZES, choices, word_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset

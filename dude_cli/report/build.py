@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dude_cli.evaluation.compare import one_line
 from dude_cli.report import charts, numbers, score_tables, setup_tables, training_tables
 from dude_cli.report.collect import Run
 from dude_cli.report.content import Report, Section, Table
@@ -125,9 +126,10 @@ def _change_lists(changed: Changed) -> list[tuple[str, list[str]]]:
             f"{comparison.task}, {comparison.metric}"
         )
         lines = [
-            f"{_cut(change.question)} — base: {_cut(change.answer_a)}; tuned: {_cut(change.answer_b)}; "
-            f"right: {_cut(change.target)}"
-            for change in changes[:SHOWN_CHANGES]
+            "{} — base: {}; tuned: {}; right: {}".format(
+                *(one_line(text, _SHOWN_CHARACTERS) for text in (one.question, one.answer_a, one.answer_b, one.target))
+            )
+            for one in changes[:SHOWN_CHANGES]
         ]
         more = [f"and {len(changes) - SHOWN_CHANGES} more"] if len(changes) > SHOWN_CHANGES else []
         found.append((heading, lines + more))
@@ -177,8 +179,3 @@ def _warnings(settings: Sequence[Setting]) -> list[str]:
                 "form are compared with each other alone."
             )
     return warnings
-
-
-def _cut(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"

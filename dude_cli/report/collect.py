@@ -12,6 +12,7 @@ from typing import Any
 from dude_cli.config import Config, load_config
 from dude_cli.errors import DudeError, UsageError
 from dude_cli.evaluation import is_of_adapter, other_examples, read_results, requested_task, result_files
+from dude_cli.evaluation.compare import higher_is_better_of
 from dude_cli.evaluation.results import as_number, scores, table_rows
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
 from dude_cli.training.run_dir import RESULT
@@ -144,7 +145,7 @@ def _scores(config: Config, results: Mapping[str, Any]) -> Iterator[Score]:
                 base=as_number(base.get(key)),
                 difference=as_number(change.get(key)),
                 difference_stderr=as_number(change.get(error_key)),
-                higher_is_better=_higher_is_better(results, metric),
+                higher_is_better=higher_is_better_of(results, name, metric),
                 is_of_config=requested.name in {task.name for task in config.eval.tasks},
             )
 
@@ -153,11 +154,6 @@ def _questions(results: Mapping[str, Any], limit: int | None) -> str:
     keys = ("versions", "prompt_hashes", "task_hashes", "max_gen_toks")
     parts = [results[key] for key in keys] + [sorted(results["requested"]), limit]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _higher_is_better(results: Mapping[str, Any], metric: str) -> bool | None:
-    values = {task.get(metric) for task in results["higher_is_better"].values()} - {None}
-    return values.pop() if len(values) == 1 else None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -206,7 +206,8 @@ def estimate_hours(recipe: Recipe, config: Config) -> Hours:
     evaluation = budget.evaluation_minutes / 60
     if parameters is None or steps is None:
         return Hours(None, evaluation)
-    tokens = steps * config.train.global_batch_size * min(budget.tokens_per_row, config.data.max_length)
+    rows = min(config.train.global_batch_size, budget.rows or config.train.global_batch_size)
+    tokens = steps * rows * min(budget.tokens_per_row, config.data.max_length)
     per_token = (6 if config.train.gradient_checkpointing else 4) * parameters
     return Hours(tokens * per_token / (budget.tflops * 1e12) / 3600, evaluation)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Plan, Run, Setting, estimate_hours
 from dude_cli.reproduce.recipe import EVAL_LOSS
-from dude_cli.reproduce.verdict import Choice, Summary, Verdict
+from dude_cli.reproduce.verdict import Choice, OverSeeds, Verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +28,7 @@ class Result:
     plan: Plan
     choices: dict[str, Choice]
     verdicts: list[Verdict]
-    scores: dict[str, dict[str, Summary]]
+    scores: dict[str, dict[str, OverSeeds]]
     failures: Failures
 
     @property
@@ -270,7 +270,7 @@ def _verdict_document(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _summary(summary: Summary | None) -> dict[str, Any] | None:
+def _summary(summary: OverSeeds | None) -> dict[str, Any] | None:
     return None if summary is None else asdict(summary)
 
 

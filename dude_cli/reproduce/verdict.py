@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +10,7 @@ from typing import Literal
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
 from dude_cli.evaluation.results import scores
+from dude_cli.evaluation.statistics import Summary, summarize
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Plan, Run, Setting
 from dude_cli.reproduce.recipe import EVAL_LOSS, Number, Recipe
@@ -60,29 +60,24 @@ def _development(plan: Plan, run: Run) -> Measured | None:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A figure over the seeds: mean, standard deviation with n - 1, n; `stderr` is lm-eval's, over the questions.
+class OverSeeds(Summary):
+    """A figure over the seeds; `stderr` is lm-eval's, over the questions.
 
-    The two are kept apart: the first says how far another seed may be, the second how far other questions may be.
-    Of several runs `stderr` is the mean of theirs, because they answer the same questions.
+    It is kept apart from `sd`: that says how far another seed may be, this how far other questions may be. Of several
+    runs it is the mean of theirs, because they answer the same questions.
     """
 
-    mean: float
-    sd: float | None
-    n: int
     stderr: float | None
 
 
-def summarise(measured: Sequence[Measured], scale: float = 1.0) -> Summary:
-    """Raises ValueError for no figure."""
-    values = [scale * one.value for one in measured]
-    errors = [scale * one.stderr for one in measured if one.stderr is not None]
-    return Summary(
-        mean=statistics.fmean(values),
-        sd=statistics.stdev(values) if len(values) > 1 else None,
-        n=len(values),
-        stderr=statistics.fmean(errors) if len(errors) == len(values) else None,
-    )
+def over_seeds(measured: Sequence[Measured], scale: float = 1.0) -> OverSeeds | None:
+    """The summary of one figure of several runs; None of none."""
+    values = summarize([scale * one.value for one in measured])
+    errors = summarize([scale * one.stderr for one in measured if one.stderr is not None])
+    if values is None:
+        return None
+    stderr = errors.mean if errors is not None and errors.n == values.n else None
+    return OverSeeds(values.mean, values.sd, values.n, stderr)
 
 
 @dataclass(frozen=True)
@@ -91,8 +86,8 @@ class Verdict:
 
     number: Number
     word: Word
-    measured: Summary | None
-    beside: Summary | None
+    measured: OverSeeds | None
+    beside: OverSeeds | None
     why: str = ""
 
     @property
@@ -131,7 +126,7 @@ def judge(plan: Plan, number: Number, choice: Choice) -> Verdict:
     return Verdict(number, "reproduced" if is_within else "differs", measured, beside)
 
 
-def setting_scores(setting: Setting, choice: Choice) -> dict[str, Summary]:
+def setting_scores(setting: Setting, choice: Choice) -> dict[str, OverSeeds]:
     """Every figure of a setting's runs at the chosen rate, as lm-eval gives it: by task, metric and filter."""
     runs = () if choice.rate is None else setting.final[choice.rate]
     figures: dict[str, list[Measured]] = {}
@@ -146,15 +141,16 @@ def setting_scores(setting: Setting, choice: Choice) -> dict[str, Summary]:
                 measured = _score(run, task, key)
                 if measured is not None:
                     figures.setdefault(f"{task.name} {key}", []).append(measured)
-    return {name: summarise(measured) for name, measured in figures.items()}
+    summaries = {name: over_seeds(measured) for name, measured in figures.items()}
+    return {name: summary for name, summary in summaries.items() if summary is not None}
 
 
 def _over(
     recipe: Recipe, runs: Sequence[Run], task: str | None, metric: str, unit: str, *, base: bool
-) -> Summary | None:
+) -> OverSeeds | None:
     found = [_figure(recipe, run, task, metric, base=base) for run in runs]
     measured = [one for one in found if one is not None and math.isfinite(one.value)]
-    return summarise(measured, 100.0 if unit == "percent" else 1.0) if measured else None
+    return over_seeds(measured, 100.0 if unit == "percent" else 1.0)
 
 
 def _figure(recipe: Recipe, run: Run, task: str | None, metric: str, *, base: bool) -> Measured | None:

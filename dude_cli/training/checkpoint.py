@@ -72,14 +72,13 @@ def save_checkpoint(
     state: TrainState,
     *,
     keep: int,
-    base_revision: str | None,
 ) -> Path:
     """Write checkpoints/step-N, verify it, and only then delete all but the newest `keep`."""
     from dude_cli.adapter import save_adapter
 
     folder = run_dir / CHECKPOINTS / f"step-{state.step:06d}"
     with files.new_folder(folder) as partial:
-        save_adapter(model, partial / "adapter", base_revision=base_revision)
+        save_adapter(model, partial / "adapter", base_revision=state.origin.base_revision)
         files.save_tensors(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         files.write_text(partial / "state.json", json.dumps(asdict(state), indent=2) + "\n")
         files.write_text(partial / MANIFEST, _manifest(partial))

@@ -13,7 +13,8 @@ from rich.text import Text
 from dude_cli.data import DataReport
 from dude_cli.system.memory import RESIDENT_SET, device_bytes, human_bytes
 from dude_cli.training.decompositions import CheckedLayer
-from dude_cli.training.prepare import LayerReport, Plan, Prepared
+from dude_cli.training.plan import Plan
+from dude_cli.training.prepare import LayerReport, Prepared
 
 if TYPE_CHECKING:
     from dude_cli.training.estimate import MemoryEstimate

@@ -24,7 +24,7 @@ tags: [{method}]
 | target modules | {targets} |
 | start | {start} |
 | training data | {data} |
-| steps | {steps} of {global_batch_size} rows, peak learning rate {learning_rate:g}, {schedule} |
+| steps | {steps} of up to {global_batch_size} rows, peak learning rate {learning_rate:g}, {schedule} |
 | last training loss | {loss} |
 | evaluation loss before, after, lowest | {first_eval_loss}, {last_eval_loss}, {lowest_eval_loss} |
 | this adapter | of step {kept_step}{reason} |

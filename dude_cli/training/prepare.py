@@ -9,13 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli import quickstart
-from dude_cli.config import Config, DataSource, TrainConfig, dump_config
+from dude_cli.config import Config, ModelConfig, dump_config
 from dude_cli.console import Counter, no_counter
-from dude_cli.data import DataReport, PreparedData, prepare_data, steps_per_epoch
-from dude_cli.data.packing import check_packing
-from dude_cli.errors import DataError, UsageError
-from dude_cli.model import check_quantization, check_vocabulary, hub_commit, is_flash, load_model, load_tokenizer
+from dude_cli.data import DataReport, PreparedData, check_packing, prepare_data
+from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
 from dude_cli.system import files
 from dude_cli.system.memory import PeakMemory
 from dude_cli.system.ranks import on_main_rank
@@ -23,10 +20,12 @@ from dude_cli.system.runtime import environment, local_main_first
 from dude_cli.training.checkpoint import Origin
 from dude_cli.training.cpu import product_slowdown
 from dude_cli.training.disk import check_disk_space
+from dude_cli.training.forecast import forecast
 from dude_cli.training.metrics import check_trackers
+from dude_cli.training.plan import Plan, make_plan, packs_flat
+from dude_cli.training.positions import check_positions
 from dude_cli.training.resume import checkpoint_to_continue
 from dude_cli.training.run_dir import begun_at, begun_base_revision, check_writable, clear_run
-from dude_cli.training.schedule import total_steps, warmup_steps
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
 
@@ -36,12 +35,8 @@ if TYPE_CHECKING:
 
     from dude_cli.training.estimate import MemoryEstimate
 
-# Rows times longest row that `per_device_batch_size: auto` starts with.
-AUTO_BATCH_TOKENS = 16_384
 # So many times slower than in float32 is worth a line.
 SLOW = 3
-# A forecast reads the rows for their longest one if their file is no larger than this.
-QUICK_DATA_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -57,30 +52,15 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the run will do. Batch sizes in rows, over all ranks where they are called global."""
-
-    total_steps: int
-    warmup_steps: int
-    steps_per_epoch: int
-    global_batch_size: int
-    per_device_batch_size: int
-    gradient_accumulation_steps: int
-    world_size: int
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A patched model and its data, ready for step 1; `reused` says that the decomposition was done before."""
 
     config: Config
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    model_revision: str | None
     data: PreparedData
     layers: list[LayerReport]
     plan: Plan
-    trainable_parameters: int
     all_parameters: int
     reused: bool
     source_sha256: str | None  # of the adapter that the run continues from
@@ -88,6 +68,10 @@ class Prepared:
     peak_memory: PeakMemory
     origin: Origin
     checkpoint: Path | None  # to continue from
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(layer.trainable_parameters for layer in self.layers)
 
     def report(self) -> dict[str, object]:
         """The same for machines: what `dude init --json` prints."""
@@ -142,24 +126,19 @@ def prepare(
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))
     plan = make_plan(config, data, accelerator.num_processes)
+    if plan.global_batch_size < config.train.global_batch_size:
+        what = f"{plan.global_batch_size} {'sequences' if config.data.packing else 'rows'}"
+        asked = config.train.global_batch_size
+        say(f"note: train.global_batch_size is {asked}, and there are {what}: each step takes all of them")
     origin = Origin(accelerator.num_processes, model_revision, data.fingerprints())
     checkpoint = None
     if continues and not overwrite:
         checkpoint = checkpoint_to_continue(config.run_dir, origin, accelerator, say, allow_changes=allow_changes)
-    memory = _forecast(config, plan, int(data.train.lengths.max()), say) if accelerator.is_main_process else None
+    memory = None
+    if accelerator.is_main_process:
+        memory = forecast(config, plan, int(data.train.lengths.max()), say)
     peak_memory = PeakMemory(accelerator.device)
-    bits = f", quantised to {config.model.quantization}" if config.model.quantization else ""
-    say(f"loading {config.model.name_or_path} in {config.model.dtype}{bits}")
-    _say_slow_dtype(config.model.dtype, accelerator, say)
-    model = load_model(base, accelerator.device)
-    check_vocabulary(model, tokenizer)
-    _say_left_out(config, model, say)
-    check_positions(model, data, config.data.max_length, say)
-    if config.train.distributed == "fsdp":
-        blocks_of(model)  # that cannot be sharded is better known before an hour of decomposing
-    on_main_rank(accelerator, lambda: check_disk_space(config, model))
-    if config.data.packing:
-        check_packing(model, flatten=packs_flat(config))
+    model = _load_base(config, base, tokenizer, data, accelerator, say)
     first = data.train[0]
     row = first.input_ids[: first.segment_lengths[0]]  # a packed sequence may be longer than the model takes
     start = Start(config, model, row, model_revision, say, counter)
@@ -167,16 +146,13 @@ def prepare(
     record = environment(str(accelerator.device), origin.world_size, model_revision)
     record |= {"data_revisions": data.revisions, "begun_at": moment}
     on_main_rank(accelerator, lambda: _write_run(config, record, overwrite=overwrite))
-    layers = layer_reports(model)
     return Prepared(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        model_revision=model_revision,
         data=data,
-        layers=layers,
+        layers=layer_reports(model),
         plan=plan,
-        trainable_parameters=sum(layer.trainable_parameters for layer in layers),
         all_parameters=model.num_parameters(),
         reused=reused,
         source_sha256=start.source_sha256(),
@@ -185,6 +161,30 @@ def prepare(
         origin=origin,
         checkpoint=checkpoint,
     )
+
+
+def _load_base(
+    config: Config,
+    base: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> PreTrainedModel:
+    """The base model, with all that can be wrong with it known: better now than after an hour of decomposing."""
+    bits = f", quantised to {base.quantization}" if base.quantization else ""
+    say(f"loading {base.name_or_path} in {base.dtype}{bits}")
+    _say_slow_dtype(base.dtype, accelerator, say)
+    model = load_model(base, accelerator.device)
+    check_vocabulary(model, tokenizer)
+    _say_left_out(config, model, say)
+    check_positions(model, data, config.data.max_length, say)
+    if config.train.distributed == "fsdp":
+        blocks_of(model)
+    on_main_rank(accelerator, lambda: check_disk_space(config, model))
+    if config.data.packing:
+        check_packing(model, flatten=packs_flat(config))
+    return model
 
 
 def _moment(config: Config, *, overwrite: bool) -> datetime:
@@ -213,101 +213,11 @@ def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], N
         say(f"{len(names)} layers smaller than rank {config.adapter.rank} get no adapter: {shown}")
 
 
-def check_positions(model: PreTrainedModel, data: PreparedData, max_length: int, say: Callable[[str], None]) -> None:
-    """Raise DataError for a row that is longer than the model's table of positions; warn where they are computed."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(rows.longest_row for rows in (data.train, data.validation) if rows is not None)
-    if positions is None or longest <= positions:
-        return
-    what = f"the longest row has {longest:,} tokens, and {model.config.name_or_path} is made for {positions:,}"
-    if _has_position_table(model, positions):
-        raise DataError(what, where=f"data.max_length: {max_length}", fix=f"set data.max_length to at most {positions}")
-    say(f"warning: {what}: beyond that its answers may be poor; data.max_length cuts the rows")
-
-
-def _has_position_table(model: PreTrainedModel, positions: int) -> bool:
-    """Whether the positions are rows of a table, which end: learned ones, or GPT-J's, which are computed once."""
-    from torch import nn
-
-    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    tables += [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
-    vocabulary = model.get_input_embeddings().weight
-    # OPT's has two rows more than positions.
-    return any(positions <= len(table) <= positions + 2 for table in tables if table is not vocabulary)
-
-
 def _write_run(config: Config, record: dict[str, Any], *, overwrite: bool) -> None:
     if overwrite:
         clear_run(config)
     files.write_text(config.run_dir / "config.yaml", dump_config(config))
     files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
-
-
-def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
-    """The memory that a training would take, before anything is loaded, and where its length of rows is from.
-
-    The rows are read for their longest one where that is quick; else each may have `data.max_length` tokens.
-    Raises DudeError as `prepare` does.
-    """
-    from dude_cli.training.estimate import Batch, estimate_memory
-
-    length, source = config.data.max_length, "data.max_length"
-    if all(map(_is_quick, config.data.train)):
-        data = prepare_data(config.data, load_tokenizer(config.model), config.seed)
-        length, source = int(data.train.lengths.max()), "the longest row"
-    rows, accumulation = split_batch(config.train, length, world_size)
-    return estimate_memory(config, Batch(rows, length, accumulation, world_size)), source
-
-
-def _is_quick(source: DataSource) -> bool:
-    path = Path(source.path).expanduser()
-    return source.path == quickstart.NAME or (path.is_file() and path.stat().st_size <= QUICK_DATA_BYTES)
-
-
-def _forecast(config: Config, plan: Plan, length: int, say: Callable[[str], None]) -> MemoryEstimate | None:
-    from dude_cli.training.estimate import Batch, estimate_memory
-
-    batch = Batch(plan.per_device_batch_size, length, plan.gradient_accumulation_steps, plan.world_size)
-    try:
-        return estimate_memory(config, batch)
-    except UsageError as error:  # a model without a forecast may well be trained
-        say(f"no forecast: {error.what}")
-        return None
-
-
-def make_plan(config: Config, data: PreparedData, world_size: int) -> Plan:
-    """The number of steps, and how a global batch is split over ranks and micro-batches."""
-    train = config.train
-    per_epoch = steps_per_epoch(len(data.train), train.global_batch_size)
-    steps = total_steps(train, per_epoch)
-    per_device, accumulation = split_batch(train, int(data.train.lengths.max()), world_size)
-    return Plan(
-        total_steps=steps,
-        warmup_steps=warmup_steps(train, steps),
-        steps_per_epoch=per_epoch,
-        global_batch_size=train.global_batch_size,
-        per_device_batch_size=per_device,
-        gradient_accumulation_steps=accumulation,
-        world_size=world_size,
-    )
-
-
-def split_batch(train: TrainConfig, longest_row: int, world_size: int) -> tuple[int, int]:
-    """The rows of a micro-batch on one device, and how many of them make its part of a global batch."""
-    rows_per_rank = -(-train.global_batch_size // world_size)
-    if train.per_device_batch_size == "auto":
-        per_device = max(1, min(rows_per_rank, AUTO_BATCH_TOKENS // longest_row))
-    else:
-        per_device = min(train.per_device_batch_size, rows_per_rank)
-    return per_device, -(-rows_per_rank // per_device)
-
-
-def evaluation_batch(rows: int, planned: int, longest_row: int) -> int:
-    """The rows of a forward of an evaluation under `auto`: the training's, or fewer where rows are longer than there.
-
-    `rows` is what memory has left of the `planned` ones, and its share of the tokens is what a forward may have.
-    """
-    return max(1, min(rows, AUTO_BATCH_TOKENS * rows // (planned * longest_row)))
 
 
 def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
@@ -324,8 +234,3 @@ def layer_reports(model: PreTrainedModel) -> list[LayerReport]:
         )
         for name, layer in adapter_layers(model).items()
     ]
-
-
-def packs_flat(config: Config) -> bool:
-    """Flash attention finds the borders of packed rows only in a batch of one sequence."""
-    return config.data.packing and is_flash(config.model)

@@ -84,7 +84,7 @@ def test_a_signal_at_a_stage(stage, number, count, struck, undisturbed, tmp_path
 
 def test_a_second_interrupt_stops_at_once_and_takes_the_other_rank_along(tmp_path):
     """The first is only remembered, up to the end of the step; the second comes within the same step."""
-    twice = Twice("dude_cli.training.loop", "accumulate_gradients", 2, signal.SIGINT)
+    twice = Twice("dude_cli.training.step", "accumulate_gradients", 2, signal.SIGINT)
     ranks = Ranks(["train", config_in(tmp_path)], tmp_path, 2, {1: twice})
     assert ranks.wait() == [75, 75], ranks.said()
     assert "Traceback" not in ranks.said()

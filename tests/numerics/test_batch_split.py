@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model
 
 from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
-from dude_cli.training.loss import SummedLoss
-from dude_cli.training.step import accumulate_gradients, equal_batches
+from dude_cli.training.gradients import accumulate_gradients, equal_batches
+from dude_cli.training.loss import SummedLoss, with_targets
 
 ROWS = 13  # no split below divides it: the last micro-batch is short
 
@@ -39,8 +37,7 @@ def gradients(rows: list[EncodedRow], per_device_batch_size: int, world_size: in
             rows[rank::world_size],
             per_device_batch_size=per_device_batch_size,
             target_tokens=targets,
-            collate=functools.partial(collate, pad_id=0),
-            device=torch.device("cpu"),
+            make_batch=lambda rows: with_targets(collate(rows, pad_id=0)),
             backward=lambda loss: loss.backward(),
             world_size=world_size,
             most_rows=-(-len(rows) // world_size),

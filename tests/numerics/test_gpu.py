@@ -36,7 +36,7 @@ from dude_cli.adapter import (
     unpatch_model,
 )
 from dude_cli.errors import ResourceError, StoppedError
-from dude_cli.training import prepare
+from dude_cli.training import plan
 from dude_cli.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -191,7 +191,7 @@ def test_real_want_of_memory_halves_an_automatic_batch(tmp_path, monkeypatch):
     """The limit is torch's own for this process; the losses are those of a run that fits."""
     sizes = {"rows": "512", "global_batch_size": "512", "max_steps": "2"}
     train_here(quickstart_config(tmp_path / "fits", per_device_batch_size="32", **sizes))
-    monkeypatch.setattr(prepare, "AUTO_BATCH_TOKENS", 2**20)  # all rows at once
+    monkeypatch.setattr(plan, "AUTO_BATCH_TOKENS", 2**20)  # all rows at once
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     train_here(quickstart_config(tmp_path / "whole", per_device_batch_size="auto", **sizes))

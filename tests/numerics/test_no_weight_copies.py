@@ -13,7 +13,7 @@ from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model, wide
 from dude_cli.adapter import weight as weight_module
 from dude_cli.config import TrainConfig
 from dude_cli.training.loss import SummedLoss, with_targets
-from dude_cli.training.step import make_optimizer
+from dude_cli.training.optimizer import make_optimizer
 
 
 class NewTensors(TorchDispatchMode):

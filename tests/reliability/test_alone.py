@@ -12,8 +12,7 @@ from command import dude_here
 from quickstart_config import quickstart_config
 
 from dude_cli.system.lock import locked
-from dude_cli.training import loop as train
-from dude_cli.training import prepare
+from dude_cli.training import prepare, result
 from dude_cli.training.run_dir import LOCK_FILE
 
 COMMANDS = [("init",), ("train",), ("train", "--overwrite")]
@@ -55,7 +54,7 @@ def test_a_command_has_its_folder_for_itself_to_its_end(
         return both
 
     # Of `init` the first and the last thing, of `train` the last one too: the card of the adapter that it keeps.
-    for module, name in ((prepare, "prepare_data"), (prepare, "layer_reports"), (train, "model_card")):
+    for module, name in ((prepare, "prepare_data"), (prepare, "layer_reports"), (result, "model_card")):
         monkeypatch.setattr(module, name, with_second(getattr(module, name)))
     done = dude_here(command, config)
     assert done.returncode == 0, done.stderr

@@ -20,10 +20,10 @@ from dude_cli.adapter import unpatch_model
 from dude_cli.config import load_config
 from dude_cli.errors import DivergedError, ResourceError
 from dude_cli.system import files
-from dude_cli.training import disk
-from dude_cli.training import loop as train
-from dude_cli.training.checkpoint import checkpoints, is_valid, save_checkpoint
+from dude_cli.training import disk, loop, step
+from dude_cli.training.checkpoint import TrainState, checkpoints, is_valid, save_checkpoint
 from dude_cli.training.metrics import MetricsLog, read_metrics
+from dude_cli.training.optimizer import make_optimizer
 
 TENSORS = "adapter.safetensors"
 
@@ -33,19 +33,19 @@ def losses(run_dir: Path) -> list[tuple[int, float, float]]:
 
 
 class AtCall:
-    """Does something before the `count`-th call of a function that `training.loop` calls, or each from then on."""
+    """Does something before the `count`-th call of a function in the module that calls it, or each from then on."""
 
-    name, count = "accumulate_gradients", 3
+    module, name, count = step, "accumulate_gradients", 3
 
     def arm(self) -> None:
-        function, calls = getattr(train, self.name), 0
+        function, calls = getattr(self.module, self.name), 0
 
         def changed(*args, **kwargs):
             nonlocal calls
             calls += 1
             return self.call(function, *args, **kwargs) if calls == self.count else function(*args, **kwargs)
 
-        setattr(train, self.name, changed)
+        setattr(self.module, self.name, changed)
 
     def call(self, function, *args, **kwargs):
         raise NotImplementedError
@@ -66,16 +66,16 @@ class NotANumber(AtCall):
         super().arm()
         from dude_cli.adapter import save_adapter
 
-        step = train._Run.step
+        take_step = loop.take_step
 
         def saving(run, stop):
             try:
-                return step(run, stop)
+                return take_step(run, stop)
             except DivergedError:
                 save_adapter(run.model, self.folder)
                 raise
 
-        train._Run.step = saving
+        loop.take_step = saving
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_before_the_step(tmp_path):
@@ -127,7 +127,7 @@ def test_the_step_that_ran_out_of_memory_is_that_of_the_smaller_batch_to_the_bit
     shortage = TooLittleMemory(4)
     shortage.count = 1
     with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate_gradients", train.accumulate_gradients)  # put back at the end
+        patch.setattr(step, "accumulate_gradients", step.accumulate_gradients)  # put back at the end
         shortage.arm()
         train_here(config, f"output_dir={tmp_path / 'auto'}", "train.per_device_batch_size=auto")
     train_here(config, f"output_dir={tmp_path / 'given'}", "train.per_device_batch_size=4")
@@ -137,7 +137,7 @@ def test_the_step_that_ran_out_of_memory_is_that_of_the_smaller_batch_to_the_bit
 def test_a_batch_size_that_is_given_is_not_halved(tmp_path, monkeypatch):
     shortage = TooLittleMemory(2)
     shortage.count = 1
-    monkeypatch.setattr(train, "accumulate_gradients", train.accumulate_gradients)  # put back at the end
+    monkeypatch.setattr(step, "accumulate_gradients", step.accumulate_gradients)  # put back at the end
     shortage.arm()
     with pytest.raises(ResourceError, match="out of memory with 4 rows per forward at step 1"):
         train_here(quickstart_config(tmp_path, max_steps="1", per_device_batch_size="4"))
@@ -154,7 +154,7 @@ def test_memory_that_is_too_small_for_one_row_ends_both_ranks(tmp_path):
 class FullDisk(AtCall):
     """From the second save on, no file may be larger than 20 kB: the write fails as on a full disk."""
 
-    name, count = "save_checkpoint", 2
+    module, name, count = loop, "save_checkpoint", 2
 
     def call(self, function, *args, **kwargs):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -243,9 +243,9 @@ def test_a_rank_that_does_not_answer_is_not_waited_for_forever(tmp_path):
 
 def test_the_lines_of_the_steps_are_synced_before_their_checkpoint(tmp_path, monkeypatch):
     order = []
-    sync, save = MetricsLog.sync, train.save_checkpoint
+    sync, save = MetricsLog.sync, loop.save_checkpoint
     monkeypatch.setattr(MetricsLog, "sync", lambda log: (order.append("sync"), sync(log)))
-    monkeypatch.setattr(train, "save_checkpoint", lambda *a, **b: (order.append("save"), save(*a, **b)))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *a, **b: (order.append("save"), save(*a, **b)))
     train_here(quickstart_config(tmp_path, max_steps="2", extra="  save_steps: 1"))
     assert order == ["sync", "save"] * 2
 
@@ -257,10 +257,10 @@ def test_files_and_folders_are_synced_before_the_rename(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync", lambda path: (synced.append(path), sync(path)))
     monkeypatch.setattr(os, "rename", lambda source, target: (synced.append("rename"), rename(source, target)))
     prepared = init_here(quickstart_config(tmp_path))
-    optimizer = train.make_optimizer(prepared.model, prepared.config.train)
+    optimizer = make_optimizer(prepared.model, prepared.config.train)
     synced.clear()
-    state = train.TrainState(prepared.origin, step=7)
-    save_checkpoint(tmp_path / "run", prepared.model, optimizer, state, keep=1, base_revision=None)
+    state = TrainState(prepared.origin, step=7)
+    save_checkpoint(tmp_path / "run", prepared.model, optimizer, state, keep=1)
     last = len(synced) - 1 - synced[::-1].index("rename")
     partial = tmp_path / "run/checkpoints/.step-000007.partial"
     names = ("adapter/adapter.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "state.json")

@@ -11,8 +11,7 @@ import pytest
 from quickstart_config import quickstart_config
 from training import train_here
 
-from dude_cli.training import loop as train
-from dude_cli.training import prepare
+from dude_cli.training import plan, validation
 from dude_cli.training.metrics import read_metrics
 
 
@@ -36,10 +35,10 @@ def trained(folder: Path, batch: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
             yield some
 
     with monkeypatch.context() as patched:
-        prepare_batches = train.equal_batches
-        patched.setattr(train, "equal_batches", equal_batches)
+        prepare_batches = validation.equal_batches
+        patched.setattr(validation, "equal_batches", equal_batches)
         # Four training rows at once, of up to 16 tokens; one validation row, of 40 and more.
-        patched.setattr(prepare, "AUTO_BATCH_TOKENS", 64)
+        patched.setattr(plan, "AUTO_BATCH_TOKENS", 64)
         train_here(config, *(f"data.{name}={path}" for name, path in rows.items()))
     return sizes, [line["eval_loss"] for line in read_metrics(folder / "run") if "eval_loss" in line]
 
@@ -59,4 +58,4 @@ def test_an_automatic_batch_is_smaller_where_the_validation_rows_are_longer(
 )
 def test_it_shrinks_with_the_batch_of_the_training(rows: int, longest: int, size: int) -> None:
     """The plan had 8 rows of up to 2048 tokens; when memory ran out they became 4."""
-    assert prepare.evaluation_batch(rows, planned=8, longest_row=longest) == size
+    assert plan.evaluation_batch(rows, planned=8, longest_row=longest) == size

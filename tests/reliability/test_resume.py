@@ -14,7 +14,7 @@ from quickstart_config import quickstart_config
 from training import StopAfter, train_here
 
 from dude_cli.errors import AdapterError, StoppedError, UsageError
-from dude_cli.training import step as train_step
+from dude_cli.training import optimizer
 from dude_cli.training.checkpoint import checkpoints, is_valid
 from dude_cli.training.metrics import read_metrics
 
@@ -79,7 +79,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_all_that_a_step_depends_on_is_in_a_checkpoint(name, tmp_path, monkeypatch):
     """With float16, a loss scale that starts too high falls in the first steps, which it skips."""
-    monkeypatch.setattr(train_step, "INITIAL_LOSS_SCALE", 2.0**17)
+    monkeypatch.setattr(optimizer, "INITIAL_LOSS_SCALE", 2.0**17)
     overrides = ["train.learning_rate=0.1"] if name == "early stopping" else []
     whole, parts = (quickstart_config(tmp_path / part, **SETTINGS[name]) for part in ("whole", "parts"))
     summary = train_here(whole, *overrides)

@@ -11,7 +11,8 @@ from training import train_here
 
 import dude_cli.report
 from dude_cli.config import load_config
-from dude_cli.training import loop as train
+from dude_cli.training import result
+from dude_cli.training.run import Run
 from dude_cli.training.run_dir import is_finished_run
 
 
@@ -37,17 +38,17 @@ def test_a_training_ends_with_a_report_and_loses_nothing_without(
     assert "How far the layers moved" in (run / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["_save_memory", "_save_layers"])
+@pytest.mark.parametrize("name", ["_memory", "_layers"])
 def test_a_run_is_finished_when_all_that_is_written_at_its_end_is_there(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = quickstart_config(tmp_path, max_steps="1", rows="4")
 
-    def killed(run: train._Run) -> None:
+    def killed(run: Run) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(train._Run, name, killed)
+        patched.setattr(result, name, killed)
         with pytest.raises(KeyboardInterrupt):
             train_here(config)
     assert not is_finished_run(load_config(config))

@@ -20,7 +20,7 @@ from dude_cli.training import live_bytes
 from dude_cli.training.estimate import Batch, MemoryEstimate, estimate_memory
 from dude_cli.training.live_bytes import counted
 from dude_cli.training.loss import SummedLoss, with_targets
-from dude_cli.training.step import make_optimizer
+from dude_cli.training.optimizer import make_optimizer
 
 METHODS = ("dude", "dora", "pissa", "lora")
 

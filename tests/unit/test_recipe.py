@@ -16,9 +16,9 @@ from dude_cli.errors import ConfigError, NumberNotMetError
 from dude_cli.evaluation import write_results
 from dude_cli.reproduce import Plan, Recipe, Result, check_result, load_recipe, make_plan, plan_document, smoke_recipe
 from dude_cli.reproduce.execute import Failures
-from dude_cli.reproduce.plan import Run, number_of_steps
+from dude_cli.reproduce.plan import Run, estimate_hours, number_of_steps
 from dude_cli.reproduce.scores import Measured
-from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, setting_scores, summarise
+from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, over_seeds, setting_scores
 
 RECIPES = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
 TEXT = """\
@@ -149,6 +149,16 @@ def test_steps_follow_from_rows_and_epochs(tmp_path: Path) -> None:
     assert number_of_steps(recipe, config) == 3 * 782  # as the trainer does: the last batch of an epoch is a step
 
 
+def test_hours_are_of_the_rows_that_there_are(tmp_path: Path) -> None:
+    recipe, file = load_recipe(Path("recipes/pissa-table5.yaml"))
+    config = make_plan(recipe, file, tmp_path).settings[0].final[2e-5][0].config  # a global batch of 128
+    few, whole = (
+        recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"rows": rows})}) for rows in (16, 128)
+    )
+    hours = [estimate_hours(one, config).training for one in (few, whole)]
+    assert hours[0] == pytest.approx(hours[1] / 8)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shipped_recipe_is_planned_from_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,14 +231,14 @@ def test_a_development_task_is_chosen_by_its_highest_score(tmp_path: Path) -> No
 
 def test_mean_and_standard_deviation_are_scipys_and_lm_evals_error_is_kept_apart() -> None:
     values = [0.31, 0.35, 0.36, 0.29]
-    summary = summarise([Measured(value, 0.01) for value in values], 100.0)
+    summary = over_seeds([Measured(value, 0.01) for value in values], 100.0)
     described = stats.describe([100 * value for value in values])
     assert summary.mean == pytest.approx(described.mean)
     assert summary.sd == pytest.approx(described.variance**0.5)
     assert summary.sd == pytest.approx(statistics.stdev(100 * value for value in values))
     assert (summary.n, summary.stderr) == (4, pytest.approx(1.0))
-    assert summarise([Measured(0.5)]).sd is None
-    assert summarise([Measured(0.5, 0.1), Measured(0.5)]).stderr is None
+    assert over_seeds([Measured(0.5)]).sd is None
+    assert over_seeds([Measured(0.5, 0.1), Measured(0.5)]).stderr is None
 
 
 SCORES: dict[str, Any] = {"lora-r16": {}, "dude-r16": {}}

@@ -27,31 +27,34 @@ def make_adapter(folder: Path, **config: object) -> Path:
     return folder
 
 
-def test_without_a_target_the_newest_finished_run_is_taken(tmp_path: Path) -> None:
-    make_run(tmp_path / "old", finished_at=1_000)
-    make_run(tmp_path / "sweep" / "new", finished_at=3_000)
-    make_run(tmp_path / "middle", finished_at=2_000)
-    make_run(tmp_path / "unfinished", finished_at=None)
-    stray = make_adapter(tmp_path / "copied" / "adapter")  # no config.yaml beside it: not a run
+def test_without_a_target_the_newest_finished_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/old"), finished_at=1_000)
+    make_run(Path("runs/sweep/new"), finished_at=3_000)
+    make_run(Path("runs/middle"), finished_at=2_000)
+    make_run(Path("runs/unfinished"), finished_at=None)
+    stray = make_adapter(Path("runs/copied/adapter"))  # no config.yaml beside it: not a run
     os.utime(stray / "adapter_config.json", (9_000, 9_000))
 
-    target = find_target(None, tmp_path)
+    target = find_target(None)
 
     assert target.kind == "run"
-    assert target.path == tmp_path / "sweep" / "new"
-    assert target.adapter_dir == tmp_path / "sweep" / "new" / "adapter"
+    assert target.path == Path("runs/sweep/new")
+    assert target.adapter_dir == Path("runs/sweep/new/adapter")
     assert "new" in str(target)
 
 
 @pytest.mark.parametrize("make", ["nothing", "unfinished"])
-def test_without_a_finished_run_the_error_says_what_to_do(tmp_path: Path, make: str) -> None:
-    runs = tmp_path / "runs"
+def test_without_a_finished_run_the_error_says_what_to_do(
+    tmp_path: Path, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     if make == "unfinished":
-        make_run(runs / "one", finished_at=None)
+        make_run(Path("runs/one"), finished_at=None)
     with pytest.raises(UsageError, match="dude train CONFIG") as caught:
-        find_target(None, runs)
+        find_target(None)
     assert caught.value.exit_code == 2
-    assert str(runs) in str(caught.value)
+    assert caught.value.where == "runs"
 
 
 def test_the_three_kinds_of_folder(tmp_path: Path) -> None:
