@@ -47,7 +47,7 @@ def by_threads(config: DataConfig, tokenizer: Any) -> float:
 
 
 def by_processes(config: DataConfig, model: str, processes: int) -> float:
-    texts = [row_texts(config, row) for row in read_sources(config.train, format_columns(config))]
+    texts = [row_texts(config, row) for row in read_sources(config.train, format_columns(config)).values]
     chunks = [texts[start : start + CHUNK_ROWS] for start in range(0, len(texts), CHUNK_ROWS)]
     os.environ["RAYON_NUM_THREADS"] = "1"
     started = time.perf_counter()

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from dude_cli.adapter import row_scale
 from dude_cli.adapter.autocast import without_autocast
 from dude_cli.adapter.row_scale import RowScale
+from dude_cli.adapter.widened import is_slow, times
 
 # Neither Triton's kernels nor a recorded CUDA graph, to look for a mistake.
 TORCH_ALONE = os.environ.get("DUDE_LAYER") == "torch"
@@ -124,11 +125,12 @@ class AdaptedProduct(torch.autograd.Function):
             dz, d_gain = _scale_backward(dy.contiguous(), y, step, is_only_here=weight is not None)
         dx = None
         with without_autocast(x.device):
-            u = dz @ step.P
+            u = times(dz, step.P)
             dB = _float32_product(dz.T, h)
             dA = _float32_product((u if u.shape[1] == rank else u[:, :rank] + u[:, rank:]).T, x)
             if ctx.needs_input_grad[1]:
-                dx = u @ step.Q if weight is None else (dz @ weight).addmm_(u, step.Q)
+                Q = step.Q.to(u.dtype)
+                dx = (u @ Q if weight is None else times(dz, weight).addmm_(u, Q)).to(x.dtype)
         if step.scaling != 1.0:
             dB.mul_(step.scaling)
         return dz if ctx.needs_input_grad[0] else None, dx, dA, dB, d_gain, None, None
@@ -187,9 +189,11 @@ def _check_as_kept(y: Tensor, version: int | None) -> None:
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32: on a GPU the sums of a half-precision product, elsewhere the rounded product."""
+    """left @ right in float32: the sums of a half-precision product on a GPU, on most CPUs the rounded product."""
     if left.device.type == "cuda" and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=torch.float32)
+    if is_slow(right):
+        return left.float() @ right.float()
     return (left @ right).float()
 
 

@@ -11,6 +11,9 @@ from dude_cli.errors import nearest
 
 _TYPO = 0.75  # how alike two keys are when one letter of the shortest key (seed, rank) is wrong
 
+_CONVERSATIONS = (
+    "conversations stand in a column `messages` or `conversations`, with `role` and `content` or `from` and `value`"
+)
 # Other tools' names: whose name it is, our key ("" where there is none), and what differs. A name that means something
 # in one section only is written with that section.
 FOREIGN: dict[str, tuple[str, str, str]] = {
@@ -94,6 +97,11 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
         "",
         "write it into `data.prompt`, or as the first message of each conversation",
     ),
+    "field_messages": ("axolotl's", "", _CONVERSATIONS),
+    "message_property_mappings": ("axolotl's", "", _CONVERSATIONS),
+    "messages": ("LLaMA-Factory's", "", _CONVERSATIONS),
+    "train_on_eos": ("axolotl's", "", "the end of each of the assistant's turns is learned"),
+    "pretraining_dataset": ("axolotl's", "data.train", " (with `data.format: text`)"),
     "roles_to_train": ("axolotl's", "", "of a conversation the assistant's messages are learned"),
     "lr": ("torchtune's", "train.learning_rate", ""),
     "lr_scheduler": ("axolotl's and torchtune's", "train.lr_scheduler_type", ""),

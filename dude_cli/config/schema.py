@@ -158,7 +158,10 @@ class DataSource(Section):
     path: str = Field(
         min_length=1,
         examples=["meta-math/MetaMathQA"],
-        description="Hub name, folder, or a .jsonl, .json, .csv or .parquet file, or `embedded:quickstart`.",
+        description=(
+            "Hub name, folder, or a .jsonl, .json, .csv, .tsv, .txt (a text a line) or .parquet file, or "
+            "`embedded:quickstart`. All but .parquet may be compressed: .jsonl.gz, also .bz2 and .xz."
+        ),
     )
     name: str | None = Field(None, description="Configuration (subset) of a hub data set or folder.")
     split: str = Field("train", description='Split, with slices as in `datasets`: "train[:1000]", "train[10%:]".')
@@ -174,14 +177,18 @@ class DataConfig(Section):
         "prompt_completion",
         description=(
             "prompt_completion: columns prompt and completion; alpaca: instruction, input, output; "
-            "chat: messages, through the tokenizer's chat template; text: text. "
+            "chat: messages (or conversations), through the tokenizer's chat template; text: text. "
             "`prompt` and `completion` below replace the columns by templates."
         ),
     )
     prompt: str | None = Field(None, description='Template over the columns, such as "Question: {question}\\nAnswer:".')
     completion: str | None = Field(None, description='Template over the columns, such as " {answer}".')
     max_length: PositiveInt = Field(
-        512, description="Longest row in tokens; longer ones lose the start of their prompt."
+        512,
+        description=(
+            "Longest row in tokens; longer ones lose the start of their prompt. In format text without a prompt they "
+            "lose nothing: they are split into several rows."
+        ),
     )
     packing: bool = Field(False, description="Pack several rows into one sequence; no row attends to another.")
     train_on_inputs: bool = Field(False, description="Learn the prompt's tokens too, not the completion's alone.")

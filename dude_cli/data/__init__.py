@@ -1,7 +1,7 @@
 """From the rows of a data set to the batches of a step: read, encode, pack, order, collate."""
 
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
-from dude_cli.data.chat import Message
+from dude_cli.data.messages import Message
 from dude_cli.data.order import StepOrder, longest_first, steps_per_epoch
 from dude_cli.data.packing import check_packing
 from dude_cli.data.prepare import DataReport, PreparedData, prepare_data

@@ -82,7 +82,7 @@ class EncodedRows(Sequence[EncodedRow]):
             input_ids=ids.tolist(),
             labels=np.where(learned, ids, NOT_LEARNED).tolist(),
             segment_lengths=table.lengths[rows].tolist(),
-            source_rows=rows.tolist(),
+            source_rows=table.sources[rows].tolist(),
         )
 
     def __iter__(self) -> Iterator[EncodedRow]:

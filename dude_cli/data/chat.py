@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from typing import Any
 
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
+from dude_cli.data.messages import Conversation, Message, conversation_of
 from dude_cli.data.told_time import told_at
 from dude_cli.errors import DataError
 
-Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned."""
+
+    text: str
+    turns: list[tuple[int, int]]
+    learned: list[bool]
+    ends_with_a_turn: bool
 
 
 class ChatEncoder:
@@ -39,45 +50,46 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)
 
-    def encode(self, conversation: Any, *, where: str, learn_all: bool) -> Encoded:
+    def encode(self, messages: Any, *, where: str, learn_all: bool, tools: Any = None) -> Encoded:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
-        return self.encode_all([conversation], [where], learn_all=learn_all)[0]
+        return self.encode_all([self.render(messages, tools, where)], learn_all=learn_all)[0]
 
-    def encode_all(self, conversations: Sequence[Any], wheres: Sequence[str], *, learn_all: bool) -> list[Encoded]:
-        """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
-        rendered = [self._rendered(*pair) for pair in zip(conversations, wheres, strict=True)]
-        texts = [[text, *(text[:border] for turn in turns for border in turn)] for _, text, turns in rendered]
-        ids = iter(self.encoder.raw([text for group in texts for text in group]))
-        return [
-            self._finish(messages, list(islice(ids, len(group))), learn_all)
-            for (messages, _, _), group in zip(rendered, texts, strict=True)
-        ]
-
-    def _rendered(self, conversation: Any, where: str) -> tuple[list[Message], str, list[tuple[int, int]]]:
-        """Return the messages, their text, and the assistant's turns in it, in characters."""
-        messages = _checked(conversation, where)
+    def render(self, messages: Any, tools: Any, where: str) -> Rendered:
+        """Return a row's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
+        talk = conversation_of(messages, tools, template=self.template, where=where)
         try:
-            text, turns = self._marked_turns(messages) if self.marks_turns else self._grown_turns(messages, where)
+            text, turns = self._marked_turns(talk) if self.marks_turns else self._grown_turns(talk, where)
         except DataError:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise _refused(error, where) from error
-        return messages, text, turns
+        _check_calls(talk, text, turns, where)
+        return Rendered(text, turns, _learned_turns(talk, turns, where), talk.messages[-1]["role"] == "assistant")
 
-    def _finish(self, messages: list[Message], encoded: list[list[int]], learn_all: bool) -> Encoded:
+    def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
+        """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
+        texts = [[each.text, *(each.text[:border] for turn in each.turns for border in turn)] for each in conversations]
+        ids = iter(self.encoder.raw([text for group in texts for text in group]))
+        return [
+            self._finish(each, list(islice(ids, len(group))), learn_all)
+            for each, group in zip(conversations, texts, strict=True)
+        ]
+
+    def _finish(self, rendered: Rendered, encoded: list[list[int]], learn_all: bool) -> Encoded:
         """Make the row; `encoded` are the ids of the whole text and of its beginnings up to each border of a turn."""
         ids, *prefixes = encoded
         cuts = [common_prefix(ids, prefix) for prefix in prefixes]
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
-        spans = [(start, stop) for start, stop in spans if start < stop]
-        if messages[-1]["role"] == "assistant" and spans and not self._ends(ids, *spans[-1]):
+        turns = [(start, stop, on) for (start, stop), on in zip(spans, rendered.learned, strict=True) if start < stop]
+        if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
             ids.append(self.encoder.eos_id)
-            spans[-1] = spans[-1][0], len(ids)
+            turns[-1] = turns[-1][0], len(ids), turns[-1][2]
         learned = [learn_all] * len(ids)
-        for start, stop in spans:
-            learned[start:stop] = [token != self.encoder.eos_id for token in ids[start : stop - 1]] + [True]
+        for start, stop, on in turns:
+            learned[start:stop] = [on and token != self.encoder.eos_id for token in ids[start : stop - 1]] + [on]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
-        return Encoded(ids, learned, leading, max(spans[0][0] if spans else len(ids), leading))
+        context = next((start for start, _, on in turns if on), len(ids))
+        return Encoded(ids, learned, leading, max(context, leading))
 
     def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
         """Return what a training row has in front of the assistant's next turn, as text and as ids.
@@ -88,7 +100,8 @@ class ChatEncoder:
         try:
             text = self._render(messages, add_generation_prompt=True)
             if self.marks_turns:
-                whole, turns = self._marked_turns([*messages, {"role": "assistant", "content": "answer"}])
+                answer = {"role": "assistant", "content": "answer"}
+                whole, turns = self._marked_turns(Conversation([*messages, answer], [], None))
                 before = whole[: turns[-1][0]]
                 text = text if whole.startswith(text) and len(text) > len(before) else before
         except Exception as error:  # as in `encode`
@@ -101,7 +114,7 @@ class ChatEncoder:
         row = self.encode(messages, where="the chat template", learn_all=False)
         return next(token for token, on in zip(reversed(row.ids), reversed(row.learned), strict=True) if on)
 
-    def _marked_turns(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def _marked_turns(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """Return the text and the `{% generation %}` blocks in it, in characters.
 
         `apply_chat_template(return_assistant_tokens_mask=True)` would give tokens, but where a tokenizer's offsets
@@ -110,24 +123,24 @@ class ChatEncoder:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # As `apply_chat_template` does: a column of messages has each field in all of them if one has it.
-        filled = [{key: value for key, value in message.items() if value is not None} for message in messages]
         texts, turns = render_jinja_template(
-            conversations=[filled],
+            conversations=[talk.messages],
+            tools=talk.tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
         return texts[0], list(turns[0])
 
-    def _grown_turns(self, messages: list[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
+    def _grown_turns(self, talk: Conversation, where: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the text and the assistant's turns in it: what each adds to the text so far."""
-        text = self._render(messages)
+        messages, tools = talk.messages, talk.tools
+        text = self._render(messages, tools)
         turns = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = self._render(messages[:index], add_generation_prompt=True) if index else ""
-                after = self._render(messages[: index + 1])
+                before = self._render(messages[:index], tools, add_generation_prompt=True) if index else ""
+                after = self._render(messages[: index + 1], tools)
                 if not (text.startswith(before) and text.startswith(after)):
                     raise DataError(
                         "the chat template changes earlier text when a message is added, so it does not show "
@@ -138,9 +151,12 @@ class ChatEncoder:
                 turns.append((len(before), len(after)))
         return text, turns
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def _render(
+        self, messages: list[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool = False
+    ) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            list(messages),
+            messages,
+            tools=tools,
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -179,14 +195,30 @@ def _refused(error: Exception, where: str) -> DataError:
     )
 
 
-def _checked(conversation: Any, where: str) -> list[Message]:
-    """Return the messages, or raise DataError with what a conversation looks like."""
-    messages = list(conversation) if isinstance(conversation, list | tuple) else []
-    sound = all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
-    if not messages or not sound:
-        raise DataError(
-            f"`messages` is not a conversation: {str(conversation)[:80]}",
-            where=where,
-            fix='write it as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
-        )
-    return messages
+def _check_calls(talk: Conversation, text: str, turns: list[tuple[int, int]], where: str) -> None:
+    """Raise DataError if the template leaves out a call of a tool, as one does that does not know of them."""
+    speeches = [message for message in talk.messages if message["role"] == "assistant"]
+    texts = [text[start:stop] for start, stop in turns] if len(turns) == len(speeches) else [text] * len(speeches)
+    for message, written in zip(speeches, texts, strict=True):
+        for call in message.get("tool_calls", ()):
+            name = call.get("function", call)["name"]
+            if name not in written:
+                raise DataError(
+                    f"the chat template leaves the call of {name!r} out of the assistant's turn",
+                    where=where,
+                    fix="use a model whose chat template writes tool calls, or leave out such rows",
+                )
+
+
+def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str) -> list[bool]:
+    """Which turns of the text are learned: those of the assistant's messages that are."""
+    if len(turns) == len(talk.learned):
+        return talk.learned
+    if all(talk.learned):
+        return [True] * len(turns)
+    raise DataError(
+        f"the chat template marks {len(turns)} turns of {len(talk.learned)} messages of the assistant's, so that it "
+        "does not show which one has the weight 0",
+        where=where,
+        fix="put one {% generation %} block around each of these messages in the template",
+    )

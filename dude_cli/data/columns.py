@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dude_cli.config import DataSource
-from dude_cli.data.row_files import Row
+from dude_cli.data.bad_rows import BadRows
+from dude_cli.data.row_files import Row, Rows
 from dude_cli.errors import DataError, nearest
 
 
@@ -21,6 +21,14 @@ class Columns:
     optional: tuple[str, ...] = ()
     are_texts: bool = True
 
+    def names(self, column: str) -> tuple[str, ...]:
+        """The names that a column may have: that of conversations is `conversations` in ShareGPT's files."""
+        return (column, "conversations") if column == "messages" and not self.are_texts else (column,)
+
+
+# The format of data that has such a column.
+_FORMATS = {"messages": "chat", "conversations": "chat", "instruction": "alpaca", "text": "text"}
+
 
 def check_columns(source: DataSource, there: list[str], columns: Columns, *, empty: bool) -> None:
     """Raise DataError if there are no rows, or not the required columns."""
@@ -29,34 +37,52 @@ def check_columns(source: DataSource, there: list[str], columns: Columns, *, emp
             "the data set has no rows", where=f"{source.path}, split {source.split}", fix="check the file and the split"
         )
     for column in columns.required:
-        if column not in there:
-            close = nearest(column, there)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+        if not set(columns.names(column)) & set(there):
             raise DataError(
-                f"no column {column!r}; the columns are: {', '.join(there)}",
+                f"no column {' or '.join(map(repr, columns.names(column)))}; the columns are: {', '.join(there)}",
                 where=source.path,
-                fix=f"{hint}choose another `data.format`, or templates `data.prompt` and `data.completion`",
+                fix=_other_columns(column, there, columns),
             )
 
 
-def keep_columns(source: DataSource, rows: Sequence[Row], columns: Columns) -> list[Row]:
+def _other_columns(column: str, there: list[str], columns: Columns) -> str:
+    """What to do where `column` is not there: another name, or another format."""
+    close = nearest(column, there)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    if not columns.are_texts:
+        return f"{hint}give the column of the conversations the name `messages`, or choose another `data.format`"
+    formats = [_FORMATS[name] for name in there if name in _FORMATS and name not in columns.required]
+    choice = f"set data.format: {formats[0]}" if formats else "choose another `data.format`"
+    return f"{hint}{choice}, or templates `data.prompt` and `data.completion`"
+
+
+def keep_columns(source: DataSource, rows: Rows, columns: Columns) -> Rows:
     """Return the rows with just `columns`, an empty text where an optional one has no value.
 
-    Raises DataError, naming the row, for a value that cannot be learned as it stands.
+    Raises DataError, naming the rows, for values that cannot be learned as they stand.
     """
-    return [_kept(source, row, number, columns) for number, row in enumerate(rows, start=1)]
+    kept, bad = Rows([], rows.places), BadRows()
+    for row, where in zip(rows.values, rows.places, strict=True):
+        with bad.collected():
+            kept.values.append(_kept(row, where, columns))
+    bad.check(len(rows.values), f"{source.path}, split {source.split}")
+    return kept
 
 
-def _kept(source: DataSource, row: Row, number: int, columns: Columns) -> Row:
-    new = {column: row.get(column) for column in columns.required}
+def _kept(row: Row, where: str, columns: Columns) -> Row:
+    new = {column: _value(row, columns.names(column)) for column in columns.required}
     new |= {column: "" if _is_missing(row.get(column)) else row[column] for column in columns.optional}
     for column, value in new.items():
         problem = _problem(value, are_texts=columns.are_texts)
         if problem is not None:
             what, fix = problem
-            where = f"{source.path}, split {source.split}, row {number}"
-            raise DataError(f"row {number}: column {column!r} {what}", where=where, fix=fix)
+            raise DataError(f"column {column!r} {what}", where=where, fix=fix)
     return new
+
+
+def _value(row: Row, names: tuple[str, ...]) -> Any:
+    """The value under the first of these names that has one."""
+    return next((row[name] for name in names if not _is_missing(row.get(name))), row.get(names[0]))
 
 
 def _is_missing(value: Any) -> bool:
@@ -69,7 +95,9 @@ def _problem(value: Any, *, are_texts: bool) -> tuple[str, str] | None:
         return f"has no value ({'null' if value is None else 'NaN'})", "fill in or remove such rows"
     if are_texts and isinstance(value, (list, dict, bytes)):  # their text would be Python's notation
         kind = {list: "a list", dict: "an object", bytes: "bytes"}[type(value)]
-        is_chat = isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value)
+        is_chat = isinstance(value, list) and all(
+            isinstance(item, dict) and {"role", "from"} & set(item) for item in value
+        )
         one_list = "set data.format: chat, with the whole conversation in a column `messages`"
         return f"is {kind}, not text", one_list if is_chat else "write the text to learn into a column of its own"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

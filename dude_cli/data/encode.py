@@ -11,7 +11,7 @@ The beginning is what the tokenizer puts there by itself (BOS or nothing). The e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,16 +54,21 @@ def format_columns(config: DataConfig) -> Columns:
     if config.format == "alpaca":
         return Columns(("instruction", "output"), ("input",))
     if config.format == "chat":
-        return Columns(("messages",), are_texts=False)
+        return Columns(("messages",), ("tools",), are_texts=False)
     return Columns(tuple(dict.fromkeys(name for text in _templates(config) for name in parse_template(text))))
 
 
 def _templates(config: DataConfig) -> tuple[str, str]:
     """The templates of prompt and completion; plain text is a completion without a prompt."""
-    if config.format == "text" and config.prompt is None:
+    if is_documents(config):
         return "", "{text}" if config.completion is None else config.completion
     prompt = "{prompt}" if config.prompt is None else config.prompt
     return prompt, "{completion}" if config.completion is None else config.completion
+
+
+def is_documents(config: DataConfig) -> bool:
+    """Whether rows are documents: text without a prompt, of which what is too long is split and not cut."""
+    return config.format == "text" and config.prompt is None
 
 
 def prompt_template(config: DataConfig) -> str:
@@ -178,6 +183,24 @@ def truncate(row: Encoded, max_length: int) -> tuple[list[int], list[bool]]:
     front, kept_from = row.leading, row.leading + _cut_in_front(row, max_length)
     ids, learned = row.ids[:front] + row.ids[kept_from:], row.learned[:front] + row.learned[kept_from:]
     return ids[:max_length], learned[:max_length]
+
+
+def split(row: Encoded, max_length: int) -> Iterator[Encoded]:
+    """Yield a document in rows of at most `max_length` tokens, in which each of its learned tokens is learned once.
+
+    Each row after the first begins with the leading tokens (BOS), with which a model is always asked, and the last
+    token of the row before, from which its first new token is predicted. A `max_length` without room for more than
+    these gives the document as it is.
+    """
+    repeated = row.leading + 1
+    if len(row.ids) <= max_length or max_length <= repeated:
+        yield row
+        return
+    yield Encoded(row.ids[:max_length], row.learned[:max_length], row.leading, row.context)
+    for start in range(max_length, len(row.ids), max_length - repeated):
+        stop = start + max_length - repeated
+        ids = row.ids[: row.leading] + row.ids[start - 1 : stop]
+        yield Encoded(ids, [False] * repeated + row.learned[start:stop], row.leading, repeated)
 
 
 def is_answer_cut(row: Encoded, max_length: int) -> bool:

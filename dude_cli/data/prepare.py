@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dude_cli.config import DataConfig, DataSource
+from dude_cli.data.bad_rows import BadRows
 from dude_cli.data.batches import EncodedRow, EncodedRows
 from dude_cli.data.chat import ChatEncoder
-from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts
+from dude_cli.data.encode import Encoded, TextEncoder, format_columns, is_documents, row_texts
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
 from dude_cli.data.row_files import Row
@@ -30,6 +31,7 @@ class DataReport:
     """What became of a data set's rows.
 
     `rows` counts the rows to learn from; `rows_without_target` those left out because nothing of them is learned.
+    A document of more than `max_length` tokens is several rows; `split_documents` counts such.
     `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of what is
     learned, with its EOS.
     `tokens` and `target_tokens` are over `rows`, after truncation; `longest_row` is in tokens, before it.
@@ -43,10 +45,20 @@ class DataReport:
     truncated_rows: int
     cut_answers: int
     rows_without_target: int
+    split_documents: int
     longest_row: int
     max_length: int
     packed_sequences: int | None
     example: list[tuple[str, bool]]
+
+    def notes(self) -> list[str]:
+        """What a user may not expect and need not change, a line each."""
+        if not self.split_documents:
+            return []
+        return [
+            f"texts longer than data.max_length ({self.max_length}): {self.split_documents:,}, split into rows of at "
+            f"most that length; {self.rows:,} rows in all"
+        ]
 
     def warnings(self) -> list[str]:
         """What a user should know before training on these rows, a line each."""
@@ -100,7 +112,8 @@ def prepare_data(
     train_table = encoder.table(config.train, "data.train", say)
     train_rows = validation_rows = np.arange(len(train_table))
     if isinstance(config.validation, float):
-        train_rows, validation_rows = split_rows(len(train_table), config.validation, seed)
+        parts = split_rows(int(train_table.sources[-1]) + 1, config.validation, seed)  # a document stays in one of them
+        train_rows, validation_rows = (np.flatnonzero(np.isin(train_table.sources, part)) for part in parts)
     train, train_report = encoder.sequences(train_table, train_rows, "data.train")
     validation, validation_report = None, None
     if config.validation is not None:
@@ -109,6 +122,9 @@ def prepare_data(
             table = encoder.table(config.validation, "data.validation", say)
             validation_rows = np.arange(len(table))
         validation, validation_report = encoder.sequences(table, validation_rows, "data.validation")
+    for name, report in (("data.train", train_report), ("data.validation", validation_report)):
+        for note in report.notes() if report is not None else ():
+            say(f"{name}: {note}")
     return PreparedData(train, validation, train_report, validation_report, train.fingerprint(), encoder.revisions)
 
 
@@ -123,28 +139,41 @@ class _RowEncoder:
 
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
         """Read and encode all rows of `sources`; `name` is for messages."""
-        texts = self.texts(read_sources(sources, format_columns(self.config), self.revisions))
+        rows = read_sources(sources, format_columns(self.config), self.revisions)
+        texts = self.texts(rows.values)
         template = None if self.chat is None else self.chat.template
         key = token_key(self.tokenizer, texts, self.config, template)
-        return encoded_once(key, lambda: TokenTable.of(self.encode(texts, name), self.config.max_length), say)
+
+        def encode() -> TokenTable:
+            encoded = self.encode(texts, rows.places, name)
+            return TokenTable.of(encoded, self.config.max_length, are_documents=is_documents(self.config))
+
+        return encoded_once(key, encode, say)
 
     def texts(self, rows: Sequence[Row]) -> list[Any]:
-        """Return what the tokenizer gets of each row: (prompt, completion), or a conversation."""
-        return [row["messages"] if self.chat is not None else row_texts(self.config, row) for row in rows]
+        """Return what the tokenizer gets of each row: (prompt, completion), or a conversation and its tools."""
+        if self.chat is not None:
+            return [(row["messages"], row["tools"]) for row in rows]
+        return [row_texts(self.config, row) for row in rows]
 
-    def encode(self, texts: Sequence[Any], name: str) -> Iterator[Encoded]:
+    def encode(self, texts: Sequence[Any], places: Sequence[str], name: str) -> Iterator[Encoded]:
         """Encode what `texts` gives, in chunks that the tokenizer divides among threads of its own.
 
         On two cores two processes are no faster: they have to start, and to send what they did.
         """
-        learn_all = self.config.train_on_inputs
+        learn_all, bad = self.config.train_on_inputs, BadRows()
         for start in range(0, len(texts), _CHUNK_ROWS):
             chunk = texts[start : start + _CHUNK_ROWS]
             if self.chat is None:
                 yield from self.text.encode_pairs(chunk, learn_all=learn_all)
-            else:
-                wheres = [f"{name}, row {start + number}, column messages" for number in range(1, len(chunk) + 1)]
-                yield from self.chat.encode_all(chunk, wheres, learn_all=learn_all)
+                continue
+            rendered = []
+            for (messages, tools), where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
+                with bad.collected():
+                    rendered.append(self.chat.render(messages, tools, where))
+            if not bad.count:
+                yield from self.chat.encode_all(rendered, learn_all=learn_all)
+        bad.check(len(texts), name)
 
     def sequences(self, table: TokenTable, rows: npt.NDArray[np.int64], name: str) -> tuple[EncodedRows, DataReport]:
         """Take those of `rows` of a table that there is something to learn of, packed if asked; `name` for messages."""
@@ -160,6 +189,7 @@ class _RowEncoder:
             truncated_rows=int((table.full_lengths[rows] > config.max_length).sum()),
             cut_answers=int(table.cut_answers[kept].sum()),
             rows_without_target=len(rows) - len(kept),
+            split_documents=int((np.unique(table.sources[rows], return_counts=True)[1] > 1).sum()),
             longest_row=int(table.full_lengths[rows].max()),
             max_length=config.max_length,
             packed_sequences=None,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dude_cli.config import DataConfig
-from dude_cli.data.chat import ChatEncoder, Message
+from dude_cli.data.chat import ChatEncoder
 from dude_cli.data.encode import TextEncoder, prompt_template
+from dude_cli.data.messages import Message
 from dude_cli.errors import DataError
 from dude_cli.template import parse_template, render
 

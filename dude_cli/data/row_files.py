@@ -1,4 +1,4 @@
-"""Read a .jsonl, .json, .csv or .parquet file into rows.
+"""Read a file of rows: JSON, CSV, plain text or parquet, the first three also compressed.
 
 The standard library and pyarrow read them rather than `datasets.load_dataset`: a broken line can be named, no text
 is turned into a number or a null by guessing types, and nothing is copied into a cache.
@@ -6,36 +6,48 @@ is turned into a number or a null by guessing types, and nothing is copied into 
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
-from collections.abc import Callable, Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
+from dude_cli.data.bad_rows import BadRows
 from dude_cli.errors import DataError
 
 Row = dict[str, Any]
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows, and where each of them stands, for messages: a `file:line` where that is known."""
+
+    values: list[Row]
+    places: list[str]
 
 
-def read_file(path: Path) -> list[Row]:
-    """Return the rows of a file; its suffix says the format. Raises DataError with the line of what is wrong."""
-    readers: list[Callable[[Path], list[Row]]] = [_read_jsonl, _read_json, _read_csv, _read_parquet]
-    suffix = path.suffix.lower()
-    if suffix not in FILE_SUFFIXES:
-        raise DataError(
-            f"cannot tell the format of {path.name}",
-            where=str(path),
-            fix=f"name the file by what it holds: {', '.join(FILE_SUFFIXES)}",
-        )
+def read_file(path: Path) -> Rows:
+    """Return the rows of a file; its suffix says the format. Raises DataError with the lines of what is wrong."""
+    suffix = next((suffix for suffix in FILE_SUFFIXES if path.name.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise DataError(f"cannot tell the format of {path.name}", where=str(path), fix=f"name the file {SUFFIXES_HINT}")
     try:
-        return readers[FILE_SUFFIXES.index(suffix)](path)
+        return _READERS[suffix.removesuffix(_compression(suffix))](path)
     except UnicodeDecodeError as error:
         raise DataError(
             f"not UTF-8 text: {error.reason} at byte {error.start}", where=str(path), fix="save the file as UTF-8"
         ) from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise _damaged(path, error) from error
     except OSError as error:
+        if error.errno is None:  # bz2's way to say that
+            raise _damaged(path, error) from error
         raise DataError(
             f"cannot read the file: {error.strerror or error}", where=str(path), fix="check its permissions"
         ) from error
@@ -47,25 +59,50 @@ def first_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        return list(_parse_lines(path, file))
+def _compression(name: str) -> str:
+    """The suffix that says how a file is compressed; empty for one that is not."""
+    return next((suffix for suffix in _OPENERS if name.lower().endswith(suffix)), "")
 
 
-def _parse_lines(path: Path, lines: Iterator[str]) -> Iterator[Row]:
+def _open(path: Path, newline: str | None = None) -> TextIO:
+    file = _OPENERS.get(_compression(path.name), open)(path, "rt", encoding="utf-8-sig", newline=newline)
+    return cast(TextIO, file)
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"cannot unpack the file: {first_line(error)}",
+        where=str(path),
+        fix="write or download it again; its name says how it is compressed",
+    )
+
+
+def _read_jsonl(path: Path) -> Rows:
+    with _open(path) as file:
+        return _parse_lines(path, file)
+
+
+def _parse_lines(path: Path, lines: Iterable[str]) -> Rows:
+    rows, bad = Rows([], []), BadRows()
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"not valid JSON: {first_line(error)}",
-                where=where,
-                fix="write one JSON object per line, or remove this line",
-            ) from error
-        yield _as_object(row, where)
+        if line.strip():
+            where = f"{path}:{number}"
+            with bad.collected():
+                rows.values.append(_as_object(_parsed(line, where), where))
+                rows.places.append(where)
+    bad.check(len(rows.values) + bad.count, str(path))
+    return rows
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(
+            f"not valid JSON: {first_line(error)}",
+            where=where,
+            fix="write one JSON object per line, or remove this line",
+        ) from error
 
 
 def _as_object(row: Any, where: str) -> Row:
@@ -78,14 +115,15 @@ def _as_object(row: Any, where: str) -> Row:
     return row
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> Rows:
     """A list of objects; many .json files hold one object per line instead, and those are read too."""
-    text = path.read_text(encoding="utf-8-sig")
+    with _open(path) as file:
+        text = file.read()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("{") and "\n" in text.strip():
-            return list(_parse_lines(path, iter(text.split("\n"))))
+            return _parse_lines(path, text.split("\n"))
         raise DataError(
             f"not valid JSON: {error.msg}",
             where=f"{path}:{error.lineno}:{error.colno}",
@@ -97,33 +135,51 @@ def _read_json(path: Path) -> list[Row]:
         raise DataError(
             f"the file holds {type(content).__name__}, not rows", where=str(path), fix="write a list of objects"
         )
-    return [_as_object(row, f"{path}, row {number}") for number, row in enumerate(content, start=1)]
+    rows = numbered(content, str(path))
+    bad = BadRows()
+    for row, where in zip(content, rows.places, strict=True):
+        with bad.collected():
+            _as_object(row, where)
+    bad.check(len(content), str(path))
+    return rows
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path, delimiter: str = ",") -> Rows:
     """Every cell is text as it stands: "007", "NA" and "" stay so. A row that is too short has nulls."""
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    rows, bad = Rows([], []), BadRows()
+    with _open(path, newline="") as file:
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
-            rows = list(reader)
+            for row in reader:
+                rows.values.append(row)
+                rows.places.append(f"{path}:{reader.line_num}")  # its last line: a cell may hold line breaks
         except csv.Error as error:
             raise DataError(
                 f"not valid CSV: {error}",
                 where=f"{path}:{reader.line_num}",
                 fix='put text with commas, quotes or line breaks in double quotes, and write " inside as ""',
             ) from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:
-            raise DataError(
-                f"row {number} has more cells than the header names",
-                where=f"{path}, row {number}",
-                fix="put text with commas in double quotes",
-            )
+    for row, where in zip(rows.values, rows.places, strict=True):
+        with bad.collected():
+            _check_cells(row, where)
+    bad.check(len(rows.values), str(path))
     return rows
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _check_cells(row: dict[Any, Any], where: str) -> None:
+    if None in row:
+        raise DataError("more cells than the header names", where=where, fix="put text with commas in double quotes")
+
+
+def _read_text(path: Path) -> Rows:
+    """One text a line, as `datasets` reads such a file; lines without text are none."""
+    with _open(path) as file:
+        lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, start=1) if line.strip()]
+    return Rows([{"text": line} for _, line in lines], [f"{path}:{number}" for number, _ in lines])
+
+
+def _read_parquet(path: Path) -> Rows:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -133,4 +189,25 @@ def _read_parquet(path: Path) -> list[Row]:
         raise DataError(
             f"not a readable parquet file: {first_line(error)}", where=str(path), fix="write or download it again"
         ) from error
-    return rows
+    return numbered(rows, str(path))
+
+
+def numbered(rows: list[Row], where: str) -> Rows:
+    """Rows of which only the number is known."""
+    return Rows(rows, [f"{where}, row {number}" for number in range(1, len(rows) + 1)])
+
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_TEXT_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".txt": _read_text,
+}
+_READERS = {**_TEXT_READERS, ".parquet": _read_parquet}
+FILE_SUFFIXES = (*_READERS, *(kind + packed for kind in _TEXT_READERS for packed in _OPENERS))
+SUFFIXES_HINT = (
+    f"by what it holds: {', '.join(_READERS)}; "
+    f"all but .parquet may be compressed, with {', '.join(_OPENERS)} behind that"
+)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import HUB_NAME, DataSource
 from dude_cli.data.columns import Columns, check_columns, keep_columns
-from dude_cli.data.row_files import FILE_SUFFIXES, Row, first_line, read_file
+from dude_cli.data.row_files import FILE_SUFFIXES, SUFFIXES_HINT, Rows, first_line, numbered, read_file
 from dude_cli.errors import DataError, nearest
 from dude_cli.system.cache_dir import folder_cache
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 EMBEDDED_SPLITS = ("train", "dev", "test")
 
 
-def read_sources(sources: Sequence[DataSource], columns: Columns, revisions: dict[str, str] | None = None) -> list[Row]:
+def read_sources(sources: Sequence[DataSource], columns: Columns, revisions: dict[str, str] | None = None) -> Rows:
     """Return the rows of `sources`, one source after the other, each row with just the columns asked for.
 
     The commits of those from the Hub are added to `revisions`, by path and the revision asked for.
     Raises DataError where a source cannot be read, lacks a required column, or has a null in one.
     """
     found = {} if revisions is None else revisions
-    return [row for source in sources for row in read_source(source, columns, found)]
+    return _joined([read_source(source, columns, found) for source in sources])
 
 
-def read_source(source: DataSource, columns: Columns, revisions: dict[str, str]) -> list[Row]:
+def read_source(source: DataSource, columns: Columns, revisions: dict[str, str]) -> Rows:
     """Return the rows of one source; see `read_sources`."""
     path = _local_path(source)
     if source.path == quickstart.NAME:
@@ -42,7 +42,8 @@ def read_source(source: DataSource, columns: Columns, revisions: dict[str, str])
         return _read_dataset(source, columns, revisions)
     else:
         raise _missing_path(source)
-    check_columns(source, list(rows[0]) if rows else [], columns, empty=not rows)
+    there = list(rows.values[0]) if rows.values else []
+    check_columns(source, there, columns, empty=not rows.values)
     return keep_columns(source, rows, columns)
 
 
@@ -63,9 +64,7 @@ def _missing_path(source: DataSource) -> DataError:
     fix = (
         f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
         if close
-        else (
-            "give the path of a .jsonl, .json, .csv or .parquet file or of a folder, or a Hub name such as owner/name"
-        )
+        else f"give the path of a folder, of a file named {SUFFIXES_HINT}, or a Hub name such as owner/name"
     )
     return DataError(f"no such data file or folder: {source.path}", where="data", fix=fix)
 
@@ -73,18 +72,23 @@ def _missing_path(source: DataSource) -> DataError:
 # --- slices -----------------------------------------------------------------------------------------------------
 
 
-def _slice_rows(source: DataSource, splits: dict[str, Callable[[], Sequence[Row]]]) -> list[Row]:
+def _slice_rows(source: DataSource, splits: dict[str, Callable[[], Rows]]) -> Rows:
     """Return the rows that `source.split` names; `splits` gives a reader of the rows of each split there is."""
     from datasets import ReadInstruction
 
     named = set(re.findall(r"(?:^|\+)\s*(\w+)", source.split))
-    loaded = {name: read() for name, read in splits.items() if name in named}
-    lengths = {name: len(loaded.get(name, ())) for name in splits}
+    loaded = {name: read() if name in named else Rows([], []) for name, read in splits.items()}
+    lengths = {name: len(rows.values) for name, rows in loaded.items()}
     try:
         parts = ReadInstruction.from_spec(source.split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise _bad_split(source, list(splits), error) from error
-    return [row for part in parts for row in loaded[part.splitname][part.from_ : part.to]]
+    slices = [(loaded[part.splitname], slice(part.from_, part.to)) for part in parts]
+    return _joined([Rows(rows.values[part], rows.places[part]) for rows, part in slices])
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return Rows([row for rows in parts for row in rows.values], [place for rows in parts for place in rows.places])
 
 
 def _bad_split(source: DataSource, splits: list[str], error: Exception) -> DataError:
@@ -95,7 +99,7 @@ def _bad_split(source: DataSource, splits: list[str], error: Exception) -> DataE
     )
 
 
-def _read_file(source: DataSource, path: Path) -> list[Row]:
+def _read_file(source: DataSource, path: Path) -> Rows:
     if source.name is not None or source.revision is not None:
         raise DataError(
             f"a file has no name ({source.name}) and no revision ({source.revision})",
@@ -108,14 +112,14 @@ def _read_file(source: DataSource, path: Path) -> list[Row]:
 # --- data sets --------------------------------------------------------------------------------------------------
 
 
-def _read_embedded(source: DataSource) -> list[Row]:
-    def reader(split: str) -> Callable[[], Sequence[Row]]:
-        return lambda: quickstart.rows(split)
+def _read_embedded(source: DataSource) -> Rows:
+    def reader(split: str) -> Callable[[], Rows]:
+        return lambda: numbered(quickstart.rows(split), f"{source.path}, split {split}")
 
     return _slice_rows(source, {split: reader(split) for split in EMBEDDED_SPLITS})
 
 
-def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str]) -> list[Row]:
+def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str]) -> Rows:
     try:
         dataset = _open_dataset(source)
     except DataError:
@@ -128,10 +132,11 @@ def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str
         revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     check_columns(source, there, columns, empty=len(dataset) == 0)
-    kept = [name for name in (*columns.required, *columns.optional) if name in there]
+    read = [name for column in (*columns.required, *columns.optional) for name in columns.names(column)]
+    kept = [name for name in read if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
-    return keep_columns(source, rows, columns)
+    return keep_columns(source, numbered(rows, f"{source.path}, split {source.split}"), columns)
 
 
 def _open_dataset(source: DataSource) -> Dataset:

@@ -10,12 +10,14 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from dude_cli.data.encode import Encoded, is_answer_cut, truncate
+from dude_cli.data.encode import Encoded, is_answer_cut, split, truncate
 
 
 @dataclass(frozen=True)
 class TokenTable:
     """All rows of a data set after truncation, those with nothing to learn included, at 5 bytes a token.
+
+    A row of the data is one row here, or, where documents are split, one or several that follow each other.
 
     - `offsets` (rows + 1, int64): row i is `input_ids[offsets[i]:offsets[i + 1]]`
     - `input_ids` (tokens, int32)
@@ -23,6 +25,7 @@ class TokenTable:
       it to predict it from.
     - `full_lengths` (rows, int64): tokens before truncation
     - `cut_answers` (rows, bool): whether truncation took the end of what is learned
+    - `sources` (rows, int64): which row of the data it is, or is a part of
     """
 
     offsets: npt.NDArray[np.int64]
@@ -30,26 +33,30 @@ class TokenTable:
     learned: npt.NDArray[np.bool_]
     full_lengths: npt.NDArray[np.int64]
     cut_answers: npt.NDArray[np.bool_]
+    sources: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, rows: Iterable[Encoded], max_length: int) -> TokenTable:
-        """Store `rows`, each truncated to `max_length` tokens."""
+    def of(cls, rows: Iterable[Encoded], max_length: int, *, are_documents: bool = False) -> TokenTable:
+        """Store `rows`, each truncated to `max_length` tokens, or split into rows of so many."""
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         learned: list[npt.NDArray[np.bool_]] = [np.empty(0, np.bool_)]
-        full_lengths, cut_answers = [], []
-        for row in rows:
-            row_ids, row_learned = truncate(row, max_length)
-            ids.append(np.array(row_ids, np.int32))
-            learned.append(np.array(row_learned, np.bool_))
-            learned[-1][:1] = False
-            full_lengths.append(len(row.ids))
-            cut_answers.append(is_answer_cut(row, max_length))
+        full_lengths, cut_answers, sources = [], [], []
+        for source, whole in enumerate(rows):
+            for row in split(whole, max_length) if are_documents else [whole]:
+                row_ids, row_learned = truncate(row, max_length)
+                ids.append(np.array(row_ids, np.int32))
+                learned.append(np.array(row_learned, np.bool_))
+                learned[-1][:1] = False
+                full_lengths.append(len(row.ids))
+                cut_answers.append(is_answer_cut(row, max_length))
+                sources.append(source)
         return cls(
             offsets=np.cumsum([len(row_ids) for row_ids in ids], dtype=np.int64),
             input_ids=np.concatenate(ids),
             learned=np.concatenate(learned),
             full_lengths=np.array(full_lengths, np.int64),
             cut_answers=np.array(cut_answers, np.bool_),
+            sources=np.array(sources, np.int64),
         )
 
     def __len__(self) -> int:

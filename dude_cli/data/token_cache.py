@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dude_cli.config import DataConfig
+from dude_cli.data.encode import is_documents
 from dude_cli.data.row_files import first_line
 from dude_cli.data.table import TokenTable
 from dude_cli.system.cache_dir import cache_dir, prune
@@ -65,7 +66,7 @@ def token_key(tokenizer: Any, inputs: Iterable[Any], config: DataConfig, templat
     content = _tokenizer_content(tokenizer, template)
     if content is None:
         return None
-    settings = [config.format == "chat", config.max_length, config.train_on_inputs]
+    settings = [config.format == "chat", is_documents(config), config.max_length, config.train_on_inputs]
     digest = hashlib.sha256()
     for value in (_code(), content, settings, *inputs):
         digest.update(repr(value).encode())  # quotes and escapes: two inputs never look like one

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dude_cli.adapter.widened import is_slow, times
 from dude_cli.data.batches import NOT_LEARNED
 
 if TYPE_CHECKING:
@@ -122,7 +123,10 @@ def _chunk_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target_ids:
     if into is not None:
         values /= sums
         values.scatter_(1, targets, at_targets.exp() / sums - 1)
-        torch.mm(logits.copy_(values), weight, out=into)
+        if is_slow(weight):
+            into.copy_(times(values, weight))
+        else:
+            torch.mm(logits.copy_(values), weight, out=into)
     return (sums.log() - at_targets).sum()
 
 

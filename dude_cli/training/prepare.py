@@ -17,11 +17,11 @@ from dude_cli.data.packing import check_packing
 from dude_cli.errors import DataError, UsageError
 from dude_cli.model import check_quantization, check_vocabulary, hub_commit, is_flash, load_model, load_tokenizer
 from dude_cli.system import files
-from dude_cli.system.cpu import product_slowdown
 from dude_cli.system.memory import PeakMemory
 from dude_cli.system.ranks import on_main_rank
 from dude_cli.system.runtime import environment, local_main_first
 from dude_cli.training.checkpoint import Origin
+from dude_cli.training.cpu import product_slowdown
 from dude_cli.training.disk import check_disk_space
 from dude_cli.training.metrics import check_trackers
 from dude_cli.training.resume import checkpoint_to_continue

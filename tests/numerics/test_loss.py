@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters
+from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters, widened
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
 from dude_cli.training import loss as loss_module
 from dude_cli.training.live_bytes import counted
@@ -108,9 +108,11 @@ def test_tied_heads_and_checkpointing(kind, checkpointing):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("is_slow", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("scale", [0.2, 2.0])  # unsure and sure predictions
-def test_a_head_in_each_dtype(dtype, tolerance, has_bias, scale):
+def test_a_head_in_each_dtype(dtype, tolerance, is_slow, has_bias, scale, monkeypatch):
+    monkeypatch.setattr(widened, "CPU_IS_SLOW", is_slow)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(50, 32, generator=generator).to(dtype).requires_grad_()
     weight = (scale * torch.randn(300, 32, generator=generator)).to(dtype)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
+from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model, widened
 from dude_cli.adapter import weight as weight_module
 from dude_cli.config import TrainConfig
 from dude_cli.training.loss import SummedLoss, with_targets
@@ -35,11 +35,14 @@ class NewTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_slow", [False, True])
 @pytest.mark.parametrize("method", ["dude", "dora", "pissa", "lora"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_makes_no_tensor_as_large_as_a_base_weight(dtype, method, checkpointing, monkeypatch):
+def test_a_step_makes_no_tensor_as_large_as_a_base_weight(dtype, is_slow, method, checkpointing, monkeypatch):
+    monkeypatch.setattr(widened, "CPU_IS_SLOW", is_slow)
     # As the chunks of a real layer are small beside it.
-    monkeypatch.setattr(weight_module, "CHUNK_VALUES", 256 * 8)
+    for module in (weight_module, widened):
+        monkeypatch.setattr(module, "CHUNK_VALUES", 256 * 8)
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
     config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

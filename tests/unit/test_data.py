@@ -15,10 +15,12 @@ from dude_cli.errors import DataError
 
 @pytest.fixture
 def prepare(tmp_path, bos_tokenizer):
-    def run(rows: list[dict], *, tokenizer=bos_tokenizer, seed: int = 0, **fields: object) -> PreparedData:
+    def run(
+        rows: list[dict], *, tokenizer=bos_tokenizer, seed: int = 0, say=lambda line: None, **fields: object
+    ) -> PreparedData:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return prepare_data(DataConfig(train=[DataSource(path=str(path))], **fields), tokenizer, seed)
+        return prepare_data(DataConfig(train=[DataSource(path=str(path))], **fields), tokenizer, seed, say)
 
     return run
 
@@ -54,6 +56,56 @@ def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepar
         f"the longest row has {report.longest_row} tokens"
     ]
     assert prepare([long_prompt, *numbered(2)], max_length=40).warnings() == []
+
+
+DOCUMENTS = [{"text": "hello"}, {"text": "The cat sat on the mat. " * 30}, {"text": "How many? " * 20}, {"text": "46"}]
+
+
+def test_long_texts_are_split_and_no_token_of_them_is_lost(prepare, bos_tokenizer):
+    said: list[str] = []
+    prepared = prepare(DOCUMENTS, format="text", max_length=20, say=said.append)
+    report, train = prepared.train_report, prepared.train
+    sources = [row.source_rows[0] for row in train]
+    assert sorted(set(sources)) == [0, 1, 2, 3]
+    assert sources == sorted(sources)
+    assert (report.rows, report.split_documents, report.truncated_rows, report.longest_row) == (len(train), 2, 0, 20)
+    assert prepared.warnings() == []
+    assert said[-1] == (
+        "data.train: texts longer than data.max_length (20): 2, split into rows of at most that length; "
+        f"{len(train)} rows in all"
+    )
+    for index, document in enumerate(DOCUMENTS):
+        learned = [label for row in train for label in row.labels if row.source_rows == [index] and label >= 0]
+        assert learned == [*bos_tokenizer(document["text"])["input_ids"][1:], bos_tokenizer.eos_token_id]
+    whole = prepare(DOCUMENTS, format="text").train_report
+    assert whole.target_tokens == report.target_tokens
+    assert whole.split_documents == 0
+
+
+def test_split_texts_of_a_real_tokenizer_are_packed_whole(prepare, test_data):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "models/stories260K")
+    lines = (test_data / "gsm8k/train.jsonl").read_text().splitlines()[:30]
+    rows = [{"text": json.loads(line)["answer"]} for line in lines]
+    prepared = prepare(rows, format="text", max_length=48, packing=True, tokenizer=tokenizer)
+    assert prepared.train.lengths.max() <= 48
+    assert prepared.train_report.target_tokens == sum(len(tokenizer(row["text"])["input_ids"]) for row in rows)
+
+
+def test_a_text_is_in_the_training_or_held_out_but_not_in_parts(prepare):
+    for seed in range(3):
+        prepared = prepare(DOCUMENTS * 5, format="text", max_length=20, validation=0.3, seed=seed)
+        train, held_out = ({row.source_rows[0] for row in part} for part in (prepared.train, prepared.validation))
+        assert not train & held_out
+        assert len(held_out) == 6
+        assert train | held_out == set(range(20))
+
+
+def test_a_text_behind_a_prompt_is_cut_as_an_answer_is(prepare):
+    prepared = prepare(DOCUMENTS, format="text", prompt="Write.", completion="{text}", max_length=20)
+    assert [row.source_rows for row in prepared.train] == [[0], [1], [2], [3]]
+    assert prepared.train_report.cut_answers == 2
 
 
 def test_rows_without_target_are_counted_and_left_out(prepare):
@@ -101,7 +153,7 @@ def test_packing_keeps_every_row(prepare):
     assert packed.fingerprint != plain.fingerprint
 
 
-def test_chat_rows_and_the_row_that_is_wrong(prepare, make_tokenizer):
+def test_chat_rows_and_the_rows_that_are_wrong(prepare, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer(None, eos_token="<|im_end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -114,7 +166,12 @@ def test_chat_rows_and_the_row_that_is_wrong(prepare, make_tokenizer):
     assert prepared.train_report.example[1] == ("46<|im_end|>", True)
     with pytest.raises(DataError) as caught:
         prepare([talk, {"messages": "hello"}], tokenizer=tokenizer, format="chat")
-    assert caught.value.where == "data.train, row 2, column messages"
+    assert caught.value.where == f"{tmp_path}/rows.jsonl:2"
+    with pytest.raises(DataError) as caught:
+        prepare([{"messages": []}, talk, *[{"messages": "hello"}] * 1100], tokenizer=tokenizer, format="chat")
+    assert "1,101 of 1,102 rows cannot be used" in caught.value.what
+    assert f"{tmp_path}/rows.jsonl:6: `messages` is not a conversation: hello\n  and 1,096 more" in caught.value.what
+    assert caught.value.where == "data.train"
 
 
 def test_numbers_become_text_and_alpaca_input_may_be_missing(prepare):

@@ -203,6 +203,6 @@ def test_what_the_template_raises_is_shown(chat_tokenizer):
     assert "start with user" in error_of(chat_tokenizer(template)).what
 
 
-@pytest.mark.parametrize("conversation", ["text", [], ["text"], [{"role": "user"}], None])
+@pytest.mark.parametrize("conversation", ["text", [], ["text"], [{"content": "a"}], None])
 def test_what_is_not_a_conversation(chat_tokenizer, conversation):
     assert "not a conversation" in error_of(chat_tokenizer(CHATML), conversation).what

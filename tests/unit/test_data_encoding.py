@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dude_cli.config import DataConfig, DataSource
-from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts, truncate
+from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts, split, truncate
 from dude_cli.errors import DataError
 
 PIECES = ["The cat", " sat", "\n", " ", "12", "é", "😀", "</s>", "<s>", "Answer:", "</s></s>"]
@@ -138,6 +138,37 @@ def test_truncation_cuts_the_start_of_the_prompt_and_keeps_the_answer(tokenizer,
     if len(ids) < len(row.ids) and len(ids) > front:
         prompt_left = ids[row.leading : len(ids) - len(answer)] if front + len(answer) <= max_length else []
         assert prompt_left == row.ids[row.context - len(prompt_left) : row.context]
+
+
+def pieces_of(row: Encoded, max_length: int) -> list[Encoded]:
+    pieces = list(split(row, max_length))
+    assert all(len(piece.ids) == len(piece.learned) <= max_length for piece in pieces)
+    return pieces
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts, max_length=st.integers(3, 24))
+def test_the_rows_of_a_document_are_its_tokens_and_each_target_is_learned_once(tokenizer, text, max_length):
+    row = encode(tokenizer, "", text)
+    first, *others = pieces_of(row, max_length)
+    repeated = row.leading + 1
+    ids, learned = list(first.ids), list(first.learned)
+    for piece in others:
+        assert piece.ids[:repeated] == [*row.ids[: row.leading], ids[-1]]
+        assert not any(piece.learned[:repeated])
+        assert len(piece.ids) > repeated
+        ids += piece.ids[repeated:]
+        learned += piece.learned[repeated:]
+    assert ids == row.ids
+    assert learned == row.learned
+    assert ids[-1] == tokenizer.eos_token_id
+    assert learned[-1]
+    assert all(len(piece.ids) == max_length for piece in [first, *others][:-1])
+
+
+def test_a_document_is_not_split_where_a_row_has_no_room_for_more_than_is_repeated(bos_tokenizer):
+    row = encode(bos_tokenizer, "", "The cat sat on the mat.")
+    assert list(split(row, 2)) == [row]
 
 
 def test_answers_first_token_keeps_something_to_be_predicted_from(plain_tokenizer):

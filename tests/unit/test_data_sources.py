@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -44,7 +47,7 @@ def write(path: Path, rows: list[dict] = ROWS) -> Path:
 
 
 def read(path: object, columns: Columns = COLUMNS, **fields: object) -> list[dict]:
-    return read_source(DataSource(path=str(path), **fields), columns, {})
+    return read_source(DataSource(path=str(path), **fields), columns, {}).values
 
 
 def error_of(path: object, columns: Columns = COLUMNS, **fields: object) -> DataError:
@@ -130,7 +133,9 @@ def test_sources_are_read_one_after_the_other(tmp_path):
     first = write(tmp_path / "a.jsonl", ROWS[:2])
     second = write(tmp_path / "b.csv", [dict(reversed(row.items())) for row in ROWS[2:4]])
     sources = [DataSource(path=str(first)), DataSource(path=str(second))]
-    assert read_sources(sources, COLUMNS) == KEPT[:4]
+    rows = read_sources(sources, COLUMNS)
+    assert rows.values == KEPT[:4]
+    assert rows.places == [f"{first}:1", f"{first}:2", f"{second}:2", f"{second}:3"]
 
 
 def test_csv_cells_stay_text(tmp_path):
@@ -143,6 +148,31 @@ def test_json_file_with_one_object_a_line(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert read(path) == KEPT
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_a_compressed_file_has_the_same_rows(tmp_path, suffix, packed):
+    path = tmp_path / f"rows{suffix}{packed}"
+    content = PACKERS[packed](write(tmp_path / f"rows{suffix}").read_bytes())
+    path.write_bytes(content)
+    assert read(path) == KEPT
+    for damaged in (content[:-20], b"no such file", b""):
+        path.write_bytes(damaged)
+        assert str(path) in error_of(path).where
+
+
+def test_tabs_and_lines_of_text(tmp_path):
+    path = tmp_path / "rows.tsv"
+    path.write_text("question\tanswer\na, b\t 12 \n")
+    assert read(path) == [{"question": "a, b", "answer": " 12 "}]
+    path = tmp_path / "rows.txt"
+    path.write_bytes("\ufeffOnce upon\r\n\n  a time \n".encode())
+    assert read(path, Columns(("text",))) == [{"text": "Once upon"}, {"text": "  a time "}]
+    assert "no column 'prompt'; the columns are: text" in error_of(path, Columns(("prompt",))).what
 
 
 def test_optional_columns_may_be_absent_or_null(tmp_path):
@@ -181,7 +211,40 @@ def test_broken_files_say_what_is_wrong(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"question": "é", "answer": ""}'.encode("latin-1"))
     assert "UTF-8" in error_of(tmp_path / "latin.jsonl").what
     (tmp_path / "rows.xlsx").write_bytes(b"")
-    assert ".jsonl" in error_of(tmp_path / "rows.xlsx").fix
+    for name in ("rows.xlsx", "rows.parquet.gz", "rows.gz", "rows.jsonl.zip"):
+        (tmp_path / name).write_bytes(b"")
+        fix = error_of(tmp_path / name).fix
+        assert (
+            ".jsonl, .json, .csv, .tsv, .txt, .parquet; all but .parquet may be compressed, with .gz, .bz2, .xz" in fix
+        )
+
+
+def test_all_bad_rows_are_counted_and_the_first_five_are_named(tmp_path):
+    bad = [{"question": "a", "answer": None}, {"question": ["a"], "answer": "b"}] * 4
+    for suffix, place in ((".jsonl", "{path}:{line}"), (".json", "{path}, row {line}")):
+        path = write(tmp_path / f"rows{suffix}", [*ROWS[:2], *bad])
+        error = error_of(path)
+        nothing, a_list = "column 'answer' has no value (null)", "column 'question' is a list, not text"
+        named = [f"  {place.format(path=path, line=line)}: {(a_list, nothing)[line % 2]}" for line in range(3, 8)]
+        assert error.what.splitlines() == ["8 of 10 rows cannot be used:", *named, "  and 3 more"]
+        assert error.where == f"{path}, split train"
+        assert error.fix == "fill in or remove such rows; write the text to learn into a column of its own"
+        assert place.format(path=path, line=4) == error_of(path, split="train[3:4]").where
+
+
+def test_all_broken_lines_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": \n\n{"question": "a", "answer": "b"}\n[1]\n')
+    error = error_of(path)
+    assert "2 of 3 rows cannot be used" in error.what
+    assert f"{path}:1: not valid JSON" in error.what
+    assert f"{path}:4: a row is a JSON object" in error.what
+    (tmp_path / "rows.csv").write_text("question,answer\na,b,c\na,b\na,b,c\n")
+    error = error_of(tmp_path / "rows.csv")
+    assert f"{tmp_path}/rows.csv:2: more cells" in error.what
+    assert f"{tmp_path}/rows.csv:4: more cells" in error.what
+    (tmp_path / "rows.json").write_text('[{"question": "a", "answer": "b"}, 1, 2]')
+    assert f"{tmp_path}/rows.json, row 3: a row is" in error_of(tmp_path / "rows.json").what
 
 
 def test_missing_column_names_those_there_and_the_nearest(tmp_path):
@@ -194,17 +257,48 @@ def test_missing_column_names_those_there_and_the_nearest(tmp_path):
     assert "no column 'prompt'" in error_of(tmp_path / "folder", Columns(("prompt",))).what
 
 
+@pytest.mark.parametrize(
+    ("there", "columns", "what", "fix"),
+    [
+        ("messages", Columns(("prompt", "completion")), "no column 'prompt'", "set data.format: chat, or templates"),
+        ("conversations", Columns(("text",)), "no column 'text'", "set data.format: chat, or templates"),
+        ("instruction", Columns(("prompt",)), "no column 'prompt'", "set data.format: alpaca, or templates"),
+        ("text", Columns(("prompt",)), "no column 'prompt'", "set data.format: text, or templates"),
+        ("instruction", Columns(("instruction", "output")), "no column 'output'", "choose another `data.format`, or"),
+        ("dialog", Columns(("messages",), are_texts=False), "no column 'messages' or 'conversations'; ", "the name `m"),
+    ],
+)
+def test_a_missing_column_is_told_the_format_that_the_data_have(tmp_path, there, columns, what, fix):
+    error = error_of(write(tmp_path / "rows.jsonl", [{there: "a"}]), columns)
+    assert what in error.what
+    assert fix in error.fix
+
+
+@pytest.mark.parametrize("where", ["rows.jsonl", "rows.parquet", "folder"])
+def test_conversations_have_either_name(tmp_path, where):
+    columns = Columns(("messages",), ("tools",), are_texts=False)
+    talk = [{"from": "human", "value": "hi"}]
+    rows = [{"conversations": talk, "tools": "[]"}, {"conversations": talk, "tools": None}]
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder/train.jsonl", rows)
+    if where != "folder":
+        write(tmp_path / where, rows)
+    assert read(tmp_path / where, columns) == [{"messages": talk, "tools": "[]"}, {"messages": talk, "tools": ""}]
+    both = write(tmp_path / "both.jsonl", [{"messages": "a", "conversations": "b"}, {"conversations": "b"}])
+    assert [row["messages"] for row in read(both, columns)] == ["a", "b"]
+
+
 def test_null_in_a_needed_column_names_the_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": None}])
     error = error_of(path)
-    assert "row 3" in error.what
-    assert "'answer'" in error.what
+    assert error.where == f"{path}:3"
+    assert error.what == "column 'answer' has no value (null)"
     missing = write(tmp_path / "missing.jsonl", [{"question": "a", "answer": float("nan")}])
     assert "has no value (NaN)" in error_of(missing).what
     assert read(missing, Columns(("question",), ("answer",))) == [{"question": "a", "answer": ""}]
     short = tmp_path / "rows.csv"
     short.write_text("question,answer\na,b\nc\n")
-    assert "row 2" in error_of(short).what
+    assert error_of(short).where == f"{short}:3"
 
 
 @pytest.mark.parametrize(
@@ -217,15 +311,17 @@ def test_null_in_a_needed_column_names_the_row(tmp_path):
 )
 @pytest.mark.parametrize("columns", [COLUMNS, Columns(("question",), ("answer",))], ids=["needed", "optional"])
 def test_what_is_no_text_names_the_row(tmp_path, value, what, columns):
-    error = error_of(write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": value}]), columns)
+    path = write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": value}])
+    error = error_of(path, columns)
     assert what in error.what
     assert "'answer'" in error.what
-    assert "row 3" in error.where
+    assert error.where == f"{path}:3"
 
 
 def test_conversations_are_told_their_format(tmp_path):
-    rows = [{"question": "a", "answer": [{"role": "user", "content": "hi"}]}]
-    assert "data.format: chat" in error_of(write(tmp_path / "rows.jsonl", rows)).fix
+    for message in ({"role": "user", "content": "hi"}, {"from": "human", "value": "hi"}):
+        rows = [{"question": "a", "answer": [message]}]
+        assert "data.format: chat" in error_of(write(tmp_path / "rows.jsonl", rows)).fix
 
 
 def test_conversations_may_be_lists_and_have_whole_characters(tmp_path):

@@ -33,7 +33,7 @@ def config(**fields: object) -> DataConfig:
 def trained_context(tokenizer, data: DataConfig, row: dict[str, object]) -> list[int]:
     """The tokens in front of the answer, as the training encodes the row."""
     encoder = prepare._RowEncoder(data, tokenizer)
-    (encoded,) = encoder.encode(encoder.texts([row]), "data.train")
+    (encoded,) = encoder.encode(encoder.texts([row]), ["row 1"], "data.train")
     return encoded.ids[: encoded.learned.index(True)]
 
 
@@ -55,10 +55,10 @@ def test_the_prompts_tokens_are_those_of_the_training(name, tokenizer):
 def test_a_chat_prompts_tokens_are_those_of_the_training(template, turns, chat_tokenizer):
     tokenizer = chat_tokenizer(template)
     conversation = CONVERSATION[:turns]
-    row = {"messages": [*conversation, {"role": "assistant", "content": "46"}]}
+    row = {"messages": [*conversation, {"role": "assistant", "content": "46"}], "tools": ""}
     prompt = prompt_form(tokenizer, config(format="chat"), raw=False).prompt(conversation)
     encoder = prepare._RowEncoder(config(format="chat"), tokenizer)
-    (trained,) = encoder.encode(encoder.texts([row]), "data.train")
+    (trained,) = encoder.encode(encoder.texts([row]), ["row 1"], "data.train")
     last_turn = max(i for i, on in enumerate(trained.learned) if on and not trained.learned[i - 1])
     assert prompt.ids == trained.ids[:last_turn]
     assert prompt.text.endswith("assistant\n")

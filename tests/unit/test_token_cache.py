@@ -91,6 +91,7 @@ KEYS = {
     "max_length": lambda given: given | {"max_length": 13},
     "train_on_inputs": lambda given: given | {"train_on_inputs": True},
     "the format": lambda given: given | {"format": "chat"},
+    "whether texts are split": lambda given: given | {"format": "text"},
     "a special token": lambda given: given | {"special": {"eos_token": "<|im_end|>", "bos_token": "<s>"}},
     "what the tokenizer adds": lambda given: given | {"template": None},
     "a new token": lambda given: given | {"added": ["cat"]},

@@ -1,0 +1,159 @@
+"""Conversations as users have them, in the one form that chat templates take.
+
+Messages have `role` and `content`, or ShareGPT's `from` and `value`. What OpenAI's fine-tuning files have is taken too:
+`weight: 0` for a message that is not learned, content in parts, and calls of tools in place of content.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dude_cli.errors import DataError
+
+Message = dict[str, Any]
+
+_ROLES = {"human": "user", "gpt": "assistant"} | {
+    role: role for role in ("system", "developer", "user", "assistant", "tool")
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given; `learned` says of each message of the assistant's whether it is to be learned."""
+
+    messages: list[Message]
+    learned: list[bool]
+    tools: list[dict[str, Any]] | None
+
+
+def conversation_of(messages: Any, tools: Any, *, template: str, where: str) -> Conversation:
+    """Return a row's conversation. Raises DataError, naming `where`, for one that `template` cannot be given.
+
+    `tools` are the row's descriptions of tools: a list, the same as JSON, or nothing.
+    """
+    found = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else []
+    if not found or None in found:
+        raise DataError(
+            f"`messages` is not a conversation: {str(messages)[:80]}",
+            where=where,
+            fix='write it as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
+        )
+    plain, learned = [], []
+    for number, fields in enumerate(filter(None, found), start=1):
+        try:
+            weight = fields.pop("weight", 1)
+            message = fields | {"role": _role(fields["role"], template)} | _content(fields)
+            if message["role"] == "assistant":
+                learned.append(_is_learned(weight))
+        except _PartError as error:
+            raise DataError(f"message {number} {error.what}", where=where, fix=error.fix) from error
+        plain.append(message)
+    try:
+        return Conversation(plain, learned, _tools(tools, template))
+    except _PartError as error:
+        raise DataError(f"column 'tools' {error.what}", where=where, fix=error.fix) from error
+
+
+class _PartError(Exception):
+    """What is wrong with a part of a conversation, and what to do about it."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        self.what, self.fix = what, fix
+
+
+def _fields(message: Any) -> Message | None:
+    """The fields with a value, by the names that templates know; None for what is no message.
+
+    A column of messages has each field in all of them if one has it.
+    """
+    if not isinstance(message, dict):
+        return None
+    fields = {key: value for key, value in message.items() if value is not None}
+    for ours, sharegpts in (("role", "from"), ("content", "value")):
+        if ours not in fields and sharegpts in fields:
+            fields[ours] = fields.pop(sharegpts)
+    return fields if isinstance(fields.get("role"), str) else None
+
+
+def _role(role: str, template: str) -> str:
+    """The usual name of a role; another one is taken where the template names it, and could be a slip elsewhere."""
+    if role in _ROLES:
+        return _ROLES[role]
+    if f"'{role}'" in template or f'"{role}"' in template:
+        return role
+    raise _PartError(f"has the role {role!r}", f"use a role that the chat template names, or: {', '.join(_ROLES)}")
+
+
+def _content(fields: Message) -> Message:
+    """The fields that need another form: text as one string, the arguments of calls as objects."""
+    content, calls = fields.get("content"), fields.get("tool_calls")
+    if content is None and not calls:
+        raise _PartError("has no content", "fill in `content`, or `tool_calls`; leave out messages that say nothing")
+    new: Message = {} if content is None else {"content": _text(content)}
+    if not calls:
+        return new
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise _PartError(
+            f"has `tool_calls` that are no list of objects: {str(calls)[:40]}", "write them as OpenAI does"
+        )
+    return new | {"tool_calls": [_call(call) for call in calls]}
+
+
+def _text(content: Any) -> Any:
+    if isinstance(content, dict):
+        raise _PartError("has an object as content", "write the content as text")
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise _PartError(
+                f"has a part that is no text: {str(kind)[:40]!r}", "leave out rows with other parts than text"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _call(call: Message) -> Message:
+    """A call of a tool with its arguments as an object, as templates want them; OpenAI writes that as JSON."""
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _PartError("has a tool call without a name", 'give each call a `function` with "name" and "arguments"')
+    name, arguments = function["name"], function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"has arguments of {name!r} that are not JSON")
+    if not isinstance(arguments, dict):
+        raise _PartError(f"has arguments of {name!r} that are no object", 'write them as {"name": value, ...}')
+    function = function | {"arguments": arguments}
+    return call | {"function": function} if "function" in call else function
+
+
+def _is_learned(weight: Any) -> bool:
+    if weight not in (0, 1):
+        raise _PartError(
+            f"has the weight {weight!r}", "give 1 to a message that is to be learned, and 0 to one that is not"
+        )
+    return bool(weight)
+
+
+def _tools(tools: Any, template: str) -> list[dict[str, Any]] | None:
+    found = _parsed(tools, "is not JSON") if isinstance(tools, str) and tools.strip() else tools
+    if not found or isinstance(found, str):
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise _PartError("is no list of tools", "write a list of JSON schemas, as OpenAI does")
+    if not re.search(r"\btools\b", template):
+        raise _PartError(
+            "has tools, and the chat template has no place for them",
+            "use a model whose chat template takes tools, or remove that column",
+        )
+    return found
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _PartError(f"{what}: {text[:40]}", "write it as JSON, or as an object") from error
