@@ -14,6 +14,8 @@ from rich.console import Console, RenderableType
 
 # Without a terminal there is no live line; a plain one this often instead.
 PLAIN_LINE_EVERY_S = 10.0
+# Nor is there an edge to wrap at: for grep and awk an entry is a line, however long.
+PLAIN_WIDTH = 10_000
 
 Count = Callable[[int, int], None]  # (done, total)
 Counter = Callable[[str], AbstractContextManager[Count]]
@@ -21,7 +23,7 @@ Counter = Callable[[str], AbstractContextManager[Count]]
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tab and line break
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
     """How one command talks. With `as_json`, standard output is one JSON document and nothing else."""
 
@@ -29,6 +31,7 @@ class Output:
     is_quiet: bool = False
     out: Console = field(default_factory=lambda: _console())
     err: Console = field(default_factory=lambda: _console(stderr=True))
+    has_result: bool = field(default=False, init=False)
 
     @property
     def progress(self) -> Console:
@@ -37,7 +40,7 @@ class Output:
 
     def on_rank(self, is_main_process: bool) -> Output:
         """The same, or a silent one: of several ranks only the main one talks."""
-        return self if is_main_process else Output(is_quiet=True)
+        return self if is_main_process else Output(is_quiet=True, out=_console(quiet=True))
 
     def say(self, *lines: str) -> None:
         for line in lines:
@@ -45,12 +48,20 @@ class Output:
 
     def result(self, shown: RenderableType, document: object) -> None:
         """The command's result: `shown` for a person, `document` for a machine."""
+        if self.out.quiet:
+            return
+        self.has_result = True
         if self.as_json:
             print(json.dumps(document, indent=2, default=str))
         elif isinstance(shown, str):
             print(shown)
-        else:
+        elif self.out.is_terminal:
             self.out.print(shown)
+        else:
+            with self.out.capture() as text:
+                self.out.print(shown)
+            lines = [line.rstrip() for line in text.get().splitlines()]  # columns are padded
+            print(*lines, sep="\n", file=self.out.file)
 
     def write(self, text: str) -> None:
         """A piece of a result that comes bit by bit: as it stands, without a line break.
@@ -93,4 +104,7 @@ class _Console(Console):
 
 def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that shows text as it stands: rich would take `[red]` or `:smile:` in a path for its own."""
-    return _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+    console = _Console(stderr=stderr, quiet=quiet, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console

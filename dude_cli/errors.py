@@ -18,8 +18,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class DudeError(Exception):
@@ -35,6 +36,10 @@ class DudeError(Exception):
         self.what, self.where, self.fix = what, where, fix
         super().__init__("\n".join(self._lines()))
 
+    def document(self) -> dict[str, Any]:
+        """The error for a machine, as `--json` prints it."""
+        return {"what": self.what, "where": self.where, "fix": self.fix, "exit_code": self.exit_code}
+
     def _lines(self) -> list[str]:
         lines = [self.what]
         if self.where:
@@ -49,7 +54,21 @@ class UsageError(DudeError):
 
 
 class ConfigError(UsageError):
-    pass
+    """`problems` has each of a file's by itself: its message, and the line and column or the override that it is in."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        fix: str | None = None,
+        problems: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.problems = problems
+
+    def document(self) -> dict[str, Any]:
+        return super().document() | ({"problems": list(self.problems)} if self.problems else {})
 
 
 class DataError(UsageError):

@@ -14,6 +14,7 @@ def generate(
     prompts: Sequence[str],
     *,
     interactive: bool,
+    system: str | None,
     raw: bool,
     compare_base: bool,
     max_new_tokens: int,
@@ -50,11 +51,13 @@ def generate(
     loaded = load_target(target, dtype, base_model=base_model, allow_other_base=allow_other_base)
     form = prompt_form(loaded.tokenizer, data_config(target), raw=raw)
     output.say(f"prompt form: {form.description}")
-    conversation = Conversation(Generator(loaded.model, loaded.tokenizer, form, sampling), compare_base=compare_base)
+    generator = Generator(loaded.model, loaded.tokenizer, form, sampling)
+    conversation = Conversation(generator, compare_base=compare_base, system=system)
     if interactive:
         converse(conversation, output)
         return
     answers = answer_prompts(conversation, texts, output)
     if output.as_json:
         document = {"target": str(target), "adapter_sha256": loaded.adapter_sha256, "prompt_form": form.description}
+        document |= {} if system is None else {"system": system}
         output.result("", document | {"sampling": asdict(sampling), "answers": answers})

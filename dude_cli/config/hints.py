@@ -176,6 +176,16 @@ def meant_by(loc: Loc, root: type[Section] = Config) -> list[Path]:
     return [(*section, name) for name in closest(key, siblings, _TYPO)]
 
 
+def key_of_option(option: str) -> str | None:
+    """Return the dotted key that an option such as `--max_steps` was probably meant to be, None if there is none."""
+    loc = tuple(option.lstrip("-").replace("-", "_").split("."))
+    known = list(key_paths(Config))
+    found = [path for path in known if path == loc or (path[-1:] == loc)] or [
+        path for path in meant_by(loc) if all(path)
+    ]
+    return _dotted(found[0], Config) if found else None
+
+
 def closest(word: str, candidates: list[str], cutoff: float) -> list[str]:
     """Return the candidates that are most like `word`: one, or several that are equally like it."""
     found = [(_likeness(word, candidate), candidate) for candidate in nearest(word, candidates)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dude_cli.config.strict_yaml import Document, Loc, Place, Problem, parse
@@ -23,16 +23,29 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> None:
     The key is dotted, with a number for an entry of a list (`data.train.0.path`; the number after the last one adds an
     entry). The value follows the same YAML rules as the file.
     """
-    for number, override in enumerate(overrides, start=1):
+    for number, override in enumerate(_joined(overrides), start=1):
         place = Place(number, 1, override)
         document.problems += [Problem(place, message) for message in _apply(document, override, place)]
+
+
+def _joined(overrides: Sequence[str]) -> Iterator[str]:
+    """The overrides, of which a key and a value that were given as two words are one, with a space."""
+    words = iter(overrides)
+    for word in words:
+        value = next(words, "") if "=" not in word else ""
+        if "=" in value:
+            yield from (word, value)
+        else:
+            yield f"{word} {value}".rstrip() if value else word
 
 
 def _apply(document: Document, override: str, place: Place) -> list[str]:
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        return ["wanted `key.sub=value`, such as `train.learning_rate=1e-4`"]
+        key, _, value = name.strip().partition(" ")
+        meant = f"; write `{key}={value}`, as one word" if value else ""
+        return [f"wanted `key.sub=value`, such as `train.learning_rate=1e-4`{meant}"]
     parsed = parse(text)
     if parsed.problems:
         *others, last = [problem.message for problem in parsed.problems]

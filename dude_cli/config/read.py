@@ -39,9 +39,9 @@ def load_sections(file: Path, root: type[S], overrides: Sequence[str] = ()) -> S
         apply_overrides(document, overrides)
     valid = validate(document, root)
     if valid is None or document.problems:
-        ordered = sorted(document.problems, key=lambda problem: problem.place)
+        ordered = dict.fromkeys(sorted(document.problems, key=lambda problem: problem.place))
         lines = [f"{problem.place.in_file(str(file))}: {problem.message}" for problem in ordered]
-        raise ConfigError("\n".join(dict.fromkeys(lines)))
+        raise ConfigError("\n".join(lines), problems=[problem.record(str(file)) for problem in ordered])
     return valid
 
 

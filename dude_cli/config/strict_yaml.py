@@ -66,6 +66,12 @@ class Problem:
     place: Place
     message: str
 
+    def record(self, file: str) -> dict[str, Any]:
+        """The problem for a machine."""
+        if self.place.is_override:
+            return {"override": self.place.override, "message": self.message}
+        return {"file": file, "line": self.place.line, "column": self.place.column, "message": self.message}
+
 
 @dataclass
 class Document:

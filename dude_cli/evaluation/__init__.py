@@ -8,10 +8,12 @@ from dude_cli.evaluation.compare import (
     refuse_other_questions,
 )
 from dude_cli.evaluation.results import plain_results, results_json, results_table
+from dude_cli.evaluation.reuse import changes_since, replaced_by
 from dude_cli.evaluation.run import EvalRequest, evaluate, load_request
 from dude_cli.evaluation.saved import (
     find_results,
     is_of_adapter,
+    join_results,
     other_examples,
     read_results,
     requested_task,
@@ -23,17 +25,20 @@ from dude_cli.evaluation.saved import (
 __all__ = [
     "Comparison",
     "EvalRequest",
+    "changes_since",
     "compare_results",
     "comparison_shown",
     "different_settings",
     "evaluate",
     "find_results",
     "is_of_adapter",
+    "join_results",
     "load_request",
     "other_examples",
     "plain_results",
     "read_results",
     "refuse_other_questions",
+    "replaced_by",
     "requested_task",
     "result_files",
     "results_json",

@@ -94,18 +94,24 @@ def different_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [f"{key} differs: {before} and {after}" for key, (before, after) in pairs.items() if before != after]
 
 
-def comparison_shown(comparisons: Sequence[Comparison], name_a: str, name_b: str) -> RenderableType:
-    """A table of both scores, the difference, the discordant questions and the p-value, and some that changed."""
+def comparison_shown(
+    comparisons: Sequence[Comparison], name_a: str, name_b: str, *, one_line: bool = False
+) -> RenderableType:
+    """A table of both scores, the difference, the discordant questions and the p-value, and some that changed.
+
+    It has 80 columns; with `one_line` a row is one line, as long as it takes.
+    """
+    br = " " if one_line else "\n"
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for heading in ("task", "metric"):
         table.add_column(heading, overflow="fold")
     for heading in ("A", "B", "B - A", "only A", "only B", "p-value"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparisons:
-        label = row.metric if row.filter == "none" else f"{row.metric}\n{row.filter}"
+        label = row.metric if row.filter == "none" else f"{row.metric}{br}{row.filter}"
         a, b = (f"{shown_score(row.metric, value)}" for value in (row.score_a, row.score_b))
-        cells = [f"{a}\n{shown_error(row.metric, row.stderr_a)}", f"{b}\n{shown_error(row.metric, row.stderr_b)}"]
-        table.add_row(row.task, label, *cells, *_test_cells(row))
+        cells = [f"{a}{br}{shown_error(row.metric, row.stderr_a)}", f"{b}{br}{shown_error(row.metric, row.stderr_b)}"]
+        table.add_row(row.task, label, *cells, *_test_cells(row, br))
     methods = sorted({row.test.method for row in comparisons if row.test is not None})
     return Group(
         f"A: {name_a}",
@@ -248,14 +254,14 @@ def _changes(
         )
 
 
-def _test_cells(row: Comparison) -> list[str]:
+def _test_cells(row: Comparison, br: str) -> list[str]:
     test = row.test
     if test is None:
         before, after = as_number(row.score_a), as_number(row.score_b)
         difference = NOT_AVAILABLE if before is None or after is None else after - before
         return [shown_score(row.metric, difference, signed=True), "", "", NOT_AVAILABLE]
     error = NOT_AVAILABLE if test.standard_error is None else test.standard_error
-    difference = f"{shown_score(row.metric, test.difference, signed=True)}\n{shown_error(row.metric, error)}"
+    difference = f"{shown_score(row.metric, test.difference, signed=True)}{br}{shown_error(row.metric, error)}"
     return [difference, f"{test.lost:,}", f"{test.gained:,}", f"{test.p_value:.3g}"]
 
 

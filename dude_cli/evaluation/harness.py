@@ -9,6 +9,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dude_cli.errors import is_out_of_memory
+from dude_cli.system.memory import free_models
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -16,9 +19,17 @@ OnProgress = Callable[[int, int], None]  # (requests done, requests in all)
 
 
 def harness_model(
-    model: Any, tokenizer: Any, batch_size: int, on_progress: OnProgress, accelerator: Accelerator | None = None
+    model: Any,
+    tokenizer: Any,
+    batch_size: int,
+    on_progress: OnProgress,
+    accelerator: Accelerator | None = None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> Any:
     """An lm-eval HFLM on a model in memory that reports progress and remembers the prompts that it cuts.
+
+    Out of memory, it goes on with half of `batch_size`, until that is one; `batch_size` is then the smallest one of
+    all ranks.
 
     The ranks of `accelerator` share the questions, and each has all the answers. lm-eval does not know of them: had it
     given each rank its own documents, the examples that it draws at random would depend on the number of ranks.
@@ -68,18 +79,30 @@ def harness_model(
         def _answered(self, answer: Callable[..., Any], requests: list[Any]) -> list[Any]:
             """The answers to all `requests`, of which this rank gives its share."""
             if accelerator is None or accelerator.num_processes == 1:
-                self._done, self._total = 0, len(requests)
-                return list(answer(requests, disable_tqdm=True))
+                return self._answers(answer, requests)
             from accelerate.utils import gather_object
 
             own = shared_out(requests, accelerator.num_processes)[accelerator.process_index]
-            self._done, self._total = 0, len(own)
-            answers = answer([requests[number] for number in own], disable_tqdm=True) if own else []
+            answers = self._answers(answer, [requests[number] for number in own]) if own else []
             found: dict[int, Any] = {}
-            for numbers, answered, cut in gather_object([(own, list(answers), self.cut_prompts)]):
+            for numbers, answered, cut, size in gather_object([(own, answers, self.cut_prompts, self.batch_size)]):
                 found |= dict(zip(numbers, answered, strict=True))
                 self.cut_prompts |= cut
+                self.batch_size_per_gpu = min(self.batch_size, size)
             return [found[number] for number in range(len(requests))]
+
+        def _answers(self, answer: Callable[..., Any], requests: list[Any]) -> list[Any]:
+            """The answers to this rank's requests. The longest come first, so too large a batch fails early."""
+            while True:
+                self._done, self._total = 0, len(requests)
+                try:
+                    return list(answer(requests, disable_tqdm=True))
+                except Exception as error:
+                    if not is_out_of_memory(error) or self.batch_size == 1:
+                        raise
+                size = self.batch_size_per_gpu = self.batch_size // 2
+                log(f"out of memory: from now on {size} prompts per forward")
+                free_models()  # what the failed forward held
 
     def max_gen_tokens(settings: dict[str, Any]) -> int:
         return int(normalize_gen_kwargs(settings, HarnessModel.max_gen_toks.fget(None))["max_gen_toks"])

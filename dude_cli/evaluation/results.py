@@ -81,15 +81,17 @@ def scores(row: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield metric, filter_name, value
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
+def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Table:
     """The scores as a table of 80 columns: groups with their categories, without the tasks that a group's score covers.
+
+    With `one_line` a row is one line, with its task's name, and as long as it takes.
 
     Shares of questions are percentages, and their differences percentage points; other metrics are as lm-eval gives
     them. ± is one standard error, that of the difference the paired one.
     """
     from rich.table import Table
 
-    base = results.get("base")
+    base, br = results.get("base"), " " if one_line else "\n"
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
@@ -106,15 +108,17 @@ def results_table(results: Mapping[str, Any]) -> Table:
             if base:
                 before, change = base["results"][name], results["difference"][name]
                 key, error_key = f"{metric},{filter_name}", f"{metric}_stderr,{filter_name}"
+                base_error = shown_error(metric, before.get(error_key, NOT_AVAILABLE))
                 cells = [
-                    f"{shown_score(metric, before[key])}\n{shown_error(metric, before.get(error_key, NOT_AVAILABLE))}",
-                    f"{shown_score(metric, value)}\n{shown_error(metric, error)}",
-                    f"{shown_score(metric, change[key], signed=True)}\n{shown_error(metric, change[error_key])}",
+                    f"{shown_score(metric, before[key])}{br}{base_error}",
+                    f"{shown_score(metric, value)}{br}{shown_error(metric, error)}",
+                    f"{shown_score(metric, change[key], signed=True)}{br}{shown_error(metric, change[error_key])}",
                 ]
             else:
                 cells = [f"{shown_score(metric, value)} {shown_error(metric, error)}"]
             table.add_row(label, metric, filter_name, shots, *cells)
-            label, shots = "", ""
+            if not one_line:
+                label, shots = "", ""
     return table
 
 

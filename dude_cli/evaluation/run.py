@@ -7,15 +7,16 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, memory_errors
+from dude_cli.evaluation.compare import different_settings
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
-from dude_cli.evaluation.saved import task_results
+from dude_cli.evaluation.saved import join_results
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
 from dude_cli.system.runtime import local_main_first
 
@@ -34,6 +35,9 @@ class EvalRequest:
 
     `data_dir` holds local copies, `mmlu/` and `gsm8k/`, and keeps the evaluation off the network; `include_paths` are
     folders with the user's own lm-eval task files; `compare_base` scores the model without its adapter as well.
+
+    `earlier` has documents of some of the tasks, of this model, with their samples: what they have is not scored again.
+    With `rescore` only the base's part of them is taken, and if `compare_base` asks for that too, nothing.
     """
 
     tasks: tuple[EvalTask, ...]
@@ -41,6 +45,8 @@ class EvalRequest:
     data_dir: Path | None = None
     include_paths: tuple[Path, ...] = ()
     compare_base: bool = False
+    earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rescore: bool = False
 
 
 def load_request(
@@ -104,30 +110,22 @@ def evaluate(
     if tasks is None:
         tasks = load_request(request, accelerator=accelerator, log=log)
     with left_as_found(model), quiet(), _off_network(request):
-        lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator)
+        lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator, log)
         bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
-        names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint}
-        document = {"requested": {}, **names, **_environment(lm, request), "date": start}
+        names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint, "date": start}
+        documents = []
         for found in tasks:
-            _add(document, _scored(lm, found, log, bootstrap_iters, compare_base=request.compare_base))
-            document["total_evaluation_time_seconds"] = str(time.time() - start)
-            on_task(task_results(document, found.request.name))
-        return document
-
-
-def _add(document: dict[str, Any], part: Mapping[str, Any]) -> None:
-    """Put one task's part, and its base's, to those of the tasks before."""
-    for key in ("requested", *BY_TASK, "samples"):
-        if key in part:
-            document.setdefault(key, {}).update(part[key])
-    if "base" in part:
-        _add(document.setdefault("base", {}), part["base"])
+            scores = _scored(lm, found, request, log, bootstrap_iters)
+            took = {"total_evaluation_time_seconds": str(time.time() - start)}
+            documents.append(names | _environment(lm, found.request.limit) | scores | took)
+            on_task(documents[-1])
+        return join_results(documents)
 
 
 def _scored(
-    lm: Any, found: LoadedTask, log: Callable[[str], None], bootstrap_iters: int, *, compare_base: bool
+    lm: Any, found: LoadedTask, request: EvalRequest, log: Callable[[str], None], bootstrap_iters: int
 ) -> dict[str, Any]:
-    """One requested task's part of the document: the tuned model's scores, and the base's if asked for."""
+    """One requested task's part of the document: the tuned model's scores, and the base's if asked for or there."""
     from dude_cli.adapter import constant_adapters, disable_adapters
 
     asked = {"limit": found.request.limit, "num_fewshot": found.request.num_fewshot}
@@ -136,14 +134,39 @@ def _scored(
         "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
         "max_gen_toks": _fit_generation_lengths(lm, found, log),
     }
-    with constant_adapters(lm.model):
-        tuned = _score(lm, found, "", log, bootstrap_iters)
-    if compare_base:
+    earlier = _earlier(lm, found, request, log)
+    if "results" in earlier:
+        tuned = {key: earlier[key] for key in (*BY_TASK, "samples") if key in earlier}
+    else:
+        with constant_adapters(lm.model):
+            tuned = _score(lm, found, "", log, bootstrap_iters)
+    base = earlier.get("base")
+    if base is None and request.compare_base:
         with disable_adapters(lm.model):
             base = _score(lm, found, " (base)", log, bootstrap_iters)
+    if base is not None:
+        if base["task_hashes"] != tuned["task_hashes"]:  # not seen before: the example of a later prompt is another
+            return _scored(lm, found, replace(request, earlier={}), log, bootstrap_iters)
         tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
         tuned["difference"] = differences(base, tuned, _weighting(found))
     return tuned | facts
+
+
+def _earlier(lm: Any, found: LoadedTask, request: EvalRequest, log: Callable[[str], None]) -> Mapping[str, Any]:
+    """What need not be scored of a task: `results` and what belongs to them, or `base`.
+
+    Nothing, if the two parts of the document would have been scored with different settings.
+    """
+    name = found.request.name
+    earlier = request.earlier.get(name)
+    if earlier is None or (request.rescore and request.compare_base):
+        return {}
+    differing = different_settings(earlier, _environment(lm, found.request.limit))
+    if differing:
+        log(f"{name}: what was scored before is left out: {'; '.join(differing)}")
+        return {}
+    base = {"base": earlier["base"] | {"task_hashes": earlier["task_hashes"]}} if "base" in earlier else {}
+    return base if request.rescore else {**earlier, **base}
 
 
 def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], bootstrap_iters: int) -> dict[str, Any]:
@@ -156,9 +179,8 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
     _seed()
     for task in found.tasks.values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    no_memory = f"out of memory with a batch of {lm.batch_size} prompts"
-    fix = f"lower it, such as --batch-size {max(1, lm.batch_size // 2)}"
-    with memory_errors(no_memory, where="--batch-size", fix=fix):
+    fix = "use --dtype bfloat16, or a device with more memory"
+    with memory_errors("out of memory, with one prompt at a time too", where=f"--task {name}", fix=fix):
         results: dict[str, Any] = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": found.tasks, "groups": found.groups},
@@ -234,10 +256,9 @@ def _questions(found: LoadedTask) -> int:
     return sum(sizes if limit is None else [min(size, limit) for size in sizes])
 
 
-def _environment(lm: Any, request: EvalRequest) -> dict[str, Any]:
+def _environment(lm: Any, limit: int | None) -> dict[str, Any]:
     from dude_cli.adapter.weight import quantization
 
-    limits = {task.name: task.limit for task in request.tasks}
     return {
         "chat_template": None,  # prompts are plain text: lm-eval's name for it
         "config": {
@@ -245,9 +266,9 @@ def _environment(lm: Any, request: EvalRequest) -> dict[str, Any]:
             "model_num_parameters": lm.model.num_parameters(),
             "model_dtype": str(lm.model.dtype),
             "model_quantization": quantization(lm.model),
-            "batch_size": request.batch_size,
+            "batch_size": lm.batch_size,
             "device": str(lm.device),
-            "limit": limits if len(set(limits.values())) > 1 else next(iter(limits.values())),
+            "limit": limit,
             "bootstrap_iters": BOOTSTRAP_ITERS,
             "random_seed": RANDOM_SEED,
             "numpy_seed": NUMPY_SEED,

@@ -11,7 +11,7 @@ With another number of examples than the task's own, M, the names have `.shots-M
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,20 @@ def task_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
     return part
 
 
+def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One document of those of several tasks: what is not by task, such as the settings, is the last one's."""
+    document: dict[str, Any] = {}
+    for part in parts:
+        by_task = {key: document.get(key, {}) | part[key] for key in ("requested", *BY_TASK, "samples") if key in part}
+        base = {"base": join_results([document.get("base", {}), part["base"]])} if "base" in part else {}
+        document = {**document, **part, **by_task, **base}
+    limits = {request["limit"] for request in document.get("requested", {}).values()}
+    if len(limits) > 1:
+        by_name = {name: request["limit"] for name, request in document["requested"].items()}
+        document["config"] = document["config"] | {"limit": by_name}
+    return document
+
+
 def results_path(folder: Path, task: str, limit: int | None, shots: int | None) -> Path:
     """The document of a task in a folder of results; `shots` None for as many examples as the task has by default."""
     safe = task.replace("/", "_")  # a task file of someone's may be called ../../x
@@ -106,13 +120,12 @@ def find_results(
     *,
     adapter_sha256: str,
     base_fingerprint: str,
-    dtype: str | None = None,
+    dtype: str,
     samples: bool = True,
 ) -> dict[str, Any] | None:
     """What a folder of results has of a task, if it was scored so, with this adapter on this base; else None.
 
-    A number of examples of None is the task's own, a `dtype` of None takes any. A document that cannot be read is as
-    good as none.
+    A number of examples of None is the task's own. A document that cannot be read is as good as none.
     """
     # The number that is asked for may be the task's own.
     for shots in dict.fromkeys((task.num_fewshot, None)):
@@ -129,14 +142,14 @@ def is_of_adapter(results: Mapping[str, Any], adapter_sha256: str | None) -> boo
 
 
 def _is_wanted(
-    results: Mapping[str, Any], task: EvalTask, adapter_sha256: str, base_fingerprint: str, dtype: str | None
+    results: Mapping[str, Any], task: EvalTask, adapter_sha256: str, base_fingerprint: str, dtype: str
 ) -> bool:
     return (
         is_of_adapter(results, adapter_sha256)
         # Results of an earlier version do not say on which base.
         and results.get("base_fingerprint") == base_fingerprint
         and task.num_fewshot in (None, *_examples(results))
-        and (dtype is None or results["config"]["model_dtype"] == f"torch.{dtype}")
+        and results["config"]["model_dtype"] == f"torch.{dtype}"
     )
 
 

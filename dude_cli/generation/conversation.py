@@ -8,7 +8,7 @@ from contextlib import nullcontext, suppress
 
 from dude_cli.console import Output
 from dude_cli.data import Message
-from dude_cli.errors import UsageError
+from dude_cli.errors import DataError, UsageError
 from dude_cli.generation.generate import Answer, Generator, OnText
 
 # Below this many columns two answers side by side are harder to read than one under the other.
@@ -16,16 +16,23 @@ TABLE_WIDTH = 72
 
 
 class Conversation:
-    """Questions to a model and, side by side, to its base; each remembers its own answers in a chat."""
+    """Questions to a model and, side by side, to its base; each remembers its own answers in a chat.
 
-    def __init__(self, generator: Generator, *, compare_base: bool) -> None:
+    `system` is said in front of a chat. Raises UsageError where there is no chat, or the template has no place for it.
+    """
+
+    def __init__(self, generator: Generator, *, compare_base: bool, system: str | None = None) -> None:
+        if system is not None:
+            _check_text(system, "--system")
+            _check_system(generator, system)
         self.generator = generator
+        self._start: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.names = ("base", "tuned") if compare_base else ("tuned",)
         self.asked = 0
         self.reset()
 
     def reset(self) -> None:
-        self._messages: dict[str, list[Message]] = {name: [] for name in self.names}
+        self._messages: dict[str, list[Message]] = {name: list(self._start) for name in self.names}
 
     def ask(self, text: str, on_text: OnText = lambda text: None) -> dict[str, Answer]:
         """The answers by name, "base" and "tuned" or that alone; an answer that fails leaves the conversation as is."""
@@ -82,6 +89,25 @@ def read_prompt(text: str, *, raw: bool) -> str:
         text = text if raw else text.removesuffix("\n")
     _check_text(text, "--prompt")
     return text
+
+
+def _check_system(generator: Generator, system: str) -> None:
+    form = generator.form
+    if form.chat is None:
+        raise UsageError(
+            f"only a chat has a system prompt, and here the form of prompts is {form.description}",
+            where="--system",
+            fix="leave it out, or write it into --prompt",
+        )
+    question = {"role": "user", "content": "question"}
+    fix = "leave --system out, and write it into the first --prompt"
+    try:
+        text = form.prompt([{"role": "system", "content": system}, question]).text
+    except DataError as error:
+        form.prompt([question])  # if this is refused too, it is not for the system prompt
+        raise UsageError(f"with a system prompt, {error.what}", where="--system", fix=fix) from error
+    if system.strip() not in text:
+        raise UsageError("the chat template leaves the system prompt out", where="--system", fix=fix)
 
 
 def _check_text(text: str, where: str) -> None:

@@ -51,4 +51,4 @@ def task_results(run: Run, task: EvalTask) -> dict[str, Any] | None:
     except (OSError, json.JSONDecodeError):
         return None
     wanted = {"adapter_sha256": adapter["sha256"], "base_fingerprint": adapter["base_model"]["fingerprint"]}
-    return find_results(run.folder / "eval", task, **wanted, samples=False)
+    return find_results(run.folder / "eval", task, **wanted, dtype=adapter["base_model"]["dtype"], samples=False)

@@ -15,11 +15,11 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dude_cli.errors import StoppedError, UsageError
+from dude_cli.errors import DudeError, StoppedError, UsageError, without_tokens
 from dude_cli.system.gpu import gpu_kind
 from dude_cli.system.stopping import SIGNALS
 
@@ -99,16 +99,19 @@ def follow_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def tell_error(message: str, trace: str = "") -> None:
-    """Print an error, with the rank's name if it is not the main one.
+def tell_error(error: DudeError, trace: str = "", *, as_json: bool = False) -> None:
+    """Print an error, with the rank's name if it is not the main one; `as_json` that one prints it for a machine too.
 
     Where we have started the ranks, the launcher prints it: what several of them say, once.
     """
     rank, file = int(os.environ.get("RANK", "0")), os.environ.get(ERROR_FILE)
+    message, document = str(error), error.document() if as_json else None
     if file is not None and os.getppid() == int(os.environ[LAUNCHER]):
-        Path(file).write_text(json.dumps([message, trace]), encoding="utf-8")
+        Path(file).write_text(json.dumps([message, trace, document]), encoding="utf-8")
     else:
         _print_error(rank, message, trace)
+        if document is not None and rank == 0:
+            print_document(document)
 
 
 def _is_rank() -> bool:
@@ -194,23 +197,34 @@ def _exit_code(codes: dict[int, int]) -> int:
 def _report(codes: dict[int, int], code: int, folder: Path) -> None:
     """Print what the ranks that ended with `code` said of it; the others lost them or were stopped."""
     told: list[str] = []
+    documents: list[Mapping[str, Any]] = []
     for rank, own in sorted(codes.items()):
         if own < 0 and 128 - own == code:
             name = signal.Signals(-own).name
             fix = "see the system's log: it may have been out of memory" if name == "SIGKILL" else "run it with --debug"
-            _print_error(0, f"rank {rank} was killed by {name}; the other ranks were stopped\n  fix:   {fix}", "")
+            error = DudeError(f"rank {rank} was killed by {name}; the other ranks were stopped", fix=fix)
+            _print_error(0, str(error), "")
+            documents += [error.document() | {"exit_code": code}] if "--json" in sys.argv else []
         file = folder / f"error-{rank}"
         if own != code or not file.exists():
             continue
-        message, trace = json.loads(file.read_text(encoding="utf-8"))
+        message, trace, document = json.loads(file.read_text(encoding="utf-8"))
+        documents += [document] if document is not None else []
         if not any(message in earlier for earlier in told):
             _print_error(rank, message, trace)
         told.append(message)
+    if documents:
+        print_document(documents[0])
 
 
 def _print_error(rank: int, message: str, trace: str) -> None:
     name = f"rank {rank}: " if rank else ""
-    print(f"{trace}error: {name}{message}", file=sys.stderr)
+    print(without_tokens(f"{trace}error: {name}{message}"), file=sys.stderr)
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """Print an error for a machine."""
+    print(without_tokens(json.dumps({"error": document}, indent=2)), flush=True)
 
 
 def _free_port() -> int:

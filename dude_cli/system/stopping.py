@@ -5,6 +5,7 @@ The training loop has an answer of its own, `runtime.stop_signals`: it saves a c
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -107,4 +108,6 @@ def interrupting_signals() -> Iterator[None]:
 def _leave(*_: Any) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several ranks one talks
         os.write(2, b"error: stopped\n")
+        if "--json" in sys.argv:
+            os.write(1, (json.dumps({"error": StoppedError("stopped").document()}, indent=2) + "\n").encode())
     os._exit(StoppedError.exit_code)

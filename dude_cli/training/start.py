@@ -118,7 +118,7 @@ class Start:
             return {}
         cache = self._cache()
         decompose = decompose_layer if cache is None else cache.decompose
-        with self.counter("decomposing layer") as on_layer:
+        with self.counter("decompositions") as on_layer:
             found = decompose_on_all_ranks(self.model, adapter, accelerator, decompose, on_layer)
         if cache is not None and cache.hits:
             self.say(f"{cache.hits} decompositions were in {cache.folder}")

@@ -7,9 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import dude, dude_here, environment
+
+from dude_cli.console import Output
+from dude_cli.errors import NumberNotMetError
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,6 +182,63 @@ def test_debug_shows_the_traceback():
 def test_a_usage_error_has_exit_code_2():
     assert dude("trian").returncode == 2
     assert dude("train").returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--train.max_steps=3", "--max_steps 3", "--max-steps 3"])
+def test_an_option_that_is_a_key_is_told_how_to_be_written(option):
+    done = dude_here("train", "configs/gsm8k.yaml", *option.split())
+    assert done.returncode == 2
+    assert "write `train.max_steps=3`" in done.stderr
+    assert "fix:" not in dude_here("train", "configs/gsm8k.yaml", "--overwritee").stderr
+    assert "fix:" not in dude_here("ls", *option.split()).stderr
+
+
+def error_of(*arguments: object, code: int, cwd: Path | None = None) -> dict[str, Any]:
+    """The document that a command prints which fails; what it says to a person is on standard error."""
+    done = dude_here(*arguments, "--json", cwd=cwd)
+    assert done.returncode == code, done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == code
+    assert error["what"] in done.stderr.replace("\n│ ", "")
+    return error
+
+
+def test_an_error_is_a_document_too(tmp_path, rows, monkeypatch):
+    path = config(tmp_path, "embedded:quickstart", str(rows))
+    for verb in ("init", "train"):
+        problems = error_of(verb, path, "train.max_steps=x", "seed=-1", code=2)["problems"]
+        assert [problem["override"] for problem in problems] == ["train.max_steps=x", "seed=-1"]
+    path.write_text(path.read_text() + "sed: 1\n")
+    (problem,) = error_of("init", path, code=2)["problems"]
+    assert (problem["file"], problem["line"], problem["column"]) == (str(path), len(path.read_text().splitlines()), 1)
+    error = error_of("eval", "--task", "quickstart_choices", code=2, cwd=tmp_path)
+    assert error == {
+        "what": "there is no finished run",
+        "where": "runs",
+        "fix": "train one with `dude train CONFIG`, or name a run, an adapter or a model",
+        "exit_code": 2,
+    }
+    error_of("generate", "--prompt", "x", code=2, cwd=tmp_path)
+    error_of("export", "nothing", "out", "--format", "peft", code=2, cwd=tmp_path)
+    error_of("import", "nothing", "out", code=3, cwd=tmp_path)
+    error_of("report", "nothing", code=2, cwd=tmp_path)
+    error_of("reproduce", "nothing.yaml", code=2, cwd=tmp_path)
+    error_of("cp", "nothing", "out", code=2, cwd=tmp_path)
+    assert error_of("train", "c.yaml", "--max_steps", "3", code=2)["fix"].startswith("write `train.max_steps=3`")
+    error_of("export", code=2)
+    monkeypatch.setattr("dude_cli.shipped.list_shipped", lambda: 1 / 0)
+    assert error_of("ls", code=1)["fix"] == "please report the lines above"
+
+
+def test_after_a_result_an_error_is_told_to_a_person_alone(monkeypatch):
+    def list_then_fail(output: Output) -> None:
+        output.result("", {"listed": []})
+        raise NumberNotMetError("not met")
+
+    monkeypatch.setattr("dude_cli.commands.listing.list_shipped", list_then_fail)
+    done = dude_here("ls", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (6, {"listed": []})
+    assert "not met" in done.stderr
 
 
 def test_the_version_is_the_packages():

@@ -160,6 +160,114 @@ def test_a_score_on_another_base_is_not_taken_for_the_runs_own(runs: Path, tmp_p
     assert len(scored) == 2
 
 
+def evaluated(folder: Path, *arguments: object) -> Any:
+    """`dude eval ARGUMENTS`, which succeeds."""
+    done = dude_here("eval", *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_what_was_scored_before_is_not_scored_again(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    place = ("--output", tmp_path)
+    first = evaluated(runs, "runs/a", *BOTH, "--json", *place)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    scored.clear()
+    again = evaluated(runs, "runs/a", *BOTH, "--json", *place)
+    assert not scored
+    assert json.loads(again.stdout) == json.loads(first.stdout)
+    assert "quickstart_choices was scored before; --rescore scores it again" in again.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    evaluated(runs, "runs/a", *BOTH, "--rescore", *place)
+    assert scored == ["quickstart_choices", "quickstart_problems"]
+    scored.clear()
+    evaluated(runs, "runs/a", *CHOICES, "--task", "quickstart_problems", "--dtype", "bfloat16", *place)
+    assert scored == ["quickstart_choices", "quickstart_problems"]
+    scored.clear()
+    evaluated(runs, "runs/b", *CHOICES, *place)
+    assert scored == ["quickstart_choices"]
+
+
+def test_of_what_was_scored_before_the_base_alone_is_missing(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    whole = json.loads(evaluated(runs, "runs/a", *BOTH, "--base", "--json", "--output", tmp_path / "a").stdout)
+    evaluated(runs, "runs/a", *BOTH, "--output", tmp_path / "b")
+    scored.clear()
+    completed = json.loads(evaluated(runs, "runs/a", *BOTH, "--base", "--json", "--output", tmp_path / "b").stdout)
+    assert scored == ["quickstart_choices", "quickstart_problems"]
+    for key in ("results", "base", "difference", "prompt_hashes", "max_gen_toks", "requested"):
+        assert completed[key] == whole[key]
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {path.name for path in (tmp_path / "a").iterdir()}
+    # With other settings the two parts would not be of one kind.
+    evaluated(runs, "runs/a", *CHOICES, "--batch-size", "3", "--output", tmp_path / "d")
+    scored.clear()
+    evaluated(runs, "runs/a", *CHOICES, "--base", "--output", tmp_path / "d")
+    assert scored == ["quickstart_choices"]
+    evaluated(runs, "runs/a", *CHOICES, "--output", tmp_path / "c")
+    scored.clear()
+    done = evaluated(runs, "runs/a", *CHOICES, "--base", "--batch-size", "3", "--output", tmp_path / "c")
+    assert scored == ["quickstart_choices"] * 2
+    assert "batch_size differs: 8 and 3" in done.stderr
+
+
+def test_scoring_again_keeps_the_bases_part(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    place = ("--output", tmp_path)
+    evaluated(runs, "runs/a", *CHOICES, "--base", *place)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    scored.clear()
+    document = json.loads(evaluated(runs, "runs/a", *CHOICES, "--rescore", "--json", *place).stdout)
+    assert scored == ["quickstart_choices"]
+    assert document["base"]["results"].keys() == document["difference"].keys() == {"quickstart_choices"}
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    done = evaluated(runs, "runs/a", *CHOICES, "--rescore", "--batch-size", "3", *place)
+    assert "batch_size differs: 8 and 3" in done.stderr
+    assert "quickstart_choices.limit-2.json is replaced: it had the base's scores too" in done.stderr
+
+
+def test_a_score_of_another_kind_is_replaced_with_a_word(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    place = ("--output", tmp_path)
+    evaluated(runs, "runs/a", *CHOICES, *place)
+    done = evaluated(runs, "runs/a", *CHOICES, "--dtype", "bfloat16", *place)
+    assert (
+        "quickstart_choices.limit-2.json is replaced: model_dtype was torch.float32 and is torch.bfloat16"
+        in done.stderr
+    )
+    scored.clear()
+    done = evaluated(runs, "runs/a", *CHOICES, *place)  # in float32, as it was trained
+    assert scored == ["quickstart_choices"]
+    done = evaluated(runs, "runs/b", *CHOICES, *place)
+    assert "quickstart_choices.limit-2.json is replaced: adapter_sha256 was " in done.stderr
+
+
+CHANGES = {
+    "prompt": ("Answer:", "The answer:"),
+    "examples": ("num_fewshot: 1", "num_fewshot: 1\nfewshot_config: {sampler: first_n}"),
+    "scoring": ("metric: acc,", "metric: acc_norm,"),
+    "questions": ("test_split: test", "test_split: train"),
+    "version": ("task: drawn", "task: drawn\nmetadata: {version: 7}"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_task_that_has_changed_is_scored_again(runs: Path, tmp_path: Path, scored: list[str], change: str) -> None:
+    task = tmp_path / "drawn.yaml"
+    task.write_text(DRAWN)
+    ours = ("runs/a", "--task", "drawn", "--limit", "2", "--include-path", tmp_path, "--output", tmp_path / "out")
+    for _ in range(2):
+        evaluated(runs, *ours)
+    assert scored == ["drawn"]
+    task.write_text(DRAWN.replace(*CHANGES[change]))
+    assert "drawn is scored again: " in evaluated(runs, *ours).stderr
+    assert scored == ["drawn"] * 2
+
+
+def test_a_score_of_another_lm_eval_is_not_reused(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    evaluated(runs, "runs/a", *CHOICES, "--output", tmp_path)
+    path = tmp_path / "quickstart_choices.limit-2.json"
+    path.write_text(path.read_text().replace('"lm_eval_version": "', '"lm_eval_version": "0.'))
+    scored.clear()
+    assert "by lm-eval 0." in evaluated(runs, "runs/a", *CHOICES, "--output", tmp_path).stderr
+    assert scored == ["quickstart_choices"]
+
+
 def refused(runs: Path, *arguments: object) -> str:
     """What `dude eval` says that refuses these arguments."""
     done = dude_here("eval", *arguments, cwd=runs)
@@ -301,7 +409,7 @@ def test_a_run_trained_on_conversations_is_told_to_be_scored_on_plain_prompts(ru
     config.write_text(config.read_text().replace("format: prompt_completion", "format: chat"))
     said = {}
     for run in (runs / "runs/a", tmp_path / "a"):
-        done = dude_here("eval", run, *CHOICES, "--output", tmp_path / "out", "--json")
+        done = dude_here("eval", run, *CHOICES, "--output", tmp_path / "out", "--rescore", "--json")
         assert json.loads(done.stdout)["chat_template"] is None
         said[run] = "without the chat template" in done.stderr
     assert list(said.values()) == [False, True]

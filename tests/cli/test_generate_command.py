@@ -31,6 +31,7 @@ CHAT = (
 )
 OPTIONS = {
     "interactive": False,
+    "system": None,
     "raw": False,
     "compare_base": False,
     "max_new_tokens": 16,
@@ -136,6 +137,15 @@ def test_a_chat_stops_at_the_end_of_turn_that_it_has_learned(chat_run, capsys):
     assert answer["new_tokens"] == len(tokenizer(" 12", add_special_tokens=False).input_ids) + 1
     generate(chat_run / "adapter", "Ann has 3 apples")  # the tokenizer saved with it has the chat template
     assert capsys.readouterr().out == " 12\n"
+
+
+def test_a_system_prompt_is_for_chats(run, chat_run, capsys):
+    generate(chat_run, "Ann has 3 apples", as_json=True, system="Be brief.")
+    document = json.loads(capsys.readouterr().out)
+    assert document["system"] == "Be brief."
+    assert document["answers"][0]["text"].startswith("system: Be brief.")
+    with pytest.raises(UsageError, match="only a chat has a system prompt"):
+        generate(run, "Ann has 3 apples", system="Be brief.")
 
 
 def test_a_conversation_from_a_pipe(chat_run, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -57,6 +58,13 @@ def test_a_signal_ends_a_command_with_one_line(argv, module, said, name, tmp_pat
     assert done.stderr.startswith(said)
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("module", ["typer", "dude_cli.shipped"])
+def test_a_signal_is_a_document_too(module, tmp_path):
+    done = signalled(["ls", "--json"], module, "SIGINT", tmp_path)
+    assert done.stderr == "error: stopped\n"
+    assert json.loads(done.stdout) == {"error": {"what": "stopped", "where": None, "fix": None, "exit_code": 75}}
 
 
 @pytest.mark.parametrize("delay_s", [0.1, 0.3, 1.0])

@@ -23,6 +23,7 @@ from dude_cli.system.runtime import make_accelerator
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
+from dude_cli.errors import DudeError
 from dude_cli.system.launch import follow_launcher, tell_error
 from dude_cli.system.stopping import leave_on_signals
 
@@ -39,12 +40,12 @@ if mode in ("saves", "hangs"):
         signal.signal(number, lambda number, _: seen.append(signal.Signals(number).name))
 (folder / f"ready-{rank}").touch()
 if mode == "agree":
-    tell_error("the loss is nan")
+    tell_error(DudeError("the loss is nan"), as_json=True)
     sys.exit(4)
 if mode == "differ":
     if rank == 0:
         time.sleep(0.5)
-    tell_error("the disk is full" if rank == 1 else "another rank is gone")
+    tell_error(DudeError("the disk is full" if rank == 1 else "another rank is gone"), as_json=True)
     sys.exit(5 if rank == 1 else 1)
 if mode == "dies" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -54,7 +55,7 @@ while mode != "saves" or not seen:
     time.sleep(0.05)
 time.sleep(1)
 (folder / f"seen-{rank}").write_text(" ".join(seen))
-tell_error("stopped; a checkpoint is saved")
+tell_error(DudeError("stopped; a checkpoint is saved"))
 sys.exit(75)
 """
 
@@ -75,7 +76,7 @@ class Launched:
             os.environ["PYTHONPATH"] = str(Path(__file__).parents[2])
             os.environ.pop("OMP_NUM_THREADS", None)
             launch.GRACE_S = launch.TERMINATE_S = 1
-            with self.stderr.open("w") as sys.stderr:
+            with self.stderr.open("w") as sys.stderr, (self.folder / "stdout").open("w") as sys.stdout:
                 os.dup2(sys.stderr.fileno(), 2)
                 run_ranks(2, command)
         except SystemExit as end:
@@ -131,13 +132,15 @@ def launched(tmp_path):
         each.close()
 
 
-def test_an_error_of_all_ranks_is_printed_once_and_gives_its_code(launched):
+def test_an_error_of_all_ranks_is_printed_once_and_gives_its_code(launched, tmp_path):
     assert launched("agree").end() == (4, "error: the loss is nan\n")
+    assert json.loads((tmp_path / "stdout").read_text())["error"]["what"] == "the loss is nan"
 
 
 def test_an_error_of_one_rank_names_it_and_what_follows_from_it_is_left_out(launched, tmp_path):
     ranks = launched("differ")
     assert ranks.end() == (5, "error: rank 1: the disk is full\n")
+    assert json.loads((tmp_path / "stdout").read_text())["error"]["what"] == "the disk is full"
     first, second = (json.loads((tmp_path / f"environment-{rank}").read_text()) for rank in (0, 1))
     assert [first["RANK"], second["RANK"], first["LOCAL_RANK"], second["LOCAL_RANK"]] == ["0", "1", "0", "1"]
     assert first["WORLD_SIZE"] == second["LOCAL_WORLD_SIZE"] == "2"

@@ -43,9 +43,9 @@ def test_init_shows_layers_data_an_example_and_the_plan(run):
 
 
 def test_train_reuses_what_init_has_decomposed(run):
-    assert "decomposing layer 1/" in run["init"].stderr
+    assert "decompositions 1/" in run["init"].stderr
     assert "reusing the decomposition" in run["train"].stderr
-    assert "decomposing layer" not in run["train"].stderr
+    assert "decompositions 1/" not in run["train"].stderr
 
 
 def test_the_run_folder_is_complete(run):

@@ -40,12 +40,12 @@ def test_results_from_disk_are_those_that_were_written(tmp_path: Path) -> None:
 def test_a_score_is_reused_for_the_same_adapter_base_examples_and_dtype_alone(tmp_path: Path) -> None:
     write_results(scored(A), tmp_path)
 
-    def found(task: EvalTask, sha256: str = "a" * 64, base: str = "b" * 64, dtype: str | None = None) -> bool:
+    def found(task: EvalTask, sha256: str = "a" * 64, base: str = "b" * 64, dtype: str = "float32") -> bool:
         wanted = {"adapter_sha256": sha256, "base_fingerprint": base}
         return find_results(tmp_path, task, **wanted, dtype=dtype) is not None
 
     assert found(EvalTask(name="sums"))
-    assert found(EvalTask(name="sums", num_fewshot=0), dtype="float32")
+    assert found(EvalTask(name="sums", num_fewshot=0))
     assert not found(EvalTask(name="sums"), sha256="b" * 64)
     assert not found(EvalTask(name="sums"), base="c" * 64)
     assert not found(EvalTask(name="sums", num_fewshot=5))

@@ -334,6 +334,13 @@ def test_an_override_of_steps_replaces_the_files_epochs(load: Load) -> None:
     assert "both say" in problems(load, MINIMAL, "train.max_steps=3", "train.num_train_epochs=3")[0]
 
 
+def test_two_words_are_one_override(load):
+    (problem,) = problems(load, MINIMAL, "train.max_steps", "3", "seed=1")
+    assert problem.startswith('override "train.max_steps 3": ')
+    assert problem.endswith("write `train.max_steps=3`, as one word")
+    assert len(problems(load, MINIMAL, "train.max_steps", "seed=x")) == 2
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

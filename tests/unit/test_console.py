@@ -37,3 +37,16 @@ def test_names_with_brackets_and_colons_are_shown_as_they_are():
     text = output.out.file.getvalue()
     for shown in ("reading [bold]rows.jsonl", "step 1 [dim]", "result in runs/[red]b", "runs/[red]a:smile:"):
         assert shown in text
+
+
+def test_without_a_terminal_an_entry_is_one_line_without_spaces_at_its_end():
+    output = Output()
+    output.out.file = StringIO()
+    table = Table.grid(padding=(0, 2))
+    table.add_row("configs/a.yaml", "long " * 60)
+    table.add_row("configs/b.yaml", "short")
+    output.result(Group("two:", table), {})
+    lines = output.out.file.getvalue().splitlines()
+    assert [line.split()[0] for line in lines] == ["two:", "configs/a.yaml", "configs/b.yaml"]
+    assert all(line == line.rstrip() for line in lines)
+    assert lines[1].count("long") == 60

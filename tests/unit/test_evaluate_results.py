@@ -171,6 +171,19 @@ def test_the_table_has_the_group_and_its_category_and_fits_80_columns(
     assert "algebra" not in text
 
 
+def test_for_grep_a_row_is_one_line_with_its_tasks_name(
+    base_and_tuned: tuple[dict[str, list[float]], dict[str, list[float]]],
+) -> None:
+    results = compared(*base_and_tuned)
+    results["results"]["group"] |= {"f1,none": 0.5, "f1_stderr,none": 0.1}
+    results["base"]["results"]["group"] |= {"f1,none": 0.5}
+    results["difference"]["group"] |= {"f1,none": 0.0, "f1_stderr,none": "N/A"}
+    rows = list(results_table(results, one_line=True).columns[0].cells)
+    assert rows == ["group", "group", "  the category"]
+    text = [cell for column in results_table(results, one_line=True).columns for cell in column.cells]
+    assert not any("\n" in str(cell) for cell in text)
+
+
 def test_the_table_without_a_base_shows_tasks_that_no_score_covers() -> None:
     results = make_results({"algebra": [0.0, 1.0], "law": [1.0, 1.0, 0.0]})
     for name in ("group", "category"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import train_a_little
@@ -11,7 +13,7 @@ from dude_cli.adapter import AdapterConfig, disable_adapters, patch_model
 from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.config import ModelConfig
 from dude_cli.data import prompt_form
-from dude_cli.errors import DivergedError, UsageError
+from dude_cli.errors import DataError, DivergedError, UsageError
 from dude_cli.generation.conversation import Conversation
 from dude_cli.generation.generate import Generator, Sampling, _TextStream
 from dude_cli.model import load_model, load_tokenizer
@@ -188,3 +190,49 @@ def test_logits_that_are_no_numbers_are_not_taken_for_an_answer(tokenizer):
 def test_settings_that_do_nothing_are_refused(sampling):
     with pytest.raises(UsageError):
         Sampling(**sampling).check()
+
+
+def chat_generator(model, tokenizer, template: str) -> Generator:
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = template
+    return generator(model, with_template, raw=False, max_new_tokens=4)
+
+
+def test_a_system_prompt_is_said_in_front_of_each_conversation(tuned, tokenizer):
+    conversation = Conversation(chat_generator(tuned, tokenizer, CHAT), compare_base=True, system="Be brief.")
+    for _ in range(2):
+        for answer in conversation.ask("Hello").values():
+            assert answer.prompt.text == "system: Be brief.\nuser: Hello\nassistant:"
+        for answer in conversation.ask("And?").values():
+            assert answer.prompt.text.startswith("system: Be brief.\nuser: Hello\nassistant:")
+        conversation.reset()
+
+
+GEMMA = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+NO_PLACE = CHAT.replace("{{ m.role }}", "{% if m.role == 'system' %}{% continue %}{% endif %}{{ m.role }}")
+REFUSES_ALL = "{{ raise_exception('no') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "only a chat has a system prompt, and here the form of prompts is the text as it is"),
+        (GEMMA, "with a system prompt, the chat template refuses the conversation: System role not supported"),
+        (NO_PLACE, "the chat template leaves the system prompt out"),
+    ],
+)
+def test_a_system_prompt_that_has_no_place_is_refused(tuned, tokenizer, template, said):
+    for_raw = generator(tuned, tokenizer)
+    with pytest.raises(UsageError) as error:
+        Conversation(
+            for_raw if template is None else chat_generator(tuned, tokenizer, template),
+            compare_base=False,
+            system="Be brief.",
+        )
+    assert error.value.what == said
+    assert error.value.where == "--system"
+
+
+def test_a_template_that_refuses_all_is_not_blamed_on_the_system_prompt(tuned, tokenizer):
+    with pytest.raises(DataError, match="refuses the conversation: no"):
+        Conversation(chat_generator(tuned, tokenizer, REFUSES_ALL), compare_base=False, system="Be brief.")

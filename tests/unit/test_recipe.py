@@ -51,7 +51,7 @@ def finish(run: Run, *, eval_loss: float | None = None, score: float | None = No
     """Write what a finished run has; `changes` are of its results."""
     (run.folder / "adapter").mkdir(parents=True, exist_ok=True)
     (run.folder / "adapter" / "adapter_config.json").write_text(
-        json.dumps({"sha256": f"of {run.name}", "base_model": {"fingerprint": "of the base"}})
+        json.dumps({"sha256": f"of {run.name}", "base_model": {"fingerprint": "of the base", "dtype": "float32"}})
     )
     if eval_loss is not None:
         lines = [{"step": 0, "eval_loss": 9.0}, {"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": eval_loss}]

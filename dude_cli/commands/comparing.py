@@ -1,0 +1,88 @@
+"""What `dude eval --compare` does: two results, or the scores of two targets, on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dude_cli.commands.scoring import EvalOptions, Side, all_scored, asked_tasks, find_side
+from dude_cli.config import EvalTask
+from dude_cli.console import Output
+from dude_cli.errors import UsageError
+
+
+def compare(
+    names: tuple[str, str], options: EvalOptions, *, target_name: str | None, compare_base: bool, output: Output
+) -> None:
+    """Compare two results, or the scores of two runs, adapters or models, and show what differs.
+
+    Raises UsageError for a target or a base beside the two.
+    """
+    if target_name is not None or compare_base:
+        what = f"`{target_name}`" if target_name is not None else "--base"
+        raise UsageError(
+            f"--compare takes the two that it names, and {what} is given too",
+            where="--compare",
+            fix="leave it out; a model's folder or hub name may be one of the two",
+        )
+    sides = [_side(name, options, place) for name, place in zip(names, "ab", strict=True)]
+    tasks = _compared_tasks(sides, options)
+    with all_scored(sides, tasks, options, output, compare_base=False) as output:
+        _show(names, [tuple(side.scores[task.name] for side in sides) for task in tasks], output)
+
+
+def _side(name: str, options: EvalOptions, place: str) -> Side:
+    from dude_cli.evaluation import read_results, requested_task
+
+    if Path(name).is_file():
+        results = read_results(Path(name))
+        return Side(name, scores={requested_task(results).name: results})
+    return find_side(name, options, options.output_dir and options.output_dir / place)
+
+
+def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
+    """The task of a result file, or those asked for. Raises UsageError if the options contradict a result file."""
+    from dude_cli.evaluation import requested_task
+
+    found = {side.name: requested_task(results) for side in sides for results in side.scores.values()}
+    names = sorted({task.name for task in found.values()})
+    if len(names) > 1:
+        raise UsageError(
+            f"the two result files are of different tasks: {' and '.join(names)}",
+            where="--compare",
+            fix="give two results of one task",
+        )
+    for name, task in found.items():
+        pairs = {
+            "--task": (" ".join(options.task_names) or None, task.name),
+            "--num-fewshot": (options.num_fewshot, task.num_fewshot),
+            "--limit": (options.limit, task.limit),
+        }
+        for option, (asked, known) in pairs.items():
+            if asked not in (None, known):
+                raise UsageError(
+                    f"{option} is {asked}, and in the result file it is {'not given' if known is None else known}",
+                    where=name,
+                    fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
+                )
+    return list(found.values())[:1] or asked_tasks(sides, options)
+
+
+def _show(names: tuple[str, str], pairs: Sequence[tuple[dict[str, Any], ...]], output: Output) -> None:
+    from dude_cli.evaluation import compare_results, comparison_shown, different_settings
+
+    comparisons = [comparison for a, b in pairs for comparison in compare_results(a, b)]
+    notes = list(dict.fromkeys(note for a, b in pairs for note in different_settings(a, b)))
+    output.say(*(f"note: {note}" for note in notes))
+    first, second = (
+        {"name": name, "adapter_sha256": side["adapter_sha256"]} for name, side in zip(names, pairs[0], strict=True)
+    )
+    document = {
+        "a": first,
+        "b": second,
+        "notes": notes,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+    output.result(comparison_shown(comparisons, *names, one_line=not output.out.is_terminal), document)

@@ -1,0 +1,87 @@
+"""Whether a stored score is what scoring again would give, and what a new one takes the place of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dude_cli.errors import UsageError
+from dude_cli.evaluation.harness import quiet
+from dude_cli.evaluation.results import plain
+from dude_cli.evaluation.saved import other_examples, read_results, results_path
+from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask
+
+# What says how an answer is made and judged: keys of a task's config that neither its prompts nor its questions show.
+_JUDGING = (
+    *("output_type", "doc_to_choice", "doc_to_target", "target_delimiter", "repeats"),
+    *("generation_kwargs", "filter_list", "process_results", "metric_list"),
+)
+# What a score is of, by its key in a document or its `config`.
+_SCORED = ("adapter_sha256", "base_fingerprint", "model_dtype", "lm_eval_version")
+
+
+def changes_since(results: Mapping[str, Any], found: LoadedTask) -> list[str]:
+    """What is not as it was when a task's stored `results` were made, in words; none if they can be taken again.
+
+    A prompt is made of the task's template, its examples and the question. All prompts would take minutes for mmlu, so
+    the first one of each part is made, which shows the first two, and the questions are compared by their hashes.
+    """
+    version = importlib.metadata.version("lm_eval")
+    if results["lm_eval_version"] != version:
+        return [f"it was scored by lm-eval {results['lm_eval_version']}, and this is {version}"]
+    if results["configs"].keys() != found.tasks.keys():
+        return ["it has other parts now"]
+    with quiet():
+        changed = [_change(results, name, task, found.request.limit) for name, task in found.tasks.items()]
+    return list(dict.fromkeys(filter(None, changed)))
+
+
+def replaced_by(results: Mapping[str, Any], folder: Path) -> str | None:
+    """What a document in `folder` has that these results of one task, which take its place, have not; in words."""
+    ((name, request),) = results["requested"].items()
+    path = results_path(folder, name, request["limit"], other_examples(results))
+    try:
+        before = read_results(path, samples=False)
+    except UsageError:
+        return None
+    pairs = {key: [_value(side, key) for side in (before, results)] for key in _SCORED}
+    lost = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
+    if "base" in before and "base" not in results:
+        lost.append("it had the base's scores too")
+    return f"{path.name} is replaced: {'; '.join(lost)}" if lost else None
+
+
+def _change(results: Mapping[str, Any], name: str, task: Any, limit: int | None) -> str | None:
+    if plain(results["versions"].get(name)) != plain(task.VERSION):
+        return f"its version was {results['versions'].get(name)} and is {task.VERSION}"
+    if _judging(results["configs"][name]) != _judging(task.dump_config()):
+        return "its answers are made or judged in another way now"
+    asked = {sample["doc_id"]: sample["doc_hash"] for sample in results["samples"].get(name, [])}
+    if asked != {number: _doc_hash(doc) for number, doc in task.doc_iterator(limit=limit)}:
+        return "it has other questions now"
+    task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    task.build_all_requests(limit=1)
+    return None if task.instances[0].args[0] == results["prompt_examples"][name] else "its prompts are others now"
+
+
+def _judging(config: Mapping[str, Any]) -> Any:
+    """The part of a task's config that says how answers are judged, as it is after it was written and read."""
+    found = plain({key: config.get(key) for key in _JUDGING})
+    # How long an answer may be depends on the model too; an object's address says nothing of it.
+    (found["generation_kwargs"] or {}).pop("max_gen_toks", None)
+    return re.sub(r" at 0x[0-9a-f]+", "", json.dumps(found, sort_keys=True))
+
+
+def _doc_hash(doc: Any) -> str:
+    """As lm-eval computes it for its samples."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))
+
+
+def _value(results: Mapping[str, Any], key: str) -> str:
+    return str(results[key] if key in results else results["config"].get(key))[:24]
