@@ -6,6 +6,7 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
+from dude_cli.adapter.casting import cast_parameters
 from dude_cli.adapter.decomposition_cache import DecompositionCache
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
@@ -13,7 +14,6 @@ from dude_cli.adapter.layer import AdapterLayer
 from dude_cli.adapter.movement import LayerMovement, layer_movement, movements
 from dude_cli.adapter.patch import (
     adapter_layers,
-    cast_parameters,
     check_ranks,
     constant_adapters,
     disable_adapters,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -64,8 +65,15 @@ class PrincipalFactors(NamedTuple):
 
 def decompose_layer(name: str, layer: nn.Module, config: AdapterConfig) -> PrincipalFactors:
     """The principal factors of a linear layer's weight, on its device. Raises AdapterError, which has its name."""
-    try:
+    with errors_of(name):
         return principal_factors(dense_weight(layer), config.rank, config.svd)
+
+
+@contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Within, an AdapterError gets the layer's name."""
+    try:
+        yield
     except AdapterError as error:
         raise AdapterError(error.what, where=name, fix=error.fix) from None
 
@@ -86,7 +94,7 @@ def truncated_svd(W: Tensor, rank: int, config: SvdConfig) -> TruncatedSvd:
     sketch is always the same: on one machine with one number of threads equal matrices have equal decompositions.
     Raises AdapterError if `W` has a value that is not finite.
     """
-    _check_finite(W)
+    check_finite(W)
     is_wide = W.shape[0] < W.shape[1]
     tall = W.T if is_wide else W
     exact = is_exact((W.shape[0], W.shape[1]), rank, config)
@@ -112,7 +120,7 @@ def krylov_dimension(rank: int, iterations: int) -> int:
 
 def exact_singular_values(W: Tensor, count: int) -> Tensor:
     """The `count` largest singular values of `W` (out, in), float64, largest first, as `exact` has them."""
-    _check_finite(W)
+    check_finite(W)
     return _top_eigenvalues(_gram(W.T if W.shape[0] < W.shape[1] else W), count).sqrt()
 
 
@@ -276,7 +284,8 @@ def _syevr(gram: Tensor, count: int, *, eigvals_only: bool) -> Any:
     )
 
 
-def _check_finite(W: Tensor) -> None:
+def check_finite(W: Tensor) -> None:
+    """Raise AdapterError unless all of `W` is finite."""
     low, high = W.aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise AdapterError(

@@ -75,6 +75,7 @@ class AdapterLayer(nn.Module):
         self.scaling = config.scaling
         self.enabled = True
         self.is_plain = os.environ.get("DUDE_LAYER") == "plain"
+        self.trained_before: frozenset[str] = frozenset()  # the model's trainable parameters, for `unpatch_model`
         self.returns_copy = False  # for a model that writes over the output, which the backward pass needs
         self.is_held = False
         self._held_norms: RowNorms | None = None
@@ -87,6 +88,8 @@ class AdapterLayer(nn.Module):
         self.register_buffer("initial_B", factors.initial_B)
         self.register_buffer("base_squared_norms", None)
         self.register_buffer("initial_product", None)
+        self._frozen_is_stale = False
+        self.register_load_state_dict_post_hook(_compute_frozen_anew)  # type: ignore[no-untyped-call]
         self.magnitude = None
         if config.has_magnitude:
             self.base_squared_norms, self.initial_product = frozen_products(base_layer, factors.initial_A)
@@ -355,9 +358,21 @@ class AdapterLayer(nn.Module):
         super()._apply(moved, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # What is computed from W0 and A0 comes along, or is computed anew once W0 is loaded: after this layer's own.
+        read = {f"{prefix}{name}" for name in ("initial_A", "base_layer.weight")} & state_dict.keys()
+        frozen = ("base_squared_norms", "initial_product")
+        computed = {f"{prefix}{name}" for name in frozen if getattr(self, name) is not None}
+        self._frozen_is_stale = bool(read) and not computed <= state_dict.keys()
         self.forget()
+
+
+def _compute_frozen_anew(layer: AdapterLayer, _: object) -> None:
+    """After `load_state_dict` has given `layer` another W0 or A0 without what is computed from them."""
+    if layer._frozen_is_stale:
+        layer.base_squared_norms, layer.initial_product = frozen_products(layer.base_layer, layer.initial_A)
+        layer._frozen_is_stale = False
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # what must be redone is read from the device

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
+from dude_cli.adapter.casting import Cast
 from dude_cli.adapter.decompose import PrincipalFactors, decompose_layer
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.layer import AdapterLayer, compute_row_norms
@@ -57,55 +58,67 @@ def patch_model(
         )
     targets = find_targets(model, config)
     check_ranks(targets, config.rank)
-    keep_packing(model)
-    model.requires_grad_(False)
+    layers = {}
     for name, layer in targets.items():
         factors = start_factors(layer, config, seed_for(seed, name), name=name, decompose=decompose)
-        model.set_submodule(name, AdapterLayer(layer, config, factors))
-    return model
+        layers[name] = AdapterLayer(layer, config, factors)
+    return put_adapters(model, layers)
 
 
 def patch_with_factors(model: PreTrainedModel, config: AdapterConfig, factors: dict[str, Factors]) -> PreTrainedModel:
     """Freeze `model` and put the given factors on the layers they name, in place; for a loaded adapter."""
     _refuse_patched(model)
-    keep_packing(model)
-    model.requires_grad_(False)
+    layers = {}
     for name, given in factors.items():
         layer = model.get_submodule(name)
-        model.set_submodule(name, AdapterLayer(layer, config, given.to(stored_weight(layer).device)))
+        layers[name] = AdapterLayer(layer, config, given.to(stored_weight(layer).device))
+    return put_adapters(model, layers)
+
+
+def put_adapters(model: PreTrainedModel, layers: Mapping[str, AdapterLayer]) -> PreTrainedModel:
+    """Freeze `model` and put `layers`, made of its own, in their places: all of them, or none after an exception."""
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    try:
+        keep_packing(model)
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            layer.trained_before = trained
+            model.set_submodule(name, layer)
+    except BaseException:
+        _take_off(model, layers, trained)
+        raise
     return model
 
 
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Put the base layers back, in place, and drop the adapters. The base weights were never changed."""
-    for name, layer in adapter_layers(model).items():
-        model.set_submodule(name, layer.base_layer)
-    forget_recorded(model)
+    """Put the base layers back, in place, and drop the adapters: what was trainable before them is so again.
+
+    The base weights were never changed.
+    """
+    layers = adapter_layers(model)
+    if layers:
+        _take_off(model, layers, next(iter(layers.values())).trained_before)
+        forget_recorded(model)
     return model
 
 
 def merge_adapter(model: PreTrainedModel, dtype: DType | None = None) -> PreTrainedModel:
     """Write W' = (m / ||V||) V, computed in float32, into each base layer's weight and unpatch: a plain model.
 
-    In place, layer by layer: this is the one function that changes the base. The result has `dtype`, else the dtype
-    that the model has; parameters that the model keeps in another one stay in that. No layer is quantised any more.
+    In place, layer by layer: this is the one function that changes the base. The result is as transformers loads
+    it in `dtype`, else in the dtype that the model has (see `casting.py`). No layer is quantised any more.
     """
-    before = model.dtype
+    before = base_dtype(model)
     after = before if dtype is None else getattr(torch, dtype)
+    cast = Cast(model, before, after)
     with torch.no_grad():
-        for layer in adapter_layers(model).values():
-            _merge_layer(layer, before, after)
+        for name, layer in adapter_layers(model).items():
+            quantized = is_quantized(layer.base_layer)
+            _merge_layer(layer, after if quantized else cast.dtype(f"{name}.weight", layer.weight))
         unpatch_model(model)
         _dequantize(model, after)
-    cast_parameters(model, before, after)
+    cast.apply(model)
     return model
-
-
-def cast_parameters(model: PreTrainedModel, before: torch.dtype, after: torch.dtype) -> None:
-    """Round the parameters that have dtype `before` to `after`, in place: those that a model keeps otherwise stay."""
-    for parameter in model.parameters():
-        if parameter.dtype == before:
-            parameter.data = parameter.data.to(after)
 
 
 @contextmanager
@@ -170,6 +183,13 @@ def _forgetting_after_each_step(layers: list[AdapterLayer]) -> Iterator[None]:
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The adapter layers of `model` by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+
+
+def base_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the base of `model`: of its first parameter that is a number and not an adapter's."""
+    own = {parameter for layer in adapter_layers(model).values() for parameter in layer.parameters(recurse=False)}
+    found: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p not in own)
+    return found
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -327,16 +347,23 @@ def check_ranks(targets: dict[str, nn.Module], rank: int) -> None:
             )
 
 
+def _take_off(model: PreTrainedModel, layers: Mapping[str, AdapterLayer], trained: Collection[str]) -> None:
+    """Put the base layers of `layers` back and let the parameters that `trained` names be trainable, no others."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
 def _refuse_patched(model: nn.Module) -> None:
     if adapter_layers(model):
         raise AdapterError("the model has adapters already", fix="call unpatch_model first, or load the model anew")
 
 
-def _merge_layer(layer: AdapterLayer, before: torch.dtype, after: torch.dtype) -> None:
+def _merge_layer(layer: AdapterLayer, dtype: torch.dtype) -> None:
     base = layer.base_layer
-    plain = dequantized(base, after) if is_quantized(base) else base
+    plain = dequantized(base, dtype) if is_quantized(base) else base
     weight = stored_weight(plain)
-    dtype = after if is_quantized(base) or weight.dtype == before else weight.dtype
     merged = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
     out_in = in_stored_orientation(plain, merged)
     for rows, values in layer.adapted_chunks():

@@ -23,7 +23,7 @@ from dude_cli.adapter.folder import (
     read_adapter_config,
     read_factors,
 )
-from dude_cli.adapter.patch import adapter_layers, patch_with_factors, tied_layers
+from dude_cli.adapter.patch import adapter_layers, base_dtype, patch_with_factors, tied_layers
 from dude_cli.adapter.weight import check_readable, is_linear, quantization, quantization_state, weight_shape
 from dude_cli.config import AdapterConfig
 from dude_cli.errors import AdapterError
@@ -61,7 +61,7 @@ def save_adapter(
             "base_model": {
                 "name_or_path": model.config.name_or_path,
                 "revision": base_revision,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": str(base_dtype(model)).removeprefix("torch."),
                 "quantization": quantization(model),
                 "fingerprint": base_fingerprint(model),
             },
@@ -140,6 +140,8 @@ def base_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in _base_tensors(model):
         digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        if tensor.numel() == 0:
+            continue
         rows = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
         chosen = rows[:: -(-tensor.numel() // FINGERPRINT_VALUES)]
         if chosen.is_floating_point():

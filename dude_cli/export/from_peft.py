@@ -8,7 +8,6 @@ an exact PiSSA start is computed again, a randomised one cannot be.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import QUANTIZATIONS, AdapterConfig, DType, ModelConfig
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.export.peft_files import PeftAdapter, PeftLayer, read_peft_adapter, read_peft_config
+from dude_cli.export.importable import (
+    PEFT_ALPHA,
+    PLAIN_STARTS,
+    SUBTRACTED_STARTS,
+    check_base_weights,
+    check_numbers,
+    refuse_unsupported,
+)
+from dude_cli.export.peft_files import CONFIG_FILE, PeftAdapter, PeftLayer, read_peft_adapter, read_peft_config
 from dude_cli.export.peft_format import peft_logits
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ImportReport
@@ -31,18 +38,6 @@ if TYPE_CHECKING:
 
     from dude_cli.adapter import Factors
 
-PEFT_ALPHA = 8  # LoraConfig's own default
-# Starts that leave the base as it is, and those that subtract their factors from it.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-_SUBTRACTED_STARTS = ("pissa", "olora", "corda", "lora_ga")
-# LoraConfig's keys that say nothing of what a saved adapter computes, or that are read below.
-_KNOWN_KEYS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
-    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
-
 
 def import_peft(model: PreTrainedModel, folder: Path, *, initial: Path | None = None) -> AdapterConfig:
     """Patch `model`, the base, with the adapter of PEFT's `folder`, in place; the method is the one of the four it is.
@@ -54,11 +49,11 @@ def import_peft(model: PreTrainedModel, folder: Path, *, initial: Path | None = 
     from dude_cli.adapter import check_factors, patch_with_factors
 
     adapter = read_peft_adapter(folder)
-    _refuse_unsupported(adapter)
-    _check_alphas(adapter)
+    refuse_unsupported(adapter)
+    check_numbers(adapter)
     given = {name: _factors(layer, None, layer.lora_A.shape[0], 1.0) for name, layer in adapter.layers.items()}
     check_factors(model, given, str(folder))
-    _check_base_weights(model, adapter)
+    check_base_weights(model, adapter)
     start = _subtracted_start(model, adapter, initial)
     config = _adapter_config(model, adapter, has_start=start is not None)
     factors = {
@@ -150,7 +145,7 @@ def peft_base(folder: Path, base_model: str | None, dtype: DType | None, quantiz
     if not name:
         raise AdapterError(
             "the adapter names no base model",
-            where=f"{folder / 'adapter_config.json'}: base_model_name_or_path",
+            where=f"{folder / CONFIG_FILE}: base_model_name_or_path",
             fix="give it: --base-model NAME",
         )
     found = next((known for known in QUANTIZATIONS if known == quantized), None)
@@ -161,51 +156,6 @@ def peft_base(folder: Path, base_model: str | None, dtype: DType | None, quantiz
     return base.model_copy(update={"dtype": dtype or saved_dtype(base)})
 
 
-def _refuse_unsupported(adapter: PeftAdapter) -> None:
-    config, start = adapter.config, adapter.config.get("init_lora_weights", True)
-    unsupported = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value}
-    if config.get("bias", "none") != "none":
-        unsupported["bias"] = config["bias"]
-    if not (start in _PLAIN_STARTS or str(start).startswith(_SUBTRACTED_STARTS)):
-        unsupported["init_lora_weights"] = start
-    if unsupported:
-        raise AdapterError(
-            "the adapter computes more than a low-rank difference: "
-            + ", ".join(f"{key} is {value!r}" for key, value in sorted(unsupported.items())),
-            where=str(adapter.folder / "adapter_config.json"),
-            fix="import adapters without these settings",
-        )
-
-
-def _check_alphas(adapter: PeftAdapter) -> None:
-    """Raise AdapterError unless each layer's alpha is a finite number above zero, as ours is."""
-    alphas = {"lora_alpha": adapter.config.get("lora_alpha", PEFT_ALPHA)}
-    alphas |= {f"alpha_pattern: {key}": value for key, value in (adapter.config.get("alpha_pattern") or {}).items()}
-    for key, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-            raise AdapterError(
-                f"{key.partition(':')[0]} is {alpha!r}, and a scaling is a number above zero",
-                where=f"{adapter.folder / 'adapter_config.json'}: {key}",
-                fix="import adapters with a positive alpha",
-            )
-
-
-def _check_base_weights(model: PreTrainedModel, adapter: PeftAdapter) -> None:
-    """PEFT saves the weight of an adapted head too; Raises AdapterError if it is not the base's own."""
-    import torch
-
-    from dude_cli.adapter.weight import stored_weight
-
-    for name, saved in adapter.base_weights.items():
-        weight = stored_weight(model.get_submodule(name)).cpu()
-        if not torch.equal(saved.to(weight.dtype), weight):
-            raise AdapterError(
-                f"the adapter has a weight of its own for {name}, other than the base's",
-                where=str(adapter.folder),
-                fix="an adapter with a trained or resized head cannot be imported; else name its base: --base-model",
-            )
-
-
 def _subtracted_start(
     model: PreTrainedModel, adapter: PeftAdapter, initial: Path | None
 ) -> dict[str, PeftLayer] | None:
@@ -213,13 +163,15 @@ def _subtracted_start(
     from dude_cli.adapter.weight import quantization
 
     start = str(adapter.config.get("init_lora_weights", True))
-    if initial is None and not start.startswith(_SUBTRACTED_STARTS):
+    if initial is None and not start.startswith(SUBTRACTED_STARTS):
         return None
+    if initial is not None:
+        _refuse_kept_base(adapter, initial)
     if quantization(model) is not None:
         # PEFT quantises what is left of the base anew: another rounding, which the two factors do not have.
         raise AdapterError(
             f"an adapter with the start {start} cannot be restored if that was subtracted from a quantised base",
-            where=f"{adapter.folder / 'adapter_config.json'}: init_lora_weights"
+            where=f"{adapter.folder / CONFIG_FILE}: init_lora_weights"
             + ("" if initial is None else f"; --initial {initial}"),
             fix="import adapters whose start leaves the base as it is, such as PEFT's default, with no initial one",
         )
@@ -230,9 +182,24 @@ def _subtracted_start(
     raise AdapterError(
         f"an adapter with the start {start} cannot be restored from itself: its initial factors were subtracted from "
         "the base, are not in the folder and cannot be computed again",
-        where=f"{adapter.folder / 'adapter_config.json'}: init_lora_weights",
+        where=f"{adapter.folder / CONFIG_FILE}: init_lora_weights",
         fix="give the adapter as it was saved before the training: --initial FOLDER",
     )
+
+
+def _refuse_kept_base(adapter: PeftAdapter, initial: Path) -> None:
+    """Raise UsageError if the start of `adapter` left the base as it is: then `initial` is no part of what it computes.
+
+    True, PEFT's default, does not tell: PEFT's own example writes it into both adapters of a PiSSA training.
+    """
+    configs = (adapter.config, read_peft_config(initial))
+    starts = [start for config in configs if (start := config.get("init_lora_weights", True)) is not True]
+    if starts and starts[0] in PLAIN_STARTS:
+        raise UsageError(
+            f"the start {starts[0]!r} was not subtracted from the base, so the initial adapter is not needed",
+            where=f"--initial {initial}; init_lora_weights in {adapter.folder / CONFIG_FILE}",
+            fix="leave --initial out",
+        )
 
 
 def _read_initial(adapter: PeftAdapter, initial: Path) -> dict[str, PeftLayer]:
@@ -260,11 +227,14 @@ def _exact_pissa(model: PreTrainedModel, adapter: PeftAdapter, name: str) -> Pef
     """
     import torch
 
+    from dude_cli.adapter.decompose import check_finite, errors_of
     from dude_cli.adapter.weight import dense_weight
 
-    layer = adapter.layers[name]
+    layer, W = adapter.layers[name], dense_weight(model.get_submodule(name))
     rank = layer.lora_A.shape[0]
-    U, S, Vh = torch.linalg.svd(dense_weight(model.get_submodule(name)).float(), full_matrices=False)
+    with errors_of(name):
+        check_finite(W)
+    U, S, Vh = torch.linalg.svd(W.float(), full_matrices=False)
     root = (S[:rank] / _own_scaling(adapter, name)).sqrt()
     A0, B0 = (root[:, None] * Vh[:rank]).cpu(), (U[:, :rank] * root).cpu()
     sign = torch.where((A0 * layer.lora_A).sum(dim=1) < 0, -1.0, 1.0)

@@ -50,6 +50,7 @@ def export_lora(
     PEFT cannot load an adapter for, AdapterError, with nothing left at `out`, past the tolerance of the model's dtype.
     """
     from dude_cli.adapter import adapter_layers
+    from dude_cli.adapter.decompose import errors_of
 
     refuse_taken_for_experts(loaded.model)
     layers = adapter_layers(loaded.model)
@@ -61,7 +62,10 @@ def export_lora(
         rank = min(_largest_rank(layers), next(iter(layers.values())).factors.difference()[1].shape[0])
     _check_rank(layers, rank)
     say(f"approximating {len(layers)} layers by rank {rank}")
-    found = {name: best_lora(layer, rank, svd) for name, layer in layers.items()}
+    found = {}
+    for name, layer in layers.items():
+        with errors_of(name):
+            found[name] = best_lora(layer, rank, svd)
     factors = {name: lora.factors for name, lora in found.items()}
     trained = probe_logits(loaded.model)
     in_memory = _lora_logits(loaded.model, factors, rank)
@@ -111,14 +115,15 @@ def lowest_rank(model: PreTrainedModel, max_error: float, say: Callable[[str], N
     from torch.nn import functional as F
 
     from dude_cli.adapter import adapter_layers
-    from dude_cli.adapter.decompose import exact_singular_values
+    from dude_cli.adapter.decompose import errors_of, exact_singular_values
 
     layers, lowest = adapter_layers(model), 1
     for number, (name, layer) in enumerate(layers.items(), start=1):
         if number == 1 or number % 32 == 0:
             say(f"singular values of layer {number}/{len(layers)}: {name}")
         change = learned_change(layer)
-        squares = exact_singular_values(change, min(change.shape)).square()
+        with errors_of(name):
+            squares = exact_singular_values(change, min(change.shape)).square()
         # left_out[k]: what rank k leaves out, summed from the smallest on, so that it keeps its digits.
         left_out = F.pad(squares.flip(0).cumsum(0).flip(0), (0, 1))
         lowest = max(lowest, int((left_out > max_error**2 * left_out[0]).sum()))

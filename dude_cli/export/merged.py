@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_cli.config import DType
+from dude_cli.config import DType, ModelConfig
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport
 from dude_cli.model import load_model
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from dude_cli.target import LoadedTarget
 
 SHARD_SIZE = "5GB"
+# What turns images, sound and video into a model's inputs.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport:
@@ -35,6 +38,8 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
         with files.disk_errors(partial):
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         loaded.tokenizer.save_pretrained(partial)
+        if model.config.sub_configs:
+            _copy_processor(loaded.config, partial)
         model.to_empty(device="meta")  # before the second model is loaded, the first gives its memory back
         place = {"name_or_path": str(partial), "revision": None, "dtype": dtype, "quantization": None}
         written = load_model(loaded.config.model_copy(update=place), device)
@@ -42,3 +47,19 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
         check(found, allowed, f"the merged model in {dtype}")
         files.write_text(partial / "README.md", merged_card(loaded.saved, dtype, str(found)))
     return ExportReport("merged", out, dtype, found, allowed, loaded.saved.base_quantization)
+
+
+def _copy_processor(config: ModelConfig, folder: Path) -> None:
+    """Copy the processor's files of the base, where it has some: a model for images is of no use without them."""
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES:
+        found = cached_file(
+            config.name_or_path,
+            name,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,  # offline, what was not downloaded may not be there
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)

@@ -97,11 +97,13 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     """Read a LoRA adapter's folder, tensors as float32 on the CPU.
 
     Raises AdapterError for a folder that has none, another kind of adapter, pickled tensors, a damaged file, tensors
-    that belong to no LoRA layer, and layers that lack one.
+    that belong to no LoRA layer, layers that lack one, and values that are not finite.
     """
     config = read_peft_config(folder)
     tensors = _load(folder)
-    base_weights = {match["layer"]: tensors.pop(key) for key in list(tensors) if (match := _BASE_KEY.fullmatch(key))}
+    adapted = {match["layer"] for key in tensors if (match := _KEY.fullmatch(key))}
+    matches = {key: match["layer"] for key in tensors if (match := _BASE_KEY.fullmatch(key))}
+    base_weights = {name: tensors.pop(key) for key, name in matches.items() if name in adapted}
     layers = _layers(tensors, folder, needs_magnitude=bool(config.get("use_dora")))
     return PeftAdapter(folder, config, layers, base_weights)
 
@@ -162,6 +164,13 @@ def _layers(tensors: dict[str, Tensor], folder: Path, *, needs_magnitude: bool) 
                 where=str(folder / TENSORS_FILE),
                 fix="a conversion may have dropped tensors: save the adapter again, without converting it",
             )
+        for field, tensor in fields.items():
+            if not tensor.isfinite().all():
+                raise AdapterError(
+                    f"{field} of {name} has infinite or NaN values",
+                    where=str(folder / TENSORS_FILE),
+                    fix="the training diverged, or a conversion overflowed: save an adapter from before that",
+                )
     if not by_layer:
         raise AdapterError("the adapter has no layers", where=str(folder / TENSORS_FILE), fix="save it again")
     return {name: PeftLayer(**fields) for name, fields in by_layer.items()}

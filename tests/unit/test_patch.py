@@ -24,8 +24,10 @@ from dude_cli.adapter import (
     unpatch_model,
     weight,
 )
+from dude_cli.adapter.decompose import decompose_layer
 from dude_cli.config import ModelConfig
 from dude_cli.errors import AdapterError, UsageError
+from dude_cli.export.peft_format import base_alone
 from dude_cli.model import load_model
 
 
@@ -287,3 +289,62 @@ def test_the_callers_default_device_changes_no_adapter(method, algorithm):
         patch_model(model, config)
     found = model.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def interrupted_at(name: str, error: BaseException):
+    """A decomposition that ends with `error` at the layer of that name."""
+
+    def decompose(layer_name, layer, config):
+        if layer_name == name:
+            raise error
+        return decompose_layer(layer_name, layer, config)
+
+    return decompose
+
+
+@pytest.mark.parametrize(
+    "error", [AdapterError("not finite", fix="check"), KeyboardInterrupt()], ids=["error", "Ctrl-C"]
+)
+def test_a_patch_that_is_interrupted_leaves_the_model_as_it_was(error):
+    model = tiny_model("llama")
+    model.lm_head.requires_grad_(False)
+    before, trainable = dict(model.named_modules()), set(trainable_parameters(model))
+    with pytest.raises(type(error)):
+        patch_model(model, AdapterConfig(rank=2), decompose=interrupted_at("model.layers.1.mlp.up_proj", error))
+    assert dict(model.named_modules()) == before
+    assert set(trainable_parameters(model)) == trainable
+    patch_model(model, AdapterConfig(rank=2))
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_an_interruption_between_two_layers_takes_the_first_one_off_again(kept, monkeypatch):
+    model = tiny_model("llama")
+    before, trainable = dict(model.named_modules()), set(trainable_parameters(model))
+    put, calls = model.set_submodule, []
+
+    def set_submodule(name, layer):
+        calls.append(name)
+        if len(calls) == kept + 1:
+            raise KeyboardInterrupt
+        put(name, layer)
+
+    monkeypatch.setattr(model, "set_submodule", set_submodule)
+    with pytest.raises(KeyboardInterrupt):
+        patch_model(model, AdapterConfig(method="lora", rank=2))
+    assert dict(model.named_modules()) == before
+    assert set(trainable_parameters(model)) == trainable
+
+
+@pytest.mark.parametrize("take_off", [unpatch_model, merge_adapter])
+def test_without_its_adapters_a_model_trains_what_it_trained_before(take_off):
+    model = tiny_model("llama")
+    model.lm_head.requires_grad_(False)
+    trainable = set(trainable_parameters(model))
+    patch_model(model, AdapterConfig(rank=2))
+    with base_alone(model):  # as an export for PEFT does
+        assert not trainable_parameters(model)
+        unpatch_model(patch_model(model, AdapterConfig(method="lora", rank=2)))
+        assert not trainable_parameters(model)
+    assert len(trainable_parameters(model)) == 3 * len(adapter_layers(model))
+    take_off(model)
+    assert set(trainable_parameters(model)) == trainable

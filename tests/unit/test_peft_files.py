@@ -89,6 +89,30 @@ def test_an_alpha_that_is_no_scaling(folder, key, alpha):
     refused(folder, str(folder / "adapter_config.json"), key, repr(alpha))
 
 
+@pytest.mark.parametrize("dropout", [1.0, -0.1, "a", None, True])
+def test_a_dropout_that_is_none(folder, dropout):
+    change_config(folder, lora_dropout=dropout)
+    refused(folder, f"lora_dropout is {dropout!r}")
+
+
+@pytest.mark.parametrize("patterns", [[1], "up_proj", {"(": 3}])
+def test_patterns_that_name_no_layers(folder, patterns):
+    change_config(folder, alpha_pattern=patterns)
+    refused(folder, f"alpha_pattern is {patterns!r}", "regular expressions")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tensors_that_are_not_finite(folder, value):
+    change_tensors(folder, lambda tensors: tensors[f"base_model.model.{LAYERS[1]}.lora_B.weight"].fill_(value))
+    refused(folder, f"lora_B of {LAYERS[1]} has infinite or NaN values")
+
+
+def test_the_weight_of_a_layer_without_an_adapter(folder):
+    key = "base_model.model.model.layers.9.mlp.up_proj.base_layer.weight"
+    change_tensors(folder, lambda tensors: tensors.update({key: torch.ones(2, 2)}))
+    refused(folder, "1 tensors are of no LoRA layer", "layers.9.mlp.up_proj.base_layer")
+
+
 def test_tensors_of_no_lora_layer(folder):
     change_tensors(folder, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(2, 2)}))
     refused(folder, "1 tensors are of no LoRA layer", "lm_head.weight", "modules_to_save")

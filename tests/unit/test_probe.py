@@ -24,8 +24,11 @@ def test_logits_that_are_not_finite_are_never_within_a_tolerance(bad):
     expected = torch.ones(1, 2, 3)
     found = expected.clone()
     found[0, 1, 2] = bad
-    with pytest.raises(AdapterError, match="does not give the logits"):
+    with pytest.raises(AdapterError, match="does not give the logits") as error:
         check(difference(found, expected), 0.5, "the copy")
+    assert "above 65504" in (error.value.fix or "")
+    with pytest.raises(AdapterError, match=r"the copy cannot be verified: .* are not finite themselves"):
+        check(difference(expected, found), 0.5, "the copy")
     check(difference(expected, expected), 0.0, "the copy")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
@@ -7,8 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import DTYPES, KINDS, tiny_batch, tiny_model, train_a_little
+from torch import nn
 
-from dude_cli.adapter import AdapterConfig, load_adapter, patch_model, read_adapter_config, save_adapter, state
+from dude_cli.adapter import (
+    AdapterConfig,
+    load_adapter,
+    merge_adapter,
+    patch_model,
+    read_adapter_config,
+    save_adapter,
+    state,
+)
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import adapter_sha256, digest
 from dude_cli.adapter.state import adapter_tensors, base_fingerprint
@@ -222,3 +232,24 @@ def test_saving_an_unpatched_model_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="no adapter to save"):
         save_adapter(tiny_model("llama"), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3)])
+def test_an_empty_parameter_is_part_of_the_base(shape):
+    model, named = tiny_model("llama"), tiny_model("llama")
+    for name, changed in (("one", model), ("other", named)):
+        changed.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    assert len({base_fingerprint(model), base_fingerprint(named), base_fingerprint(tiny_model("llama"))}) == 3
+
+
+def test_the_dtype_of_the_base_is_not_an_adapters(tmp_path):
+    """Where the first layer of a model is a target, as in BLT, its first parameter is the adapter's, in float32."""
+    model = tiny_model("llama", torch.bfloat16)
+    first = nn.ModuleDict({"first": model.model.layers[0].mlp.up_proj})
+    model._modules = {"first": first, **model._modules}
+    model.model.layers[0].mlp.up_proj = copy.deepcopy(first["first"])
+    patch_model(model, CONFIG)
+    assert next(model.parameters()).dtype == torch.float32
+    save_adapter(model, tmp_path / "adapter")
+    assert read_adapter_config(tmp_path / "adapter").base_dtype == "bfloat16"
+    assert {parameter.dtype for parameter in merge_adapter(model, "bfloat16").parameters()} == {torch.bfloat16}
