@@ -241,7 +241,6 @@ CHANGES = {
     "prompt": ("Answer:", "The answer:"),
     "examples": ("num_fewshot: 1", "num_fewshot: 1\nfewshot_config: {sampler: first_n}"),
     "scoring": ("metric: acc,", "metric: acc_norm,"),
-    "questions": ("test_split: test", "test_split: train"),
     "version": ("task: drawn", "task: drawn\nmetadata: {version: 7}"),
 }
 
@@ -257,6 +256,16 @@ def test_a_task_that_has_changed_is_scored_again(runs: Path, tmp_path: Path, sco
     task.write_text(DRAWN.replace(*CHANGES[change]))
     assert "drawn is scored again: " in evaluated(runs, *ours).stderr
     assert scored == ["drawn"] * 2
+
+
+def test_a_question_that_has_changed_is_seen_by_its_hash(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    evaluated(runs, "runs/a", *CHOICES, "--output", tmp_path)
+    samples = tmp_path / "samples_quickstart_choices.limit-2.jsonl"
+    first, second = (json.loads(line) for line in samples.read_text().splitlines())
+    samples.write_text("\n".join(json.dumps(row) for row in (first, second | {"doc_hash": first["doc_hash"]})))
+    scored.clear()
+    assert "it has other questions now" in evaluated(runs, "runs/a", *CHOICES, "--output", tmp_path).stderr
+    assert scored == ["quickstart_choices"]
 
 
 def test_a_score_of_another_lm_eval_is_not_reused(runs: Path, tmp_path: Path, scored: list[str]) -> None:
