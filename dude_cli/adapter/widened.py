@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dude_cli.adapter.weight import CHUNK_VALUES
+from dude_cli.system.gpu import gpu_kind
 
 # From AVX-512 on oneDNN has kernels for both dtypes.
 CPU_IS_SLOW = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
@@ -18,8 +19,13 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def is_slow(tensor: Tensor) -> bool:
-    """Whether a product with this tensor on the right, as dy W0 is one, is slow here for its dtype."""
-    return CPU_IS_SLOW and tensor.device.type == "cpu" and tensor.dtype in _HALF
+    """Whether a product with this tensor on the right, as dy W0 is one, is slow here for its dtype.
+
+    The tensors of a forecast, on the meta device, stand for those of the device that would train.
+    """
+    if not CPU_IS_SLOW or tensor.dtype not in _HALF:
+        return False
+    return tensor.device.type == "cpu" or (tensor.is_meta and gpu_kind() is None)
 
 
 def times(left: Tensor, right: Tensor) -> Tensor:

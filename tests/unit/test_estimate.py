@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dude_cli.adapter import constant_adapters, patch_model
+from dude_cli.adapter import constant_adapters, patch_model, widened
 from dude_cli.config import Config
 from dude_cli.errors import UsageError
 from dude_cli.model import load_model
@@ -87,8 +87,9 @@ def test_what_stays_is_exact(method, kind, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_takes_what_a_real_one_takes(method, checkpointing, dtype, tmp_path):
+@pytest.mark.parametrize(("dtype", "is_slow"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_a_step_takes_what_a_real_one_takes(method, checkpointing, dtype, is_slow, tmp_path, monkeypatch):
+    monkeypatch.setattr(widened, "CPU_IS_SLOW", is_slow)
     tiny_model("llama").save_pretrained(tmp_path)
     changes = {"adapter": {"method": method}, "train": {"gradient_checkpointing": checkpointing}}
     config = run_config(tmp_path, model={"dtype": dtype}, **changes)
