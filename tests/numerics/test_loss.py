@@ -189,8 +189,11 @@ def test_logits_never_exist_at_once_forward_or_backward():
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [(torch.float32, 4), (torch.bfloat16, 2 + 4)])
-def test_one_chunk_of_logits_and_no_second_tensor_of_its_size(dtype, bytes_each):
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_one_chunk_of_logits_and_no_second_tensor_of_its_size(dtype, bytes_each, is_slow, monkeypatch):
     tokens, vocabulary, width = 4096, 8000, 64
+    monkeypatch.setattr(widened, "CPU_IS_SLOW", is_slow)
+    monkeypatch.setattr(widened, "CHUNK_VALUES", 64 * width)  # of the head's weight, in float32
     hidden = torch.empty(tokens, width, dtype=dtype, device="meta", requires_grad=True)
     head = nn.Linear(width, vocabulary, bias=False, dtype=dtype, device="meta").requires_grad_(False)
     targets = torch.empty(tokens, dtype=torch.int64, device="meta")
@@ -198,6 +201,7 @@ def test_one_chunk_of_logits_and_no_second_tensor_of_its_size(dtype, bytes_each)
         linear_cross_entropy(hidden, head.weight, None, targets)
     chunk = chunk_tokens(tokens, vocabulary)
     beside = 2 * hidden.nbytes + targets.nbytes + 32 * chunk  # input, gradient, targets; some values for each token
+    beside += 4 * (chunk * width + widened.CHUNK_VALUES) if is_slow else 0  # the gradient and some rows of the weight
     assert live.peak.total() <= chunk * vocabulary * bytes_each + beside
 
 
