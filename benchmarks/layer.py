@@ -16,7 +16,7 @@ from typing import Any
 
 import page
 import torch
-from candidates import Candidate, candidate_names, layer_candidate
+from candidates import Candidate, layer_candidate, timed_candidate_names
 from measure import Case, interleave, pace, run
 from torch import Tensor, nn
 
@@ -48,7 +48,8 @@ def measure(case: Case, budget_s: float) -> dict[str, Any]:
     weight = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
     x, dy = torch.randn(case.settings["tokens"], in_features), torch.randn(case.settings["tokens"], out_features)
     layers = {
-        name: layer_candidate(name, weight, case.settings["rank"]) for name in candidate_names(case.settings["dtype"])
+        name: layer_candidate(name, weight, case.settings["rank"])
+        for name in timed_candidate_names(case.settings["dtype"])
     }
     frozen = nn.Linear(in_features, out_features, bias=False, device="meta")
     frozen.weight = nn.Parameter(weight, requires_grad=False)

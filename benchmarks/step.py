@@ -14,7 +14,7 @@ from typing import Any
 
 import page
 import torch
-from candidates import VOCABULARY, Training, candidate_names, model_candidate
+from candidates import VOCABULARY, Training, model_candidate, timed_candidate_names
 from measure import Case, interleave, pace, results, run, synchronize
 
 SHORT = (
@@ -85,7 +85,7 @@ def measure(case: Case, budget_s: float) -> dict[str, Any]:
 def _names(case: Case) -> list[str]:
     if case.device == "cuda":
         return list(ON_A_GPU)
-    names = [name for name in candidate_names(case.settings["dtype"]) if name not in NOT_OF_STEP]
+    names = [name for name in timed_candidate_names(case.settings["dtype"]) if name not in NOT_OF_STEP]
     is_pair = case.settings["accumulation"] >= MANY or "pair" in case.settings
     return [name for name in names if name in PAIR or not is_pair]
 
