@@ -1,69 +1,17 @@
-"""The command line: parse, call one function of `commands/`, map errors to exit codes."""
+"""The command line: each verb with its options, which calls one function of `commands/`."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
 from dude_cli import __version__
 from dude_cli.console import Output
-from dude_cli.errors import DudeError, StoppedError, UsageError, explained
-from dude_cli.system.launch import print_document, tell_error
-from dude_cli.system.stopping import Interrupted, interrupting_signals
+from dude_cli.verbs import app, verb
 
-
-class _Verbs(TyperGroup):
-    """All verbs: what is wrong with the options themselves is told as other errors are."""
-
-    def main(self, args: Sequence[str] | None = None, **settings: Any) -> Any:  # type: ignore[override]
-        words = sys.argv[1:] if args is None else list(args)
-        try:
-            return super().main(words, **settings)
-        except SystemExit as end:
-            # Of click's errors, which it has printed with the verb's usage, nothing else is left.
-            error: Any = end.__context__
-            if hasattr(error, "format_message"):
-                fix = _without_dashes(getattr(error, "option_name", None), words)
-                if fix is not None:
-                    print(f"  fix:   {fix}", file=sys.stderr)
-                if "--json" in words:
-                    known = UsageError(error.format_message(), where=" ".join(words), fix=fix)
-                    print_document(known.document())
-            raise
-
-
-def _without_dashes(option: str | None, words: Sequence[str]) -> str | None:
-    """What to write for an option that is a key of the config; None for any other."""
-    from dude_cli.config.hints import key_of_option
-
-    key = None if option is None or words[:1] not in (["init"], ["train"]) else key_of_option(option)
-    if key is None:
-        return None
-    (place, word), *_ = [(place, word) for place, word in enumerate(words) if word.partition("=")[0] == option]
-    value = word.partition("=")[2] or "".join(words[place + 1 : place + 2])
-    return f"write `{key}={value}`: a key of the config has no dashes, and its value belongs to the same word"
-
-
-app = typer.Typer(
-    name="dude",
-    cls=_Verbs,
-    help="Fine-tune causal language models with DuDe, DoRA, PiSSA and LoRA adapters, from one YAML file to a score.",
-    epilog="Exit codes: 0 ok, 1 bug, 2 usage or config, 3 adapter or checkpoint, 4 diverged, 5 memory or disk, "
-    "6 a required number was not met, 75 stopped by a signal.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+__all__ = ["app"]
 
 Format = Literal["merged", "peft", "lora"]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, or a shipped name: see `dude ls`.")]
@@ -88,72 +36,6 @@ NumProcesses = Annotated[
 ]
 
 
-Verb = Callable[..., None]
-
-
-def _verb(name: str | None = None, *, if_stopped: str = "") -> Callable[[Verb], Verb]:
-    """Make a function a verb: beside its own options it has --json and --quiet, which give its `output`, and --debug.
-
-    What goes wrong in it is told; `if_stopped` says what a signal leaves undone.
-    """
-
-    def register(function: Verb) -> Verb:
-        @functools.wraps(function)
-        def verb(*, json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-            output = Output(json, quiet)
-            with _reported(output, debug=debug, if_stopped=if_stopped):
-                function(**options, output=output)
-
-        own = [option for option in _options(function) if option.name != "output"]
-        options = [*own, *_options(_common)]
-        verb.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-        verb.__annotations__ = {option.name: option.annotation for option in options}
-        return app.command(name)(verb)
-
-    return register
-
-
-def _options(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    found = inspect.signature(function, eval_str=True).parameters.values()
-    return [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in found]
-
-
-def _common(
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result and errors.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    """The options of every verb."""
-
-
-@contextmanager
-def _reported(output: Output, *, debug: bool, if_stopped: str) -> Iterator[None]:
-    """Tell what went wrong and exit with its code: on standard error, a traceback for a bug and with `debug` alone.
-
-    As JSON on standard output too, where that is asked for and has no result yet.
-    """
-    trace = ""
-    try:
-        with interrupting_signals():
-            yield
-        return
-    except BrokenPipeError:  # who read the output is gone, as `head` is after some lines: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(StoppedError.exit_code) from None
-    except Exception as error:
-        known = explained(error) or DudeError(
-            f"this is a bug in dude {__version__}: {type(error).__name__}: {error}", fix="please report the lines above"
-        )
-        if debug or explained(error) is None:
-            trace = traceback.format_exc()
-    except (Interrupted, KeyboardInterrupt):
-        known = StoppedError(f"stopped; {if_stopped}" if if_stopped else "stopped")
-    tell_error(known, trace, as_json=output.as_json and not output.has_result)
-    raise typer.Exit(known.exit_code)
-
-
 def _show_version(asked: bool) -> None:
     if asked:
         print(f"dude {__version__}")
@@ -169,7 +51,7 @@ def _root(
     pass
 
 
-@_verb(if_stopped="the same command starts again")
+@verb(if_stopped="the same command starts again")
 def init(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -194,7 +76,7 @@ def init(
     )
 
 
-@_verb(if_stopped="what was not saved is lost, and the same command starts or continues the run")
+@verb(if_stopped="what was not saved is lost, and the same command starts or continues the run")
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -225,7 +107,7 @@ def train(
     )
 
 
-@_verb("eval", if_stopped="the scores written so far stay")
+@verb("eval", if_stopped="the scores written so far stay")
 def evaluate(
     target: Annotated[
         str | None,
@@ -238,6 +120,9 @@ def evaluate(
         int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt; mmlu and gsm8k: 5 if not given.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions of each task.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the model's chat template, each example as two turns.")
+    ] = False,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per forward.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model too, and show the difference.")] = False,
     compare: Annotated[
@@ -272,6 +157,7 @@ def evaluate(
         task_names=task or (),
         num_fewshot=num_fewshot,
         limit=limit,
+        apply_chat_template=apply_chat_template,
         batch_size=batch_size,
         data_dir=data_dir,
         include_paths=include_path or (),
@@ -288,7 +174,7 @@ def evaluate(
         scoring.evaluate(target, options, compare_base=base, output=output)
 
 
-@_verb()
+@verb()
 def generate(
     target: Annotated[
         str | None,
@@ -340,7 +226,7 @@ def generate(
     )
 
 
-@_verb(if_stopped="nothing was exported")
+@verb(if_stopped="nothing was exported")
 def export(
     target: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="What to export.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
@@ -385,7 +271,7 @@ def export(
     )
 
 
-@_verb("import", if_stopped="nothing was imported")
+@verb("import", if_stopped="nothing was imported")
 def import_adapter(
     folder: Annotated[Path, typer.Argument(metavar="PEFT_FOLDER", help="A LoRA, DoRA or PiSSA adapter of PEFT's.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
@@ -419,7 +305,7 @@ def import_adapter(
     )
 
 
-@_verb(if_stopped="the same command continues")
+@verb(if_stopped="the same command continues")
 def reproduce(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file, or a shipped name: see `dude ls`.")],
     plan: Annotated[
@@ -454,7 +340,7 @@ def reproduce(
     )
 
 
-@_verb(if_stopped="no report was written")
+@verb(if_stopped="no report was written")
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
     out: Annotated[
@@ -474,7 +360,7 @@ def report(
     reporting.report(runs, out, loss or [], output=output)
 
 
-@_verb("ls")
+@verb("ls")
 def list_shipped(*, output: Output) -> None:
     """List the shipped configs and recipes."""
     from dude_cli.commands import listing
@@ -482,7 +368,7 @@ def list_shipped(*, output: Output) -> None:
     listing.list_shipped(output)
 
 
-@_verb("cp")
+@verb("cp")
 def copy_shipped(
     name: Annotated[str, typer.Argument(help="A name that `dude ls` shows.")],
     dest: Annotated[Path, typer.Argument(help="A folder or a new file.")],

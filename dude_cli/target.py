@@ -139,6 +139,15 @@ def load_target(
     return LoadedTarget(model, load_tokenizer(config, folder), config, saved, fingerprint)
 
 
+def target_tokenizer(
+    target: Target, *, base_model: str | None = None, allow_other_base: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_target` loads. Raises as it does."""
+    config, _ = _parts(target, base_model, allow_other_base=allow_other_base)
+    with _explained(target, base_model):
+        return load_tokenizer(config, target.adapter_dir)
+
+
 def check_target(
     target: Target, dtype: str | None, *, base_model: str | None = None, allow_other_base: bool = False
 ) -> None:

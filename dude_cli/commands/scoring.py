@@ -17,6 +17,7 @@ from dude_cli.system.launch import ranks_to_start, run_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedTokenizerBase
 
     from dude_cli.target import Target
 
@@ -32,6 +33,7 @@ class EvalOptions:
     task_names: Sequence[str] = ()
     num_fewshot: int | None = None
     limit: int | None = None
+    apply_chat_template: bool = False
     batch_size: int | None = None
     data_dir: Path | None = None
     include_paths: Sequence[Path] = ()
@@ -84,7 +86,7 @@ def find_side(name: str | None, options: EvalOptions, output_dir: Path | None) -
 
     target = find_target(name)
     if target.kind == "model":  # nothing of it is stored
-        _check(target, options)
+        _check(target, (), options)
     return Side(name or target.name, target, _results_folder(target, output_dir))
 
 
@@ -93,7 +95,9 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
     from dude_cli.target import eval_config
 
     asked = {"num_fewshot": options.num_fewshot, "limit": options.limit}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if options.apply_chat_template:
+        given["apply_chat_template"] = True
     if options.task_names:
         return [EvalTask(name=name, **given) for name in options.task_names]
     targets = [side.target for side in sides if side.target is not None]
@@ -128,7 +132,7 @@ def all_scored(
     missing = [[task for task in tasks if task.name not in side.scores] for side in sides]
     for side, own in zip(sides, missing, strict=True):
         if side.target is not None and own:
-            _check(side.target, options)
+            _check(side.target, own, options)
     accelerator = _eval_ranks(options) if any(missing) else None
     is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
     output = output.on_rank(is_main)
@@ -163,7 +167,10 @@ def _take_stored(
     for found in load_request(request) if doubtful else []:
         name = found.request.name
         for side in sides:
-            changes = changes_since(side.stored[name], found) if name in side.stored else []
+            if name not in side.stored or side.target is None:
+                continue
+            tokenizer = _tokenizer(side.target, options) if found.request.apply_chat_template else None
+            changes = changes_since(side.stored[name], found, tokenizer)
             if changes:
                 notes.append(f"{side.name}: {name} is scored again: {'; '.join(changes)}")
                 side.scores.pop(name, None)
@@ -210,10 +217,19 @@ def _results_folder(target: Target, chosen: Path | None) -> Path | None:
     return chosen or results_dir(target)
 
 
-def _check(target: Target, options: EvalOptions) -> None:
+def _check(target: Target, tasks: Sequence[EvalTask], options: EvalOptions) -> None:
+    from dude_cli.evaluation import chat_template
     from dude_cli.target import check_target
 
     check_target(target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base)
+    if any(task.apply_chat_template for task in tasks):
+        chat_template(_tokenizer(target, options))
+
+
+def _tokenizer(target: Target, options: EvalOptions) -> PreTrainedTokenizerBase:
+    from dude_cli.target import target_tokenizer
+
+    return target_tokenizer(target, base_model=options.base_model, allow_other_base=options.allow_other_base)
 
 
 def _eval_ranks(options: EvalOptions) -> Accelerator:
@@ -246,8 +262,12 @@ def _score(
     if folder is None:  # before the hours that it may take
         output.say("note: the results are not kept; --output FOLDER keeps them")
     data = data_config(target)
-    if data is not None and data.format == "chat":
-        output.say("note: trained on conversations, and scored on lm-eval's plain prompts, without the chat template")
+    plain = [task.name for task in tasks if not task.apply_chat_template]
+    if data is not None and data.format == "chat" and plain:
+        output.say(
+            f"note: trained on conversations, and {', '.join(plain)} scored on lm-eval's plain prompts; "
+            "--apply-chat-template asks in the chat template"
+        )
     request = EvalRequest(
         tasks=tuple(tasks),
         batch_size=options.batch_size or _stored_batch_size(side, tasks) or eval_config(target).batch_size,

@@ -6,6 +6,7 @@ from dude_cli.config.schema import (
     DTYPES,
     HUB_NAME,
     QUANTIZATIONS,
+    TRACKERS,
     AdapterConfig,
     Config,
     DataConfig,
@@ -19,6 +20,7 @@ from dude_cli.config.schema import (
     Quantization,
     Section,
     SvdConfig,
+    TrackerName,
     TrainConfig,
 )
 
@@ -27,6 +29,7 @@ __all__ = [
     "DTYPES",
     "HUB_NAME",
     "QUANTIZATIONS",
+    "TRACKERS",
     "AdapterConfig",
     "Config",
     "DType",
@@ -40,6 +43,7 @@ __all__ = [
     "Quantization",
     "Section",
     "SvdConfig",
+    "TrackerName",
     "TrainConfig",
     "dump_config",
     "find_file",

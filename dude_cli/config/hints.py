@@ -14,6 +14,7 @@ _TYPO = 0.75  # how alike two keys are when one letter of the shortest key (seed
 _CONVERSATIONS = (
     "conversations stand in a column `messages` or `conversations`, with `role` and `content` or `from` and `value`"
 )
+_FIRST_ROWS = 'the first rows are taken with `split: "train[:1000]"` in an entry of `data.train`'
 # Other tools' names: whose name it is, our key ("" where there is none), and what differs. A name that means something
 # in one section only is written with that section.
 FOREIGN: dict[str, tuple[str, str, str]] = {
@@ -64,16 +65,8 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "data_path": ("several scripts'", "data.train", " (a list of entries with `path`)"),
     "data_files": ("datasets'", "data.train", " (one entry per file, each with `path`)"),
     "data.train.type": ("axolotl's", "data.format", " (of all entries)"),
-    "max_samples": (
-        "LLaMA-Factory's",
-        "",
-        'the first rows are taken with `split: "train[:1000]"` in an entry of `data.train`',
-    ),
-    "max_train_samples": (
-        "several scripts'",
-        "",
-        'the first rows are taken with `split: "train[:1000]"` in an entry of `data.train`',
-    ),
+    "max_samples": ("LLaMA-Factory's", "", _FIRST_ROWS),
+    "max_train_samples": ("several scripts'", "", _FIRST_ROWS),
     "val_set_size": ("axolotl's", "data.validation", ""),
     "val_size": ("LLaMA-Factory's", "data.validation", ""),
     "test_split_size": ("TRL's", "data.validation", ""),
@@ -135,8 +128,8 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "early_stopping_threshold": ("transformers'", "train.early_stopping_patience", " (any lower loss counts)"),
     "metric_for_best_model": ("transformers'", "", "the best model is the one with the lowest evaluation loss"),
     "ddp_timeout": ("transformers'", "train.distributed_timeout_s", ""),
-    "use_wandb": ("axolotl's", "train.report_to", " (`tensorboard`)"),
-    "wandb_project": ("axolotl's", "train.report_to", " (`tensorboard`)"),
+    "use_wandb": ("axolotl's", "train.report_to", " (`[wandb]`)"),
+    "wandb_project": ("axolotl's", "train.report_to", " (`[wandb]`, with the project in WANDB_PROJECT)"),
     "metric_logger": ("torchtune's", "train.report_to", ""),
     "deepspeed": ("transformers' and axolotl's", "train.distributed", " (`fsdp` shards the base over the GPUs)"),
     "fsdp": ("transformers' and axolotl's", "train.distributed", " (`fsdp`)"),

@@ -25,6 +25,8 @@ Quantization = Literal["nf4", "int8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 DataFormat = Literal["prompt_completion", "alpaca", "chat", "text"]
 Distributed = Literal["ddp", "fsdp"]
+TrackerName = Literal["tensorboard", "wandb"]
+TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a data set
 # What an adapter's tensors were made with; all else may change when a training continues from it.
 ADAPTER_FIXED = ("method", "rank", "alpha", "rank_stabilized", "target_modules", "exclude_modules", "svd")
@@ -272,7 +274,9 @@ class TrainConfig(Section):
             "all, such as encoding the rows."
         ),
     )
-    report_to: list[Literal["tensorboard"]] = Field(default_factory=list, description="Trackers beside metrics.jsonl.")
+    report_to: list[TrackerName] = Field(
+        default_factory=list, description="Trackers beside metrics.jsonl; `wandb` is Weights & Biases."
+    )
 
     def contradictions(self) -> Iterator[Contradiction]:
         if self.max_steps is not None and "num_train_epochs" in self.model_fields_set:
@@ -296,6 +300,12 @@ class EvalTask(Section):
         description="Examples in the prompt; null: 5 for mmlu and gsm8k as papers report, else the task's own.",
     )
     limit: PositiveInt | None = Field(None, description="Score only the first so many questions of each (sub)task.")
+    apply_chat_template: bool = Field(
+        False,
+        description=(
+            "Ask in the tokenizer's chat template, each example as two turns; else in plain text, as papers do."
+        ),
+    )
 
 
 class EvalConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -50,13 +50,13 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)
 
-    def encode(self, messages: Any, *, where: str, learn_all: bool, tools: Any = None) -> Encoded:
+    def encode(self, row: Mapping[str, Any], *, where: str, learn_all: bool) -> Encoded:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
-        return self.encode_all([self.render(messages, tools, where)], learn_all=learn_all)[0]
+        return self.encode_all([self.render(row, where)], learn_all=learn_all)[0]
 
-    def render(self, messages: Any, tools: Any, where: str) -> Rendered:
+    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
         """Return a row's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
-        talk = conversation_of(messages, tools, template=self.template, where=where)
+        talk = conversation_of(row, template=self.template, where=where)
         try:
             text, turns = self._marked_turns(talk) if self.marks_turns else self._grown_turns(talk, where)
         except DataError:
@@ -111,7 +111,7 @@ class ChatEncoder:
     def end_of_turn(self) -> int:
         """Return the token that a training teaches at the end of the assistant's turn."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        row = self.encode(messages, where="the chat template", learn_all=False)
+        row = self.encode({"messages": messages}, where="the chat template", learn_all=False)
         return next(token for token, on in zip(reversed(row.ids), reversed(row.learned), strict=True) if on)
 
     def _marked_turns(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:

@@ -54,7 +54,7 @@ def format_columns(config: DataConfig) -> Columns:
     if config.format == "alpaca":
         return Columns(("instruction", "output"), ("input",))
     if config.format == "chat":
-        return Columns(("messages",), ("tools",), are_texts=False)
+        return Columns(("messages",), ("tools", "system"), are_texts=False)
     return Columns(tuple(dict.fromkeys(name for text in _templates(config) for name in parse_template(text))))
 
 

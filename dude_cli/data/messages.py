@@ -1,13 +1,15 @@
 """Conversations as users have them, in the one form that chat templates take.
 
 Messages have `role` and `content`, or ShareGPT's `from` and `value`. What OpenAI's fine-tuning files have is taken too:
-`weight: 0` for a message that is not learned, content in parts, and calls of tools in place of content.
+`weight: 0` for a message that is not learned, content in parts, and calls of tools in place of content. Beside the
+messages a row may have descriptions of tools, and, as ShareGPT's may, the system's message.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +31,13 @@ class Conversation:
     tools: list[dict[str, Any]] | None
 
 
-def conversation_of(messages: Any, tools: Any, *, template: str, where: str) -> Conversation:
+def conversation_of(row: Mapping[str, Any], *, template: str, where: str) -> Conversation:
     """Return a row's conversation. Raises DataError, naming `where`, for one that `template` cannot be given.
 
-    `tools` are the row's descriptions of tools: a list, the same as JSON, or nothing.
+    The row has `messages`, and may have `tools`: a list of their descriptions or the same as JSON, and `system`: the
+    text of a message in front of the others.
     """
+    messages = row["messages"]
     found = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else []
     if not found or None in found:
         raise DataError(
@@ -52,9 +56,9 @@ def conversation_of(messages: Any, tools: Any, *, template: str, where: str) -> 
             raise DataError(f"message {number} {error.what}", where=where, fix=error.fix) from error
         plain.append(message)
     try:
-        return Conversation(plain, learned, _tools(tools, template))
+        return Conversation(_with_system(row.get("system"), plain), learned, _tools(row.get("tools"), template))
     except _PartError as error:
-        raise DataError(f"column 'tools' {error.what}", where=where, fix=error.fix) from error
+        raise DataError(error.what, where=where, fix=error.fix) from error
 
 
 class _PartError(Exception):
@@ -138,15 +142,28 @@ def _is_learned(weight: Any) -> bool:
     return bool(weight)
 
 
+def _with_system(text: Any, messages: list[Message]) -> list[Message]:
+    """The messages behind the one of the column `system`, where that has a text."""
+    if text is None or text == "":
+        return messages
+    if not isinstance(text, str):
+        raise _PartError(f"column 'system' is no text: {str(text)[:40]}", "write the system's message as text")
+    if messages[0]["role"] in ("system", "developer"):
+        raise _PartError(
+            "column 'system' has a text, and the conversation begins with such a message itself", "keep one of the two"
+        )
+    return [{"role": "system", "content": text}, *messages]
+
+
 def _tools(tools: Any, template: str) -> list[dict[str, Any]] | None:
-    found = _parsed(tools, "is not JSON") if isinstance(tools, str) and tools.strip() else tools
+    found = _parsed(tools, "column 'tools' is not JSON") if isinstance(tools, str) and tools.strip() else tools
     if not found or isinstance(found, str):
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise _PartError("is no list of tools", "write a list of JSON schemas, as OpenAI does")
+        raise _PartError("column 'tools' is no list of tools", "write a list of JSON schemas, as OpenAI does")
     if not re.search(r"\btools\b", template):
         raise _PartError(
-            "has tools, and the chat template has no place for them",
+            "column 'tools' has tools, and the chat template has no place for them",
             "use a model whose chat template takes tools, or remove that column",
         )
     return found

@@ -151,9 +151,9 @@ class _RowEncoder:
         return encoded_once(key, encode, say)
 
     def texts(self, rows: Sequence[Row]) -> list[Any]:
-        """Return what the tokenizer gets of each row: (prompt, completion), or a conversation and its tools."""
+        """Return what is encoded of each row: (prompt, completion), or in chat format the row itself."""
         if self.chat is not None:
-            return [(row["messages"], row["tools"]) for row in rows]
+            return list(rows)
         return [row_texts(self.config, row) for row in rows]
 
     def encode(self, texts: Sequence[Any], places: Sequence[str], name: str) -> Iterator[Encoded]:
@@ -168,9 +168,9 @@ class _RowEncoder:
                 yield from self.text.encode_pairs(chunk, learn_all=learn_all)
                 continue
             rendered = []
-            for (messages, tools), where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
+            for row, where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
                 with bad.collected():
-                    rendered.append(self.chat.render(messages, tools, where))
+                    rendered.append(self.chat.render(row, where))
             if not bad.count:
                 yield from self.chat.encode_all(rendered, learn_all=learn_all)
         bad.check(len(texts), name)

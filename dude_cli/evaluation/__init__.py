@@ -1,5 +1,6 @@
 """Benchmark scores through lm-eval: which tasks, the model in memory, the scoring, what is made of the results."""
 
+from dude_cli.evaluation.chat import chat_template
 from dude_cli.evaluation.compare import (
     Comparison,
     compare_results,
@@ -26,6 +27,7 @@ __all__ = [
     "Comparison",
     "EvalRequest",
     "changes_since",
+    "chat_template",
     "compare_results",
     "comparison_shown",
     "different_settings",

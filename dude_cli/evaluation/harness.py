@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.errors import is_out_of_memory
+from dude_cli.evaluation.chat import chat_renderer
 from dude_cli.system.memory import free_models
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def harness_model(
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
             self.cut_prompts: set[str] = set()
             self._done, self._total = 0, 0
+            if getattr(tokenizer, "chat_template", None):
+                self.apply_chat_template = chat_renderer(tokenizer)
             # lm-eval tells its cache about every finished request.
             self.set_cache_hook(self)
 

@@ -92,6 +92,12 @@ def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Tabl
     from rich.table import Table
 
     base, br = results.get("base"), " " if one_line else "\n"
+    in_chat = {
+        name
+        for request in results["requested"].values()
+        if request.get("apply_chat_template")
+        for name in request["names"]
+    }
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
@@ -102,6 +108,7 @@ def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Tabl
     for depth, name in table_rows(results):
         row = results["results"][name]
         label = "  " * depth + str(row.get("alias", name)).strip(" -")
+        label += " (chat template)" if name in in_chat and depth == 0 else ""
         shots = str(results.get("n-shot", {}).get(name, ""))
         for metric, filter_name, value in scores(row):
             error = row.get(f"{metric}_stderr,{filter_name}", NOT_AVAILABLE)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dude_cli.errors import UsageError
+from dude_cli.evaluation.chat import chat_renderer, prompt_settings
 from dude_cli.evaluation.harness import quiet
 from dude_cli.evaluation.results import plain
-from dude_cli.evaluation.saved import other_examples, read_results, results_path
+from dude_cli.evaluation.saved import other_examples, read_results, requested_task, results_path
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask
 
 # What says how an answer is made and judged: keys of a task's config that neither its prompts nor its questions show.
@@ -24,9 +25,10 @@ _JUDGING = (
 _SCORED = ("adapter_sha256", "base_fingerprint", "model_dtype", "lm_eval_version")
 
 
-def changes_since(results: Mapping[str, Any], found: LoadedTask) -> list[str]:
+def changes_since(results: Mapping[str, Any], found: LoadedTask, tokenizer: Any = None) -> list[str]:
     """What is not as it was when a task's stored `results` were made, in words; none if they can be taken again.
 
+    `tokenizer` is the model's as it is now, for a task that is asked in its chat template.
     A prompt is made of the task's template, its examples and the question. All prompts would take minutes for mmlu, so
     the first one of each part is made, which shows the first two, and the questions are compared by their hashes.
     """
@@ -35,15 +37,15 @@ def changes_since(results: Mapping[str, Any], found: LoadedTask) -> list[str]:
         return [f"it was scored by lm-eval {results['lm_eval_version']}, and this is {version}"]
     if results["configs"].keys() != found.tasks.keys():
         return ["it has other parts now"]
+    settings = prompt_settings(chat_renderer(tokenizer) if found.request.apply_chat_template else None)
     with quiet():
-        changed = [_change(results, name, task, found.request.limit) for name, task in found.tasks.items()]
+        changed = [_change(results, name, task, found.request.limit, settings) for name, task in found.tasks.items()]
     return list(dict.fromkeys(filter(None, changed)))
 
 
 def replaced_by(results: Mapping[str, Any], folder: Path) -> str | None:
     """What a document in `folder` has that these results of one task, which take its place, have not; in words."""
-    ((name, request),) = results["requested"].items()
-    path = results_path(folder, name, request["limit"], other_examples(results))
+    path = results_path(folder, requested_task(results), other_examples(results))
     try:
         before = read_results(path, samples=False)
     except UsageError:
@@ -55,7 +57,9 @@ def replaced_by(results: Mapping[str, Any], folder: Path) -> str | None:
     return f"{path.name} is replaced: {'; '.join(lost)}" if lost else None
 
 
-def _change(results: Mapping[str, Any], name: str, task: Any, limit: int | None) -> str | None:
+def _change(
+    results: Mapping[str, Any], name: str, task: Any, limit: int | None, settings: Mapping[str, Any]
+) -> str | None:
     if plain(results["versions"].get(name)) != plain(task.VERSION):
         return f"its version was {results['versions'].get(name)} and is {task.VERSION}"
     if _judging(results["configs"][name]) != _judging(task.dump_config()):
@@ -64,7 +68,7 @@ def _change(results: Mapping[str, Any], name: str, task: Any, limit: int | None)
     if asked != {number: _doc_hash(doc) for number, doc in task.doc_iterator(limit=limit)}:
         return "it has other questions now"
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    task.build_all_requests(limit=1)
+    task.build_all_requests(limit=1, **settings)
     return None if task.instances[0].args[0] == results["prompt_examples"][name] else "its prompts are others now"
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, memory_errors
+from dude_cli.evaluation.chat import chat_template
 from dude_cli.evaluation.compare import different_settings
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
@@ -82,7 +83,8 @@ def evaluate(
 
     lm-eval's keys (`results`, `groups`, `group_subtasks`, `configs`, `versions`, `n-shot`, `higher_is_better`,
     `n-samples`, `samples`, `config`, `task_hashes`) and these: `requested` (each task asked for, with the names it
-    stands for, its limit, its number of examples if given, and whether it has as many as by default), `prompt_hashes`
+    stands for, its limit, its number of examples if given, whether it has as many as by default, and whether its
+    questions are asked in the chat template, which is then `chat_template`), `prompt_hashes`
     (SHA-256 over a task's prompts), `prompt_examples` (the text of the first one), `prompts_cut` (how many did not fit
     the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
     `adapter_sha256` and `base_fingerprint` as given. With `compare_base`, `base` has the untuned model's part and
@@ -117,7 +119,7 @@ def evaluate(
         for found in tasks:
             scores = _scored(lm, found, request, log, bootstrap_iters)
             took = {"total_evaluation_time_seconds": str(time.time() - start)}
-            documents.append(names | _environment(lm, found.request.limit) | scores | took)
+            documents.append(names | _environment(lm, found.request) | scores | took)
             on_task(documents[-1])
         return join_results(documents)
 
@@ -128,7 +130,7 @@ def _scored(
     """One requested task's part of the document: the tuned model's scores, and the base's if asked for or there."""
     from dude_cli.adapter import constant_adapters, disable_adapters
 
-    asked = {"limit": found.request.limit, "num_fewshot": found.request.num_fewshot}
+    asked = found.request.model_dump(exclude={"name"})
     facts = {
         "requested": {found.request.name: {"names": found.names, **asked, "default_examples": found.default_examples}},
         "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
@@ -161,7 +163,7 @@ def _earlier(lm: Any, found: LoadedTask, request: EvalRequest, log: Callable[[st
     earlier = request.earlier.get(name)
     if earlier is None or (request.rescore and request.compare_base):
         return {}
-    differing = different_settings(earlier, _environment(lm, found.request.limit))
+    differing = different_settings(earlier, _environment(lm, found.request))
     if differing:
         log(f"{name}: what was scored before is left out: {'; '.join(differing)}")
         return {}
@@ -186,6 +188,8 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
             task_dict={"tasks": found.tasks, "groups": found.groups},
             limit=limit,
             bootstrap_iters=bootstrap_iters,
+            apply_chat_template=found.request.apply_chat_template,
+            fewshot_as_multiturn=found.request.apply_chat_template,
         )
     results |= _prompt_facts(results["samples"], lm.cut_prompts)
     results["n-shot"] |= _group_num_fewshot(found)
@@ -256,11 +260,11 @@ def _questions(found: LoadedTask) -> int:
     return sum(sizes if limit is None else [min(size, limit) for size in sizes])
 
 
-def _environment(lm: Any, limit: int | None) -> dict[str, Any]:
+def _environment(lm: Any, task: EvalTask) -> dict[str, Any]:
     from dude_cli.adapter.weight import quantization
 
     return {
-        "chat_template": None,  # prompts are plain text: lm-eval's name for it
+        "chat_template": chat_template(lm.tokenizer) if task.apply_chat_template else None,  # lm-eval's name for it
         "config": {
             "model": lm.model.config._name_or_path,
             "model_num_parameters": lm.model.num_parameters(),
@@ -268,7 +272,7 @@ def _environment(lm: Any, limit: int | None) -> dict[str, Any]:
             "model_quantization": quantization(lm.model),
             "batch_size": lm.batch_size,
             "device": str(lm.device),
-            "limit": limit,
+            "limit": task.limit,
             "bootstrap_iters": BOOTSTRAP_ITERS,
             "random_seed": RANDOM_SEED,
             "numpy_seed": NUMPY_SEED,

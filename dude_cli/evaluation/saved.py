@@ -4,8 +4,8 @@
     samples_<task>.jsonl           each question's document, answer, scores and hashes
     samples_<task>.base.jsonl      the same of the base model
 
-With another number of examples than the task's own, M, the names have `.shots-M` after the task, and with a limit N
-`.limit-N`, so that a quick look does not replace the full score.
+Asked in the chat template, the names have `.chat` after the task, with another number of examples than the task's own,
+M, `.shots-M`, and with a limit N `.limit-N`: so a quick look does not replace the full score.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def write_results(results: Mapping[str, Any], folder: Path) -> list[Path]:
     Returns the paths of the documents. `base` and `difference` are in the same document.
     """
     paths = []
-    for name, request in results["requested"].items():
+    for name in results["requested"]:
         part = task_results(results, name)
-        path = results_path(folder, name, request["limit"], other_examples(part))
+        path = results_path(folder, requested_task(part), other_examples(part))
         for side, samples_path in ((part, _samples_path(path)), (part.get("base", {}), _samples_path(path, ".base"))):
             lines = [
                 json.dumps(plain({"task": task, **sample}), ensure_ascii=False, allow_nan=False)
@@ -79,11 +79,12 @@ def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def results_path(folder: Path, task: str, limit: int | None, shots: int | None) -> Path:
+def results_path(folder: Path, task: EvalTask, shots: int | None) -> Path:
     """The document of a task in a folder of results; `shots` None for as many examples as the task has by default."""
-    safe = task.replace("/", "_")  # a task file of someone's may be called ../../x
-    parts = {"shots": shots, "limit": limit}
-    return folder / f"{safe}{''.join(f'.{key}-{value}' for key, value in parts.items() if value is not None)}.json"
+    parts = [task.name.replace("/", "_")]  # a task file of someone's may be called ../../x
+    parts += ["chat"] if task.apply_chat_template else []
+    parts += [f"{key}-{value}" for key, value in {"shots": shots, "limit": task.limit}.items() if value is not None]
+    return folder / f"{'.'.join(parts)}.json"
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -130,7 +131,7 @@ def find_results(
     # The number that is asked for may be the task's own.
     for shots in dict.fromkeys((task.num_fewshot, None)):
         with suppress(UsageError):
-            results = read_results(results_path(folder, task.name, task.limit, shots), samples=samples)
+            results = read_results(results_path(folder, task, shots), samples=samples)
             if _is_wanted(results, task, adapter_sha256, base_fingerprint, dtype):
                 return results
     return None
@@ -148,6 +149,7 @@ def _is_wanted(
         is_of_adapter(results, adapter_sha256)
         # Results of an earlier version do not say on which base.
         and results.get("base_fingerprint") == base_fingerprint
+        and requested_task(results).apply_chat_template == task.apply_chat_template
         and task.num_fewshot in (None, *_examples(results))
         and results["config"]["model_dtype"] == f"torch.{dtype}"
     )
@@ -156,7 +158,12 @@ def _is_wanted(
 def requested_task(results: Mapping[str, Any]) -> EvalTask:
     """The task that a document is about, as it may be asked for again."""
     ((name, request),) = results["requested"].items()
-    return EvalTask(name=name, num_fewshot=_examples(results)[0], limit=request["limit"])
+    return EvalTask(
+        name=name,
+        num_fewshot=_examples(results)[0],
+        limit=request["limit"],
+        apply_chat_template=request.get("apply_chat_template", False),
+    )
 
 
 def other_examples(results: Mapping[str, Any]) -> int | None:

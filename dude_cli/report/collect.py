@@ -121,7 +121,8 @@ def _scores(config: Config, results: Mapping[str, Any]) -> Iterator[Score]:
     """The numbers of a document: its task's or group's own, or those of its parts where it has none."""
     requested = requested_task(results)
     shots = other_examples(results)
-    notes = [] if shots is None else [f"{shots} examples"]
+    notes = ["chat template"] if requested.apply_chat_template else []
+    notes += [] if shots is None else [f"{shots} examples"]
     notes += [] if requested.limit is None else [f"first {requested.limit}"]
     rows = [(depth, name) for depth, name in table_rows(results) if any(scores(results["results"].get(name, {})))]
     depth = min((depth for depth, _ in rows), default=0)

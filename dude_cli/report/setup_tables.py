@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dude_cli.evaluation import requested_task
 from dude_cli.report.content import (
     RUNS,
     SETTING,
@@ -135,6 +136,7 @@ def evaluations_table(settings: Sequence[Setting]) -> Table:
             config = results["config"]
             row = {
                 "task": name,
+                "form": "chat template" if requested_task(results).apply_chat_template else "plain text",
                 "limit": config["limit"],
                 "version": _common(results["versions"].values()),
                 "shots": _common(results["n-shot"].values()),
@@ -150,6 +152,7 @@ def evaluations_table(settings: Sequence[Setting]) -> Table:
         "Evaluations",
         [
             text_column("task", "task"),
+            text_column("form", "asked in"),
             Column("limit", "limit"),
             Column("version", "task version"),
             Column("shots", "examples"),

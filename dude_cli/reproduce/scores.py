@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from dude_cli.config import EvalTask
@@ -45,10 +46,12 @@ def task_score(run: Run, task: EvalTask, metric: str, *, base: bool = False) -> 
 
 
 def task_results(run: Run, task: EvalTask) -> dict[str, Any] | None:
-    """The results of a task, if they are of the run's adapter as it is now and were asked for in the same way."""
+    """The results of a task, if this lm-eval made them, of the run's adapter as it is now and asked in the same way."""
     try:
         adapter = json.loads((run.folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
     wanted = {"adapter_sha256": adapter["sha256"], "base_fingerprint": adapter["base_model"]["fingerprint"]}
-    return find_results(run.folder / "eval", task, **wanted, dtype=adapter["base_model"]["dtype"], samples=False)
+    found = find_results(run.folder / "eval", task, **wanted, dtype=adapter["base_model"]["dtype"], samples=False)
+    is_this_lm_eval = found is not None and found["lm_eval_version"] == version("lm_eval")
+    return found if is_this_lm_eval else None

@@ -148,6 +148,8 @@ def _data_table(prepared: Prepared) -> Table:
         "of those, answers that lost their end": lambda report: f"{report.cut_answers:,}",
         "nothing to learn, left out": lambda report: f"{report.rows_without_target:,}",
     }
+    if any(report.split_documents for report in present.values()):
+        lines["longer texts, split into several rows"] = lambda report: f"{report.split_documents:,}"
     if prepared.config.data.packing:
         lines["packed into sequences"] = lambda report: f"{report.packed_sequences or 0:,}"
     for label, cell in lines.items():

@@ -1,12 +1,10 @@
-"""What a training run tells: metrics.jsonl, TensorBoard, and one live line."""
+"""What a training run tells: metrics.jsonl, its trackers, and one live line."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dude_cli.config import Config
 from dude_cli.console import PLAIN_LINE_EVERY_S
-from dude_cli.errors import UsageError
 from dude_cli.system import files
+from dude_cli.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,20 +83,10 @@ def _read_memory(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise UsageError if a tracker's package is not installed."""
-    if "tensorboard" in report_to and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError(
-            "TensorBoard is not installed",
-            where="train.report_to: tensorboard",
-            fix="pip install tensorboard, or leave it out: metrics.jsonl has the same numbers",
-        )
-
-
 class MetricsLog:
-    """Appends one JSON object per line to metrics.jsonl, and the numbers to TensorBoard when asked."""
+    """Appends one JSON object per line to metrics.jsonl, and gives the numbers to the trackers."""
 
-    def __init__(self, run_dir: Path, report_to: list[str], *, from_step: int, with_evaluation: bool) -> None:
+    def __init__(self, run_dir: Path, trackers: Trackers, *, from_step: int, with_evaluation: bool) -> None:
         """Keep the lines of the first `from_step` steps, which a resumed run does not repeat.
 
         Those of the last step's evaluation are kept `with_evaluation`: else it is to be done again.
@@ -112,19 +100,13 @@ class MetricsLog:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         files.write_text(run_dir / METRICS_FILE, text)
         self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._writer: Any = None
-        if "tensorboard" in report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1)
+        self._trackers = trackers
 
     def log(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for key, value in record.items():
-                if key not in ("step", "kept") and value is not None:
-                    self._writer.add_scalar(key, value, record["step"])
+        values = {key: value for key, value in record.items() if key not in ("step", "kept") and value is not None}
+        self._trackers.log(record["step"], values)
 
     def sync(self) -> None:
         """Ask the disk to hold all lines before going on."""
@@ -132,8 +114,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._trackers.close()
 
 
 class TrainDisplay:

@@ -21,13 +21,13 @@ from dude_cli.training.checkpoint import Origin
 from dude_cli.training.cpu import product_slowdown
 from dude_cli.training.disk import check_disk_space
 from dude_cli.training.forecast import forecast
-from dude_cli.training.metrics import check_trackers
 from dude_cli.training.plan import Plan, make_plan, packs_flat
 from dude_cli.training.positions import check_positions
 from dude_cli.training.resume import checkpoint_to_continue
 from dude_cli.training.run_dir import begun_at, begun_base_revision, check_writable, clear_run
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
+from dude_cli.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,7 +112,7 @@ def prepare(
     allowed. Raises DudeError of the kind that fits, before anything is written where that can be known.
     """
     on_main_rank(accelerator, lambda: check_writable(config.run_dir))
-    check_trackers(config.train.report_to)
+    on_main_rank(accelerator, lambda: check_trackers(config.train.report_to))
     check_quantization(config.model)
     if config.train.weight_decay > 0 and config.adapter.has_svd_init:
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -20,6 +21,7 @@ from dude_cli.training.plan import packs_flat
 from dude_cli.training.prepare import Prepared
 from dude_cli.training.run_dir import BEST
 from dude_cli.training.sharding import share_model
+from dude_cli.training.trackers import Trackers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,9 +114,10 @@ def open_run(prepared: Prepared, accelerator: Accelerator, console: Console) -> 
     with ExitStack() as stack:
         metrics = None
         if accelerator.is_main_process:
+            say = functools.partial(console.print, highlight=False)
             metrics = MetricsLog(
                 config.run_dir,
-                list(config.train.report_to),
+                Trackers(config, state.step, say),
                 from_step=state.step,
                 with_evaluation=not state.evaluation_is_due,
             )

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dude_cli.config import ADAPTER_FIXED, Config, load_config
+from dude_cli.config import ADAPTER_FIXED, TRACKERS, Config, load_config
 from dude_cli.errors import UsageError
 from dude_cli.system import files
 from dude_cli.system.lock import locked
@@ -24,7 +24,7 @@ INITIAL, RESULT, BEST = "initial", "adapter", "best"
 LOCK_FILE = ".lock"
 REPORT_FILES = ("report.html", "report.md")
 FILES = ("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
-FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", "tensorboard")
+FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", *TRACKERS)
 # Settings that may change between two parts of one run: they do not touch what is learned.
 FREE_SETTINGS = {
     "logging_steps",
@@ -143,7 +143,7 @@ def begun_at(config: Config) -> datetime | None:
 def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
     # What is said of the adapter first: none of it may be there beside another one, should this be cut short.
-    left = ("eval", *REPORT_FILES, LAYERS_FILE, RESULT, BEST, CHECKPOINTS, "tensorboard", METRICS_FILE, MEMORY_FILE)
+    left = ("eval", *REPORT_FILES, LAYERS_FILE, RESULT, BEST, CHECKPOINTS, *TRACKERS, METRICS_FILE, MEMORY_FILE)
     for name in left:
         files.delete(config.run_dir / name)
 

@@ -13,9 +13,10 @@ import accelerate
 import lm_eval
 import pytest
 import torch
+import yaml
 from command import dude_here
 from quickstart_config import quickstart_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_cli import quickstart
 from dude_cli.commands.reproducing import reproduce_run
@@ -378,6 +379,8 @@ def test_what_a_result_file_is_not_of_cannot_be_asked_for(zero_shot: Path, score
     for option, value in (("--task", "gsm8k"), ("--num-fewshot", "1"), ("--limit", "3")):
         said = refused(zero_shot, "--compare", file, "runs/b", option, value)
         assert f"{option} is {value}, and in the result file it is" in said
+    said = refused(zero_shot, "--compare", file, "runs/b", "--apply-chat-template")
+    assert "--apply-chat-template is True, and in the result file it is False" in said
     assert not scored
     done = dude_here("eval", "--compare", file, "runs/b", *DRAWN_TASK, "--num-fewshot", "0", cwd=zero_shot)
     assert done.returncode == 0, done.stderr
@@ -420,8 +423,75 @@ def test_a_run_trained_on_conversations_is_told_to_be_scored_on_plain_prompts(ru
     for run in (runs / "runs/a", tmp_path / "a"):
         done = dude_here("eval", run, *CHOICES, "--output", tmp_path / "out", "--rescore", "--json")
         assert json.loads(done.stdout)["chat_template"] is None
-        said[run] = "without the chat template" in done.stderr
+        said[run] = "note: trained on conversations, and quickstart_choices scored" in done.stderr
     assert list(said.values()) == [False, True]
+
+
+CHAT = ("--apply-chat-template", *CHOICES)
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture
+def chat_run(runs: Path, tmp_path: Path) -> Path:
+    """A run whose tokenizer has a chat template."""
+    shutil.copytree(runs / "runs/a", tmp_path / "runs/chat", ignore=shutil.ignore_patterns("eval", "report*"))
+    give_template(tmp_path / "runs/chat", CHAT_TEMPLATE)
+    return tmp_path
+
+
+def give_template(run: Path, template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(run / "adapter")
+
+
+def test_a_score_in_the_chat_template_is_kept_beside_the_plain_one(chat_run: Path, scored: list[str]) -> None:
+    folder = chat_run / "runs/chat/eval"
+    for options, new in ((CHAT, 1), (CHOICES, 1), (CHAT, 0), (CHOICES, 0)):
+        scored.clear()
+        done = dude_here("eval", *options, "--json", cwd=chat_run)
+        assert done.returncode == 0, done.stderr
+        assert len(scored) == new
+        document = json.loads(done.stdout)
+        assert document["chat_template"] == (CHAT_TEMPLATE if options == CHAT else None)
+        assert document["prompt_examples"]["quickstart_choices"].startswith("user: ") == (options == CHAT)
+    names = {"quickstart_choices.chat.limit-2.json", "quickstart_choices.limit-2.json"}
+    assert {path.name for path in folder.glob("*.json")} == names
+    assert "quickstart_choices (chat template)" in dude_here("eval", *CHAT, cwd=chat_run).stdout
+    report = (chat_run / "runs/chat/report.md").read_text()
+    assert "choices (chat template, first 2)" in report
+    assert "choices (first 2)" in report
+
+
+def test_a_config_asks_for_the_chat_template(chat_run: Path, scored: list[str]) -> None:
+    config = chat_run / "runs/chat/config.yaml"
+    text = yaml.safe_load(config.read_text())
+    text["eval"]["tasks"] = [{"name": "quickstart_choices", "limit": 2, "apply_chat_template": True}]
+    config.write_text(yaml.safe_dump(text))
+    for options, is_chat in (((), True), (CHOICES, False)):
+        done = dude_here("eval", "runs/chat", *options, "--json", cwd=chat_run)
+        assert done.returncode == 0, done.stderr
+        prompt = json.loads(done.stdout)["prompt_examples"]["quickstart_choices"]
+        assert prompt.startswith("user: ") == is_chat
+
+
+def test_a_score_in_another_chat_template_is_not_taken_again(chat_run: Path, scored: list[str]) -> None:
+    assert dude_here("eval", *CHAT, cwd=chat_run).returncode == 0
+    give_template(chat_run / "runs/chat", CHAT_TEMPLATE.replace(":", ">"))
+    scored.clear()
+    done = dude_here("eval", *CHAT, "--json", cwd=chat_run)
+    assert "quickstart_choices is scored again: its prompts are others now" in done.stderr
+    assert scored == ["quickstart_choices"]
+    assert json.loads(done.stdout)["prompt_examples"]["quickstart_choices"].startswith("user> ")
+
+
+def test_without_a_chat_template_it_is_refused_before_the_model_is_loaded(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dude_cli.target.load_model", lambda *_: pytest.fail("the model was loaded"))
+    done = dude_here("eval", "runs/a", *CHAT, "--output", tmp_path, cwd=runs)
+    assert done.returncode == 2
+    assert "the tokenizer has no chat template" in done.stderr
 
 
 def test_a_recipes_run_loads_its_model_once_for_all_tasks(

@@ -26,6 +26,13 @@ from dude_cli.evaluation import EvalRequest, evaluate, results_table
 
 GSM8K = EvalTask(name="gsm8k", num_fewshot=1, limit=3)
 ANATOMY = EvalTask(name="mmlu_anatomy", num_fewshot=1, limit=4)
+IN_CHAT = {"apply_chat_template": True}
+# A template with BOS, roles, and the date, as Llama 3's have them.
+TEMPLATE = (
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' }}\n"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,6 +84,8 @@ def directly(
         config["fewshot_config"] = {"sampler": "first_n"}
     (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(config))
     return lm_eval.simple_evaluate(
+        apply_chat_template=task.apply_chat_template,
+        fewshot_as_multiturn=task.apply_chat_template,
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
         tasks=[task.name],
         task_manager=lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False),
@@ -100,6 +109,27 @@ def test_prompts_and_scores_are_those_of_lm_eval(
         assert [s[key] for s in ours["samples"][task.name]] == [s[key] for s in theirs["samples"][task.name]], key
     for key in ("generation_kwargs", "filter_list", "metric_list", "doc_to_text", "output_type", "description"):
         assert ours["configs"][task.name].get(key) == theirs["configs"][task.name].get(key), key
+
+
+@pytest.mark.parametrize("task", [GSM8K, ANATOMY], ids=lambda task: task.name)
+def test_in_the_chat_template_too_they_are_those_of_lm_eval(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path, tmp_path: Path, task: EvalTask
+) -> None:
+    task = task.model_copy(update=IN_CHAT)
+    tokenizer.chat_template = TEMPLATE
+    ours = evaluate(model, tokenizer, EvalRequest((task,), data_dir=test_data))
+    assert tokenizer.chat_template == TEMPLATE
+    # lm-eval's own run tells a template the present day.
+    tokenizer.chat_template = TEMPLATE.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    theirs = directly(model, tokenizer, test_data, tmp_path, task)
+
+    prompt = ours["prompt_examples"][task.name]
+    assert prompt.startswith("<s>26 Jul 2024\n<")
+    assert prompt.endswith("<assistant>")
+    assert prompt.count("</assistant>") == 1  # the example's answer is a turn
+    assert ours["results"] == theirs["results"]
+    for key in ("prompt_hash", "doc_hash", "target_hash", "resps", "filtered_resps", "filter"):
+        assert [s[key] for s in ours["samples"][task.name]] == [s[key] for s in theirs["samples"][task.name]], key
 
 
 def test_the_whole_of_mmlu(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path) -> None:

@@ -44,7 +44,8 @@ CONVERSATION = [
 
 
 def encode(tokenizer, conversation=CONVERSATION, *, learn_all=False):
-    return ChatEncoder(TextEncoder(tokenizer)).encode(conversation, where="row 1", learn_all=learn_all)
+    row = {"messages": conversation}
+    return ChatEncoder(TextEncoder(tokenizer)).encode(row, where="row 1", learn_all=learn_all)
 
 
 def learned_turns(tokenizer, row) -> list[str]:
@@ -146,7 +147,7 @@ DATED = """{%- if strftime_now is defined %}{%- set today = strftime_now("%d %b 
 def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_tokenizer, template):
     tokenizer = chat_tokenizer(DATED + template)
     encoder = ChatEncoder(TextEncoder(tokenizer), datetime(2026, 3, 1))
-    row = encoder.encode(CONVERSATION, where="row 1", learn_all=False)
+    row = encoder.encode({"messages": CONVERSATION}, where="row 1", learn_all=False)
     assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
     assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
     assert "strftime_now" not in encoder.template

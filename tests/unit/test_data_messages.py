@@ -34,9 +34,14 @@ CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
-def error_of(tokenizer, messages, tools=None) -> DataError:
+def encode_row(tokenizer, messages, **columns):
+    row = {"messages": messages} | columns
+    return ChatEncoder(TextEncoder(tokenizer)).encode(row, where="rows.jsonl:3", learn_all=False)
+
+
+def error_of(tokenizer, messages, **columns) -> DataError:
     with pytest.raises(DataError) as caught:
-        ChatEncoder(TextEncoder(tokenizer)).encode(messages, where="rows.jsonl:3", learn_all=False, tools=tools)
+        encode_row(tokenizer, messages, **columns)
     assert caught.value.where == "rows.jsonl:3"
     assert caught.value.fix
     return caught.value
@@ -83,6 +88,32 @@ def test_a_file_of_sharegpts_with_a_real_tokenizer(test_data, tmp_path, model, s
     assert [text.lstrip() for text in learned] == [f"there\n{eos}46{eos}", f"46{eos}"]
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_the_systems_message_may_stand_in_a_column_of_its_own(chat_tokenizer, template):
+    tokenizer, rest = chat_tokenizer(template), CONVERSATION[1:]
+    assert CONVERSATION[0]["role"] == "system"
+    assert encode_row(tokenizer, sharegpt(rest), system=CONVERSATION[0]["content"]) == encode(tokenizer, CONVERSATION)
+    for nothing in ("", None):
+        assert encode_row(tokenizer, rest, system=nothing) == encode(tokenizer, rest)
+
+
+@pytest.mark.parametrize(("system", "first"), [("be brief", "system"), ("be brief", "developer"), ([1], "user")])
+def test_a_column_system_that_cannot_be_its_message_is_refused(chat_tokenizer, system, first):
+    messages = [{"role": first, "content": "hello"}, QUESTION]
+    error = error_of(chat_tokenizer(CHATML), messages, system=system)
+    assert error.what.startswith("column 'system' ")
+
+
+def test_the_column_system_is_read_from_a_file(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
+    tokenizer.chat_template = CHATML
+    rows = [{"conversations": sharegpt(CONVERSATION[1:]), "system": text} for text in ("it's fine", None)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare_data(DataConfig(train=[DataSource(path=str(path))], format="chat"), tokenizer, 0).train
+    assert ["it's fine" in tokenizer.decode(row.input_ids) for row in found] == [True, False]
+
+
 @pytest.mark.parametrize("learn_all", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_a_message_of_weight_zero_is_not_learned(chat_tokenizer, template, learn_all):
@@ -124,8 +155,7 @@ def test_calls_of_tools_are_learned_with_their_arguments_as_objects(chat_tokeniz
     tokenizer = chat_tokenizer(template)
     messages = [QUESTION, CALLING, {"role": "tool", "content": "46", "tool_call_id": "1"}, CONVERSATION[-1]]
     for tools in (TOOLS, json.dumps(TOOLS)):
-        encoder = ChatEncoder(TextEncoder(tokenizer))
-        row = encoder.encode(messages, where="row 1", learn_all=False, tools=tools)
+        row = encode_row(tokenizer, messages, tools=tools)
         call = '<call>{"name": "weather", "arguments": {"city": "Rome"}}</call><|im_end|>'
         assert learned_turns(tokenizer, row) == [call, "46<|im_end|>"]
         assert tokenizer.decode(row.ids).startswith(json.dumps(TOOLS))
@@ -148,11 +178,10 @@ def test_a_call_outside_of_the_generation_block_is_refused(chat_tokenizer):
 
 
 def test_tools_that_the_template_has_no_place_for_are_refused(chat_tokenizer):
-    error = error_of(chat_tokenizer(CHATML), [QUESTION, CONVERSATION[-1]], TOOLS)
+    error = error_of(chat_tokenizer(CHATML), [QUESTION, CONVERSATION[-1]], tools=TOOLS)
     assert error.what == "column 'tools' has tools, and the chat template has no place for them"
-    assert encode(chat_tokenizer(CHATML), [QUESTION, CONVERSATION[-1]]) == ChatEncoder(
-        TextEncoder(chat_tokenizer(CHATML))
-    ).encode([QUESTION, CONVERSATION[-1]], where="row 1", learn_all=False, tools="")
+    talk = [QUESTION, CONVERSATION[-1]]
+    assert encode(chat_tokenizer(CHATML), talk) == encode_row(chat_tokenizer(CHATML), talk, tools="")
 
 
 def calling(**fields: object) -> dict:
@@ -185,7 +214,7 @@ def test_what_cannot_be_a_message_is_named(chat_tokenizer, message, what):
 
 @pytest.mark.parametrize(("tools", "what"), [("[", "is not JSON"), ({"a": 1}, "no list"), (["a"], "no list")])
 def test_what_cannot_be_tools_is_named(chat_tokenizer, tools, what):
-    error = error_of(chat_tokenizer(TOOL_TEMPLATES["no marks"]), [QUESTION, CONVERSATION[-1]], tools)
+    error = error_of(chat_tokenizer(TOOL_TEMPLATES["no marks"]), [QUESTION, CONVERSATION[-1]], tools=tools)
     assert error.what.startswith("column 'tools' ")
     assert what in error.what
 

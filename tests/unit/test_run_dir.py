@@ -6,7 +6,7 @@ import pytest
 
 from dude_cli.config import Config
 from dude_cli.errors import UsageError
-from dude_cli.training.metrics import MEMORY_FILE, METRICS_FILE, check_trackers, read_metrics, run_summary
+from dude_cli.training.metrics import MEMORY_FILE, METRICS_FILE, read_metrics, run_summary
 from dude_cli.training.model_card import model_card
 from dude_cli.training.run_dir import INITIAL, check_run_dir, check_writable, initial_key
 from dude_cli.training.start import initial_adapter_key
@@ -106,13 +106,6 @@ def test_the_summary_and_the_card_name_the_step_that_is_kept(tmp_path):
     assert 'load_model(ModelConfig(name_or_path="m", dtype="bfloat16", quantization="nf4"))' in model_card(
         quantized, run_summary(quantized)
     )
-
-
-def test_a_tracker_that_is_not_installed_is_a_usage_error(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_trackers([])
-    with pytest.raises(UsageError, match="pip install tensorboard"):
-        check_trackers(["tensorboard"])
 
 
 def test_damaged_files_of_a_run_are_as_good_as_none(tmp_path):
