@@ -514,6 +514,18 @@ def test_a_recipes_run_loads_its_model_once_for_all_tasks(
     assert job.is_done
 
 
+def test_a_recipe_does_not_take_the_score_of_another_lm_eval(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "runs/a", tmp_path / "a")
+    config = load_config(tmp_path / "a/config.yaml", [f"output_dir={tmp_path / 'a'}"])
+    assert dude_here("eval", tmp_path / "a", *CHOICES).returncode == 0
+    job = Job(Run("a", config), tmp_path / "configs/a.yaml", (EvalTask(name="quickstart_choices", limit=2),))
+    assert job.is_done
+    path = tmp_path / "a/eval/quickstart_choices.limit-2.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"lm_eval_version": "0.4.0"}))
+    assert job.missing_tasks() == list(job.tasks)
+
+
 def test_a_comparison_writes_nothing_through_a_link(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "runs", tmp_path / "runs")
     (tmp_path / "outside").mkdir()
