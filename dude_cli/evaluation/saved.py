@@ -149,7 +149,6 @@ def _is_wanted(
         is_of_adapter(results, adapter_sha256)
         # Results of an earlier version do not say on which base.
         and results.get("base_fingerprint") == base_fingerprint
-        and requested_task(results).apply_chat_template == task.apply_chat_template
         and task.num_fewshot in (None, *_examples(results))
         and results["config"]["model_dtype"] == f"torch.{dtype}"
     )

@@ -17,6 +17,7 @@ from wandb.proto import wandb_internal_pb2
 
 from dude_cli.config import load_config
 from dude_cli.errors import StoppedError, UsageError
+from dude_cli.system.files import delete
 from dude_cli.training import trackers
 from dude_cli.training.metrics import read_metrics
 from dude_cli.training.run_dir import clear_run
@@ -91,16 +92,17 @@ def test_wandb_is_told_what_runs_and_its_axis_is_the_step(tmp_path, monkeypatch)
 
 
 def test_a_run_that_goes_on_is_the_same_one_and_a_new_one_another(tmp_path):
-    path = quickstart_config(tmp_path, max_steps="4")
-    change = "train.report_to=[tensorboard,wandb]"
+    """The step that is done again, for want of its checkpoint, replaces the first one or stands beside it."""
+    path = quickstart_config(tmp_path, max_steps="4", extra="  save_steps: 2")
+    change, folder = "train.report_to=[tensorboard,wandb]", tmp_path / "run"
     with pytest.raises(StoppedError):
-        train_here(path, change, stop=StopAfter(2))
+        train_here(path, change, stop=StopAfter(3))
+    delete(folder / "checkpoints/step-000003")
     train_here(path, change)
-    folder = tmp_path / "run"
     runs = [record.run for record in wandb_records(folder) if record.WhichOneof("record_type") == "run"]
     assert len(runs) == 2
     assert len({run.run_id for run in runs}) == 1
-    assert [record["step"] for record in wandb_history(folder) if "loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in wandb_history(folder) if "loss" in record] == [1, 2, 3, 3, 4]
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
     clear_run(load_config(path))
