@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dude_cli.adapter import AdapterConfig, constant_adapters, patch_model
 from dude_cli.adapter.layer import AdapterLayer, Factors
-from dude_cli.adapter.widened import CPU_IS_SLOW
+from dude_cli.adapter.widened import is_slow
 from dude_cli.training.loss import SummedLoss, with_targets
 
 # Four power iterations instead of PiSSA's full SVD: the start's accuracy does not change what a step costs.
@@ -61,7 +61,7 @@ def candidate_names(dtype: str) -> list[str]:
 
 def timed_candidate_names(dtype: str) -> list[str]:
     """The same, or what our aims compare, where a step of PEFT's takes minutes for want of a CPU's instructions."""
-    if dtype == "bfloat16" and CPU_IS_SLOW and torch.get_default_device().type == "cpu":
+    if is_slow(torch.empty(0, dtype=getattr(torch, dtype))):
         return ["PEFT lora", "PEFT dora + pissa", "dude"]
     return candidate_names(dtype)
 

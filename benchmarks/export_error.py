@@ -59,7 +59,7 @@ def main() -> None:
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:
                 adapter = save_moved_adapter(Path(folder), layers, hidden_size, vocabulary, dtype)
-                loaded = load_target(find_target(str(adapter)), None)
+                loaded = load_target(find_target(str(adapter)))
                 for report in (
                     export_peft(loaded, Path(folder) / "peft"),
                     export_merged(loaded, Path(folder) / "merged", dtype),

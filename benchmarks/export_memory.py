@@ -59,7 +59,7 @@ def export(adapter: str, out: str) -> None:
     from dude_cli.target import find_target, load_target
 
     before = peak_bytes()
-    loaded = load_target(find_target(adapter), None)
+    loaded = load_target(find_target(adapter))
     loaded_peak, started = peak_bytes(), time.perf_counter()
     report = export_merged(loaded, Path(out), loaded.config.dtype)
     found = {"loaded": loaded_peak - before, "exported": peak_bytes() - before, "s": time.perf_counter() - started}

@@ -20,6 +20,8 @@ from candidates import Candidate, layer_candidate, timed_candidate_names
 from measure import Case, interleave, pace, run
 from torch import Tensor, nn
 
+from dude_cli.adapter.widened import is_slow
+
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))  # (out, in): Llama-2-7B's
 FROZEN = "frozen base"
 
@@ -51,9 +53,10 @@ def measure(case: Case, budget_s: float) -> dict[str, Any]:
         name: layer_candidate(name, weight, case.settings["rank"])
         for name in timed_candidate_names(case.settings["dtype"])
     }
-    frozen = nn.Linear(in_features, out_features, bias=False, device="meta")
-    frozen.weight = nn.Parameter(weight, requires_grad=False)
-    layers[FROZEN] = Candidate(frozen, is_ours=False, autocast=False)
+    if not is_slow(weight):
+        frozen = nn.Linear(in_features, out_features, bias=False, device="meta")
+        frozen.weight = nn.Parameter(weight, requires_grad=False)
+        layers[FROZEN] = Candidate(frozen, is_ours=False, autocast=False)
     x, dy = x.to(dtype).requires_grad_(), dy.to(dtype)
     ours = {name: layer for name, layer in layers.items() if layer.is_ours}
     new = interleave({name: _new_scope(layer, x[:1].detach()) for name, layer in ours.items()}, budget_s / 8)

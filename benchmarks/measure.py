@@ -26,9 +26,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dude_cli.adapter.widened import is_slow
+
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MIN_ROUNDS, MAX_ROUNDS = 3, 101
+LONG_S = 60.0  # a round as long as this needs no other to warm up
 GPU_S = 0.02  # a GPU's work is timed in runs of at least this, between two waits for it
 
 Seconds = dict[str, list[float]]
@@ -86,16 +89,19 @@ def place_of_seconds(device: str) -> str:
 
 
 def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> Seconds:
-    """Seconds of each candidate in each round, after one round that only warms up.
+    """Seconds of each candidate in each round, after one round that only warms up, unless it takes minutes.
 
     Each round runs every candidate once, so that a change of the machine's pace hits all alike, and every second one
     runs in reverse, so that none always follows the same neighbour. Rounds go on until `budget_s` is spent. On a GPU a
     candidate runs several times in a row, and the seconds are the mean: its queue is never empty, as in a training.
     """
-    seconds: Seconds = {name: [] for name in candidates}
-    times = {name: _warm_up(run_once) for name, run_once in candidates.items()}
+    started = time.perf_counter()
+    first = {name: _warm_up(run_once) for name, run_once in candidates.items()}
+    times = {name: times for name, (times, _) in first.items()}
+    is_long = time.perf_counter() - started > LONG_S
+    seconds: Seconds = {name: [round(took_s, 7)] if is_long else [] for name, (_, took_s) in first.items()}
     names, started = list(candidates), time.perf_counter()
-    for number in range(MAX_ROUNDS):
+    for number in range(int(is_long), MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.perf_counter() - started > budget_s:
             break
         gc.collect()
@@ -104,13 +110,17 @@ def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> 
     return seconds
 
 
-def _warm_up(run_once: Callable[[], object]) -> int:
-    """How many runs a round should have. On a GPU kernels are made in a first run, graphs recorded in a second."""
-    run_once()
+def _warm_up(run_once: Callable[[], object]) -> tuple[int, float]:
+    """How many runs a round should have, and the seconds of one.
+
+    On a GPU kernels are made in a first run, graphs recorded in a second.
+    """
+    took_s = _timed(run_once, 1)
     if torch.get_default_device().type == "cpu":
-        return 1
+        return 1, took_s
     run_once()
-    return max(1, math.ceil(GPU_S / _timed(run_once, 1)))
+    took_s = _timed(run_once, 1)
+    return max(1, math.ceil(GPU_S / took_s)), took_s
 
 
 def _timed(run_once: Callable[[], object], times: int) -> float:
@@ -131,7 +141,8 @@ def synchronize() -> None:
 
 def pace(dtype: torch.dtype) -> dict[str, float]:
     """What this device reaches now: a plain product's FLOP/s in `dtype`, and a copy's bytes/s, read and written."""
-    left, right = torch.randn(2048, 4096, dtype=dtype), torch.randn(4096, 4096, dtype=dtype)
+    rows, width = (64, 1024) if is_slow(torch.empty(0, dtype=dtype)) else (2048, 4096)
+    left, right = torch.randn(rows, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
     source, target = torch.randn(2**26), torch.empty(2**26)  # 256 MiB each: past every cache
     best = {
         name: min(values)
@@ -139,7 +150,7 @@ def pace(dtype: torch.dtype) -> dict[str, float]:
             {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}, budget_s=1.0
         ).items()
     }
-    return {"flop_per_s": 2 * 2048 * 4096 * 4096 / best["product"], "bytes_per_s": 2 * source.nbytes / best["copy"]}
+    return {"flop_per_s": 2 * rows * width**2 / best["product"], "bytes_per_s": 2 * source.nbytes / best["copy"]}
 
 
 def read(path: Path) -> dict[str, Any]:

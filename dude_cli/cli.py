@@ -152,6 +152,7 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, or compare two."""
     from dude_cli.commands import comparing, scoring
+    from dude_cli.target import Loading
 
     options = scoring.EvalOptions(
         task_names=task or (),
@@ -162,9 +163,7 @@ def evaluate(
         data_dir=data_dir,
         include_paths=include_path or (),
         output_dir=output_dir,
-        base_model=base_model,
-        allow_other_base=allow_other_base,
-        dtype=dtype,
+        loading=Loading(dtype, base_model, allow_other_base),
         num_processes=num_processes,
         rescore=rescore,
     )
@@ -207,6 +206,7 @@ def generate(
 ) -> None:
     """Answer prompts with a run, an adapter or a model."""
     from dude_cli.commands import answering
+    from dude_cli.target import Loading
 
     answering.generate(
         target,
@@ -219,9 +219,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        dtype=dtype,
-        base_model=base_model,
-        allow_other_base=allow_other_base,
+        loading=Loading(dtype, base_model, allow_other_base),
         output=output,
     )
 
@@ -257,6 +255,7 @@ def export(
 ) -> None:
     """Write a trained adapter for other programs, load it again, and say how exact it is."""
     from dude_cli.commands import exchanging
+    from dude_cli.target import Loading
 
     exchanging.export(
         target,
@@ -265,8 +264,7 @@ def export(
         rank=rank,
         max_error=max_error,
         dtype=dtype,
-        base_model=base_model,
-        allow_other_base=allow_other_base,
+        loading=Loading(None, base_model, allow_other_base),
         output=output,
     )
 

@@ -99,13 +99,25 @@ class LoadedTarget:
         return self.adapter is not None and self.base_fingerprint != self.adapter.base_fingerprint
 
 
-def load_target(
-    target: Target, dtype: str | None, *, base_model: str | None = None, allow_other_base: bool = False
-) -> LoadedTarget:
-    """Load `target` on the best device, in `dtype`, else in the one it was trained with, else as it was saved.
+@dataclass(frozen=True)
+class Loading:
+    """How a target is loaded: in `dtype`, else in the one it was trained with, else as it was saved.
 
     `base_model` is where the adapter's base is, if not where it was when the adapter was trained; with
-    `allow_other_base` its weights may be other ones. The tokenizer is the one saved with the adapter.
+    `allow_other_base` its weights may be other ones.
+    """
+
+    dtype: str | None = None
+    base_model: str | None = None
+    allow_other_base: bool = False
+
+
+AS_TRAINED = Loading()
+
+
+def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
+    """Load `target` on the best device, with the tokenizer that was saved with the adapter.
+
     Raises UsageError and AdapterError with what to do.
     """
     import torch
@@ -115,18 +127,18 @@ def load_target(
     from dude_cli.system.runtime import best_device, quiet_libraries
 
     quiet_libraries()
-    chosen = check_dtype(dtype)
-    config, saved = _parts(target, base_model, allow_other_base=allow_other_base)
+    chosen = check_dtype(how.dtype)
+    config, saved = _parts(target, how)
     folder = target.adapter_dir
     if folder is None or saved is None:
-        with _explained(target, base_model):
+        with _explained(target, how):
             config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
             return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None, None)
     if chosen is not None and config.quantization is not None:
         config = config.model_copy(update={"dtype": chosen})
-    with _explained(target, base_model):
+    with _explained(target, how):
         model = load_model(config, best_device())
-    if allow_other_base:
+    if how.allow_other_base:
         fingerprint = base_fingerprint(model)
     else:
         check_base(model, folder, saved)
@@ -139,18 +151,14 @@ def load_target(
     return LoadedTarget(model, load_tokenizer(config, folder), config, saved, fingerprint)
 
 
-def target_tokenizer(
-    target: Target, *, base_model: str | None = None, allow_other_base: bool = False
-) -> PreTrainedTokenizerBase:
+def target_tokenizer(target: Target, how: Loading = AS_TRAINED) -> PreTrainedTokenizerBase:
     """The tokenizer that `load_target` loads. Raises as it does."""
-    config, _ = _parts(target, base_model, allow_other_base=allow_other_base)
-    with _explained(target, base_model):
+    config, _ = _parts(target, how)
+    with _explained(target, how):
         return load_tokenizer(config, target.adapter_dir)
 
 
-def check_target(
-    target: Target, dtype: str | None, *, base_model: str | None = None, allow_other_base: bool = False
-) -> None:
+def check_target(target: Target, how: Loading) -> None:
     """Raise what `load_target` would for a model or a base that is not there, and for options that do not fit.
 
     Of the model only its config is read.
@@ -158,21 +166,19 @@ def check_target(
     from dude_cli.system.runtime import quiet_libraries
 
     quiet_libraries()
-    check_dtype(dtype)
-    config, _ = _parts(target, base_model, allow_other_base=allow_other_base)
-    with _explained(target, base_model):
+    check_dtype(how.dtype)
+    config, _ = _parts(target, how)
+    with _explained(target, how):
         saved_dtype(config)
 
 
-def _parts(
-    target: Target, base_model: str | None, *, allow_other_base: bool
-) -> tuple[ModelConfig, SavedAdapter | None]:
+def _parts(target: Target, how: Loading) -> tuple[ModelConfig, SavedAdapter | None]:
     """Where the model or the base is and how it is loaded, and what the adapter says of itself, if there is one."""
     from dude_cli.adapter import read_adapter_config
 
     folder = target.adapter_dir
     if folder is None:
-        if base_model is not None or allow_other_base:
+        if how.base_model is not None or how.allow_other_base:
             raise UsageError(
                 f"{target} is no adapter, so it has no base model",
                 where="--base-model, --allow-other-base",
@@ -188,17 +194,18 @@ def _parts(
         quantization=next((known for known in QUANTIZATIONS if known == saved.base_quantization), None),
     )
     # The commit that was trained on, not what a branch points to by now.
-    place = {"name_or_path": base_model, "revision": None} if base_model else {"revision": saved.base_revision}
+    moved = {"name_or_path": how.base_model, "revision": None}
+    place = moved if how.base_model else {"revision": saved.base_revision}
     return config.model_copy(update=place), saved
 
 
 @contextmanager
-def _explained(target: Target, base_model: str | None) -> Iterator[None]:
+def _explained(target: Target, how: Loading) -> Iterator[None]:
     """Add to an error of loading what else the user may have meant."""
     try:
         yield
     except UsageError as error:
-        if target.adapter_dir is not None and base_model is None:
+        if target.adapter_dir is not None and how.base_model is None:
             fix = f"{error.fix}; or say where it is: --base-model"
             raise UsageError(error.what, where=error.where, fix=fix) from error
         if target.kind == "model" and target.path is None and "/" not in target.name:

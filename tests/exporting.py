@@ -32,4 +32,4 @@ def save_trained(folder: Path, base: Path, config: AdapterConfig, dtype: torch.d
 def trained_target(folder: Path, kind: str, config: AdapterConfig, dtype: torch.dtype = torch.float32) -> LoadedTarget:
     """A base and a trained adapter on it, written to `folder` and loaded as `dude export` does."""
     base = save_base(folder / "base", kind, dtype)
-    return load_target(find_target(str(save_trained(folder / "adapter", base, config, dtype))), None)
+    return load_target(find_target(str(save_trained(folder / "adapter", base, config, dtype))))

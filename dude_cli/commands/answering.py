@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
+from dude_cli.target import Loading, data_config, find_target, load_target
 
 
 def generate(
@@ -21,16 +22,13 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
-    dtype: str | None,
-    base_model: str | None,
-    allow_other_base: bool,
+    loading: Loading,
     output: Output,
 ) -> None:
     """Answer prompts, or the lines of a conversation, with a run, an adapter or a model."""
     from dude_cli.data import prompt_form
     from dude_cli.generation.conversation import Conversation, answer_prompts, converse, read_prompt
     from dude_cli.generation.generate import Generator, Sampling
-    from dude_cli.target import data_config, find_target, load_target
 
     if interactive == bool(prompts):
         what = "--prompt and --interactive exclude each other" if interactive else "there is nothing to answer"
@@ -48,7 +46,7 @@ def generate(
         )
     texts = [read_prompt(text, raw=raw) for text in prompts]
     output.say(f"answering with {target}")
-    loaded = load_target(target, dtype, base_model=base_model, allow_other_base=allow_other_base)
+    loaded = load_target(target, loading)
     form = prompt_form(loaded.tokenizer, data_config(target), raw=raw)
     output.say(f"prompt form: {form.description}")
     generator = Generator(loaded.model, loaded.tokenizer, form, sampling)

@@ -8,6 +8,7 @@ from pathlib import Path
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.system import files
+from dude_cli.target import Loading, check_dtype, find_target, load_target
 
 
 def export(
@@ -18,13 +19,11 @@ def export(
     rank: int | None,
     max_error: float | None,
     dtype: str | None,
-    base_model: str | None,
-    allow_other_base: bool,
+    loading: Loading,
     output: Output,
 ) -> None:
     """Write a trained adapter as a merged model, a PEFT adapter or a plain LoRA, and say how exact it is."""
     from dude_cli.export import export_lora, export_merged, export_peft, export_shown
-    from dude_cli.target import check_dtype, find_target, load_target
 
     _check_export_options(kind, rank, max_error, dtype)
     chosen = check_dtype(dtype)
@@ -37,7 +36,7 @@ def export(
             fix="give the folder of a run or of an adapter",
         )
     output.say(f"loading {target}")
-    loaded = load_target(target, None, base_model=base_model, allow_other_base=allow_other_base)
+    loaded = load_target(target, loading)
     if kind == "merged":
         report = export_merged(loaded, out, chosen or loaded.config.dtype)
     elif kind == "peft":

@@ -14,10 +14,10 @@ from dude_cli.config import EvalTask
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.system.launch import ranks_to_start, run_ranks
+from dude_cli.target import AS_TRAINED, Loading
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedTokenizerBase
 
     from dude_cli.target import Target
 
@@ -38,9 +38,7 @@ class EvalOptions:
     data_dir: Path | None = None
     include_paths: Sequence[Path] = ()
     output_dir: Path | None = None
-    base_model: str | None = None
-    allow_other_base: bool = False
-    dtype: str | None = None
+    loading: Loading = AS_TRAINED
     num_processes: int | None = None
     rescore: bool = False
 
@@ -155,6 +153,7 @@ def _take_stored(
     with each other, which needs no data.
     """
     from dude_cli.evaluation import EvalRequest, changes_since, load_request
+    from dude_cli.target import target_tokenizer
 
     notes = []
     for side in sides:
@@ -169,7 +168,8 @@ def _take_stored(
         for side in sides:
             if name not in side.stored or side.target is None:
                 continue
-            tokenizer = _tokenizer(side.target, options) if found.request.apply_chat_template else None
+            in_chat = found.request.apply_chat_template
+            tokenizer = target_tokenizer(side.target, options.loading) if in_chat else None
             changes = changes_since(side.stored[name], found, tokenizer)
             if changes:
                 notes.append(f"{side.name}: {name} is scored again: {'; '.join(changes)}")
@@ -191,7 +191,7 @@ def _stored(side: Side, tasks: Sequence[EvalTask], options: EvalOptions) -> dict
 
     adapter_dir = None if side.target is None else side.target.adapter_dir
     # Which base another one may be is known when it is loaded.
-    if side.folder is None or adapter_dir is None or options.allow_other_base:
+    if side.folder is None or adapter_dir is None or options.loading.allow_other_base:
         return {}
     saved = read_adapter_config(adapter_dir)
     found = {
@@ -200,7 +200,7 @@ def _stored(side: Side, tasks: Sequence[EvalTask], options: EvalOptions) -> dict
             task,
             adapter_sha256=saved.sha256,
             base_fingerprint=saved.base_fingerprint,
-            dtype=options.dtype or saved.base_dtype,
+            dtype=options.loading.dtype or saved.base_dtype,
         )
         for task in tasks
     }
@@ -219,17 +219,11 @@ def _results_folder(target: Target, chosen: Path | None) -> Path | None:
 
 def _check(target: Target, tasks: Sequence[EvalTask], options: EvalOptions) -> None:
     from dude_cli.evaluation import chat_template
-    from dude_cli.target import check_target
+    from dude_cli.target import check_target, target_tokenizer
 
-    check_target(target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base)
+    check_target(target, options.loading)
     if any(task.apply_chat_template for task in tasks):
-        chat_template(_tokenizer(target, options))
-
-
-def _tokenizer(target: Target, options: EvalOptions) -> PreTrainedTokenizerBase:
-    from dude_cli.target import target_tokenizer
-
-    return target_tokenizer(target, base_model=options.base_model, allow_other_base=options.allow_other_base)
+        chat_template(target_tokenizer(target, options.loading))
 
 
 def _eval_ranks(options: EvalOptions) -> Accelerator:
@@ -278,9 +272,7 @@ def _score(
         rescore=options.rescore,
     )
     loaded_tasks = load_request(request, accelerator=accelerator, log=output.say)  # quick beside the model
-    loaded = load_target(
-        target, options.dtype, base_model=options.base_model, allow_other_base=options.allow_other_base
-    )
+    loaded = load_target(target, options.loading)
     if loaded.is_on_other_base and folder == results_dir(target):
         folder = None
         output.say("note: scores on another base are not kept with the run's own; --output FOLDER keeps them")

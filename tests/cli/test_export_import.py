@@ -96,7 +96,7 @@ def test_an_export_for_peft_is_used_as_its_readme_says(kind, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
     tokenizer.chat_template = "{{ messages[0].content }}"
     save_adapter(model, tmp_path / "adapter", tokenizer=tokenizer)
-    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    loaded = load_target(find_target(str(tmp_path / "adapter")))
     (export_peft if kind == "peft" else export_lora)(loaded, tmp_path / "out")
     written = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert written.get_vocab() == tokenizer.get_vocab()

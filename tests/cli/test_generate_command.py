@@ -23,6 +23,7 @@ from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.model import load_tokenizer
+from dude_cli.target import AS_TRAINED, Loading
 
 # The end of a turn is neither EOS nor in the model's generation config: it has to be learned, and to be known.
 CHAT = (
@@ -38,9 +39,7 @@ OPTIONS = {
     "temperature": 0.0,
     "top_p": 1.0,
     "seed": 0,
-    "dtype": None,
-    "base_model": None,
-    "allow_other_base": False,
+    "loading": AS_TRAINED,
 }
 
 
@@ -202,7 +201,7 @@ def read_until(terminal: int, end: str | None) -> str:
         (["a\udcff"], {}, "not UTF-8"),
         (["a"], {"top_p": 0.5}, "does nothing"),
         (["a"], {"temperature": float("inf")}, "temperature is inf"),
-        (["a"], {"dtype": "int3"}, "unknown dtype"),
+        (["a"], {"loading": Loading("int3")}, "unknown dtype"),
         (["a"], {"max_new_tokens": 512}, "and 0 fit"),
     ],
 )

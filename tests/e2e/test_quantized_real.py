@@ -33,7 +33,7 @@ def logits_of_trained(arguments: list[str]) -> None:
 
 def logits_of_targets(arguments: list[str]) -> None:
     *targets, out = arguments
-    models = [load_target(find_target(name), None).model for name in targets]
+    models = [load_target(find_target(name)).model for name in targets]
     with torch.no_grad():
         torch.save([model(input_ids=torch.arange(3, 43)[None]).logits for model in models], out)
 

@@ -22,7 +22,7 @@ from dude_cli.export import export_lora, export_merged, export_peft, from_peft, 
 from dude_cli.export.low_rank import learned_change, lowest_rank
 from dude_cli.export.peft_files import PeftLayer
 from dude_cli.model import load_tokenizer
-from dude_cli.target import find_target, load_target
+from dude_cli.target import Loading, find_target, load_target
 
 METHODS = ("dude", "dora", "pissa", "lora")
 TOLERANCE = 1e-5  # of the largest logit, in float32
@@ -123,7 +123,7 @@ def test_export_import_export_returns_equal_bytes(method, rank_stabilized, tmp_p
     model = base_of(tmp_path / "base")
     model_config = ModelConfig(name_or_path=str(tmp_path / "base"), dtype="float32")
     import_to(model, loaded.tokenizer, model_config, tmp_path / "first", tmp_path / "imported")
-    again = load_target(find_target(str(tmp_path / "imported")), None)
+    again = load_target(find_target(str(tmp_path / "imported")))
     assert relative(logits(again.model), logits(loaded.model)) <= TOLERANCE
     export_peft(again, tmp_path / "second")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -284,7 +284,7 @@ def test_the_error_of_the_best_lora_falls_to_nothing(method, tmp_path):
     adapter = save_trained(tmp_path / "adapter", base, AdapterConfig(method=method, rank=4))
     errors, logit_errors = [], []
     for rank in (1, 4, 8, 16, 32):
-        loaded = load_target(find_target(str(adapter)), None)
+        loaded = load_target(find_target(str(adapter)))
         expected = logits(loaded.model)
         report = export_lora(loaded, tmp_path / f"rank-{rank}", rank=rank)
         assert torch.equal(logits(loaded.model), expected)
@@ -345,7 +345,7 @@ def save_moe_base(folder):
 def test_layers_that_peft_takes_for_experts_are_refused(method, export, tmp_path):
     base = save_moe_base(tmp_path / "base")
     config = AdapterConfig(method=method, rank=2)
-    loaded = load_target(find_target(str(save_trained(tmp_path / "adapter", base, config))), None)
+    loaded = load_target(find_target(str(save_trained(tmp_path / "adapter", base, config))))
     with pytest.raises(UsageError, match="6 layers") as error:
         export(loaded, tmp_path / "out")
     assert "model.layers.0.mlp.gate_proj" in error.value.what
@@ -354,7 +354,7 @@ def test_layers_that_peft_takes_for_experts_are_refused(method, export, tmp_path
     assert not (tmp_path / "out").exists()
 
     config = AdapterConfig(method=method, rank=2, exclude_modules=excluded)
-    loaded = load_target(find_target(str(save_trained(tmp_path / "without", base, config))), None)
+    loaded = load_target(find_target(str(save_trained(tmp_path / "without", base, config))))
     expected = logits(loaded.model)
     export_peft(loaded, tmp_path / "out")
     assert relative(logits(PeftModel.from_pretrained(base_of(base), tmp_path / "out")), expected) <= TOLERANCE
@@ -368,7 +368,7 @@ def test_a_target_is_named_in_full_where_another_module_ends_alike(tmp_path):
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(quickstart.MODEL_DIR).save_pretrained(tmp_path / "base")
     save_trained(tmp_path / "adapter", tmp_path / "base", AdapterConfig(method="dude", rank=2))
-    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    loaded = load_target(find_target(str(tmp_path / "adapter")))
     expected = logits(loaded.model)
     export_peft(loaded, tmp_path / "peft")
     theirs = PeftModel.from_pretrained(base_of(tmp_path / "base"), tmp_path / "peft")
@@ -394,7 +394,7 @@ def test_the_rank_that_is_not_given_is_at_most_the_layers_own(tmp_path):
 def test_an_adapter_is_loaded_in_float16_too(method, trained, tmp_path):
     config = AdapterConfig(method=method, rank=4)
     expected = logits(trained_target(tmp_path, "llama", config, getattr(torch, trained)).model)
-    half = load_target(find_target(str(tmp_path / "adapter")), "float16")
+    half = load_target(find_target(str(tmp_path / "adapter")), Loading("float16"))
     assert half.model.dtype == torch.float16
     assert half.config.dtype == "float16"
     assert relative(logits(half.model), expected) <= 2e-2
@@ -403,7 +403,7 @@ def test_an_adapter_is_loaded_in_float16_too(method, trained, tmp_path):
 def test_an_untrained_adapter_is_exported_without_a_division_by_zero(tmp_path):
     base = save_base(tmp_path / "base", "llama")
     save_adapter(patch_model(base_of(base), AdapterConfig(method="dude", rank=4)), tmp_path / "adapter")
-    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    loaded = load_target(find_target(str(tmp_path / "adapter")))
     report = export_lora(loaded, tmp_path / "lora", max_error=0.1)
     assert report.low_rank is not None
     assert set(report.low_rank.by_layer.values()) == {0.0}
@@ -442,14 +442,14 @@ def test_a_row_that_is_zero_is_zero_in_peft_too(method, kind, dtype, tmp_path):
     """PEFT's DoRA divides zero by zero there, if it is given the row as it is."""
     base = base_with_zero_rows(tmp_path / "base", kind, 3, getattr(torch, dtype))
     save_trained(tmp_path / "adapter", base, AdapterConfig(method=method, rank=4), getattr(torch, dtype))
-    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    loaded = load_target(find_target(str(tmp_path / "adapter")))
     expected = logits(loaded.model)
     report = export_peft(loaded, tmp_path / "first")
     theirs = logits(PeftModel.from_pretrained(base_of(base, getattr(torch, dtype)), tmp_path / "first"))
     assert relative(theirs, expected) <= report.tolerance
     model, config = base_of(base, getattr(torch, dtype)), ModelConfig(name_or_path=str(base), dtype=dtype)
     import_to(model, load_tokenizer(config), config, tmp_path / "first", tmp_path / "imported")
-    export_peft(load_target(find_target(str(tmp_path / "imported")), None), tmp_path / "second")
+    export_peft(load_target(find_target(str(tmp_path / "imported"))), tmp_path / "second")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
@@ -458,7 +458,7 @@ def test_a_layer_that_is_zero_has_nothing_that_peft_could_divide_by(tmp_path):
     base = base_with_zero_rows(tmp_path / "base", "llama", 56)
     save_trained(tmp_path / "adapter", base, AdapterConfig(method="dude", rank=4))
     with pytest.raises(UsageError, match=r"row 0 of model\.layers\.0\.mlp\.up_proj is zero") as error:
-        export_peft(load_target(find_target(str(tmp_path / "adapter")), None), tmp_path / "peft")
+        export_peft(load_target(find_target(str(tmp_path / "adapter"))), tmp_path / "peft")
     assert "adapter.exclude_modules: [model.layers.0.mlp.up_proj]" in (error.value.fix or "")
     assert not (tmp_path / "peft").exists()
 
@@ -523,7 +523,7 @@ def test_a_change_with_a_nan_names_its_layer(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.lora_A[0, 0] = float("nan")
     save_adapter(model, tmp_path / "adapter")
-    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    loaded = load_target(find_target(str(tmp_path / "adapter")))
     for options in ({"rank": 2}, {"max_error": 0.1}):
         with pytest.raises(AdapterError, match="cannot be decomposed") as error:
             export_lora(loaded, tmp_path / "lora", **options)
@@ -543,7 +543,7 @@ def test_a_merged_model_for_images_has_its_processor_and_one_dtype_in_its_config
     (tmp_path / "base" / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
     settings = AdapterConfig(method="dude", rank=2, target_modules=r".*language_model.*q_proj")
     save_adapter(patch_model(base_of(tmp_path / "base"), settings), tmp_path / "adapter")
-    loaded = load_target(find_target(str(tmp_path / "adapter")), None)
+    loaded = load_target(find_target(str(tmp_path / "adapter")))
     export_merged(loaded, tmp_path / "merged", "bfloat16")
     saved = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert {part["dtype"] for part in (saved, saved["text_config"], saved["vision_config"])} == {"bfloat16"}

@@ -181,5 +181,5 @@ def test_a_run_is_loaded_on_the_commit_that_it_was_trained_on(tmp_path, monkeypa
     train_here(quickstart_config(tmp_path, max_steps="1"))
     revisions = []
     monkeypatch.setattr(target, "load_model", recording(target.load_model, revisions))
-    target.load_target(target.find_target(str(tmp_path / "run")), None)
+    target.load_target(target.find_target(str(tmp_path / "run")))
     assert revisions == ["a" * 40]

@@ -66,9 +66,10 @@ def own(record: dict[str, float]) -> dict[str, float]:
 
 
 def test_both_have_the_numbers_of_metrics_jsonl(tmp_path):
-    path = quickstart_config(tmp_path, extra="  eval_steps: 2", max_steps="3")
+    path = quickstart_config(tmp_path, extra="  eval_steps: 2\n  early_stopping_patience: 5", max_steps="3")
     train_here(path, "train.report_to=[tensorboard,wandb]")
     records = [numbers(record) for record in read_metrics(tmp_path / "run")]
+    assert any("kept" in record for record in read_metrics(tmp_path / "run"))
     assert {"step", "loss", "learning_rate", "grad_norm"} <= records[1].keys()
     assert [own(record) for record in wandb_history(tmp_path / "run")] == [pytest.approx(record) for record in records]
     board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()

@@ -99,7 +99,7 @@ def test_the_advice_to_finish_a_run_leads_to_its_own_folder(tmp_path: Path, monk
 def test_an_adapter_in_pefts_format_is_refused(tmp_path: Path) -> None:
     target = find_target(str(make_adapter(tmp_path / "peft", peft_type="LORA")))
     with pytest.raises(AdapterError, match=r"PEFT's format \(peft_type LORA\)") as error:
-        load_target(target, None)
+        load_target(target)
     assert error.value.fix
 
 
