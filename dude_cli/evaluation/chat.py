@@ -40,6 +40,12 @@ def chat_template(tokenizer: Any) -> str:
     return told_at(tokenizer.get_chat_template(), TOLD_DAY)
 
 
+def has_place_for_system(render: Callable[..., str]) -> bool:
+    """Whether the system's message is in what `render` makes: a template may refuse it, or not look at it."""
+    word = "5d1c7b2f"
+    return word in render([{"role": "system", "content": word}, {"role": "user", "content": "question"}])
+
+
 def prompt_settings(render: Callable[..., str] | None) -> dict[str, Any]:
     """How a task of lm-eval is to build its prompts: plain, or by `render` with each example as two turns."""
     if render is None:

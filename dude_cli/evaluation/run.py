@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, memory_errors
-from dude_cli.evaluation.chat import chat_template
+from dude_cli.evaluation.chat import chat_template, has_place_for_system
 from dude_cli.evaluation.compare import different_settings
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
@@ -177,6 +177,9 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
 
     name, limit = found.request.name, found.request.limit
     log(f"scoring {name}{suffix}: {_questions(found)} questions")
+    described = any(task.get_config("description") for task in found.tasks.values())
+    if found.request.apply_chat_template and described and not has_place_for_system(lm.apply_chat_template):
+        log(f"{name}: its description is left out, for the chat template has no place for a system's message")
     lm.cut_prompts.clear()
     _seed()
     for task in found.tasks.values():

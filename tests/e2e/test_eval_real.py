@@ -132,6 +132,24 @@ def test_in_the_chat_template_too_they_are_those_of_lm_eval(
         assert [s[key] for s in ours["samples"][task.name]] == [s[key] for s in theirs["samples"][task.name]], key
 
 
+@pytest.mark.parametrize("change", ["refused", "not looked at", "written"])
+def test_a_description_that_the_chat_template_leaves_out_is_told(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path, change: str
+) -> None:
+    without = "{% if m.role == 'system' %}" + ("{{ raise_exception('no') }}" if change == "refused" else "")
+    tokenizer.chat_template = TEMPLATE
+    if change != "written":
+        tokenizer.chat_template = TEMPLATE.replace("<{{ m.role }}>", without + "{% else %}<{{ m.role }}>", 1).replace(
+            "{% endfor %}", "{% endif %}{% endfor %}"
+        )
+    told: list[str] = []
+    request = EvalRequest((ANATOMY.model_copy(update={**IN_CHAT, "limit": 1}),), data_dir=test_data)
+    results = evaluate(model, tokenizer, request, log=told.append)
+    description = "The following are multiple choice questions"
+    assert (description in results["prompt_examples"]["mmlu_anatomy"]) == (change == "written")
+    assert any("its description is left out" in line for line in told) == (change != "written")
+
+
 def test_the_whole_of_mmlu(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path) -> None:
     messages: list[str] = []
     request = EvalRequest((EvalTask(name="mmlu", num_fewshot=1, limit=1),), data_dir=test_data)
