@@ -29,6 +29,8 @@ def compare(
         )
     sides = [_side(name, options, place) for name, place in zip(names, "ab", strict=True)]
     tasks = _compared_tasks(sides, options)
+    if any(task.apply_chat_template for task in tasks):
+        _refuse_other_templates(sides, options)
     with all_scored(sides, tasks, options, output, compare_base=False) as output:
         _show(names, [tuple(side.scores[task.name] for side in sides) for task in tasks], output)
 
@@ -69,6 +71,22 @@ def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTas
                     fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
                 )
     return list(found.values())[:1] or asked_tasks(sides, options)
+
+
+def _refuse_other_templates(sides: Sequence[Side], options: EvalOptions) -> None:
+    """Raise UsageError unless the prompts of all sides are in one chat template: before hours of scoring."""
+    from dude_cli.evaluation import chat_template
+    from dude_cli.target import target_tokenizer
+
+    targets = [side.target for side in sides if side.target is not None]
+    templates = [chat_template(target_tokenizer(target, options.loading)) for target in targets]
+    templates += [results["chat_template"] for side in sides if side.target is None for results in side.scores.values()]
+    if len(set(templates)) > 1:
+        raise UsageError(
+            "the two have different chat templates, so they are not asked the same questions",
+            where="--compare, --apply-chat-template",
+            fix="compare them in plain text",
+        )
 
 
 def _show(names: tuple[str, str], pairs: Sequence[tuple[dict[str, Any], ...]], output: Output) -> None:

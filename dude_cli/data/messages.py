@@ -149,8 +149,10 @@ def _with_system(text: Any, messages: list[Message]) -> list[Message]:
     if not isinstance(text, str):
         raise _PartError(f"column 'system' is no text: {str(text)[:40]}", "write the system's message as text")
     if messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"] == text:
+            return messages
         raise _PartError(
-            "column 'system' has a text, and the conversation begins with such a message itself", "keep one of the two"
+            "column 'system' has a text, and the conversation begins with another such message", "keep one of the two"
         )
     return [{"role": "system", "content": text}, *messages]
 

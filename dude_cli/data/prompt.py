@@ -50,9 +50,13 @@ class PromptForm:
         text = render(self.template, {column: conversation[-1]["content"]})
         return Prompt(text, self.encoder.encode_prompts([text])[0])
 
-    def stop_ids(self) -> set[int]:
-        """The tokens that a training teaches at the end of an answer: EOS, or the chat template's end of a turn."""
-        found = {self.encoder.eos_id}
+    def stop_ids(self, model: Any) -> set[int]:
+        """The tokens at which an answer ends.
+
+        Those that a training teaches, EOS or the chat template's end of a turn, and those of `model.generation_config`.
+        """
+        saved = model.generation_config.eos_token_id
+        found = {self.encoder.eos_id, *(saved if isinstance(saved, list) else [saved])} - {None}
         if self.chat is not None:
             with suppress(DataError):  # no row could be trained with such a template, but it can be asked
                 found.add(self.chat.end_of_turn())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+from dude_cli.data.row_files import first_line
 from dude_cli.data.told_time import told_at
 from dude_cli.errors import UsageError
+from dude_cli.model import check_chat_template
 
 # What a template that asks for the date is told, so that a score does not depend on the day: the date that Llama 3's
 # templates write where they cannot ask.
@@ -26,24 +27,41 @@ def chat_renderer(tokenizer: Any) -> Callable[..., str]:
 
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = chat_template(tokenizer)
-    return functools.partial(HFLM.apply_chat_template, SimpleNamespace(tokenizer=dated, chat_template_args={}))
+    model = SimpleNamespace(tokenizer=dated, chat_template_args={})
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        try:
+            text: str = HFLM.apply_chat_template(model, messages, add_generation_prompt)
+        except Exception as error:  # jinja2's errors, and whatever a template raises by itself
+            raise UsageError(
+                f"the chat template refuses a question: {first_line(error)}",
+                where=_where(tokenizer),
+                fix="ask in plain text, without `apply_chat_template`",
+            ) from error
+        return text
+
+    return render
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The template of `tokenizer`, told `TOLD_DAY`. Raises UsageError if it has none."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(
-            "the tokenizer has no chat template",
-            where=f"apply_chat_template, with {tokenizer.name_or_path or 'this tokenizer'}",
-            fix="ask in plain text, without `apply_chat_template`, or use an instruction-tuned model",
-        )
-    return told_at(tokenizer.get_chat_template(), TOLD_DAY)
+    """The template of `tokenizer`, told `TOLD_DAY`. Raises UsageError if it has none, or several and no default."""
+    check_chat_template(tokenizer, _where(tokenizer))
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        fix = "give one of its chat templates the name `default`"
+        raise UsageError(first_line(error), where=_where(tokenizer), fix=fix) from error
+    return told_at(template, TOLD_DAY)
 
 
 def has_place_for_system(render: Callable[..., str]) -> bool:
     """Whether the system's message is in what `render` makes: a template may refuse it, or not look at it."""
     word = "5d1c7b2f"
     return word in render([{"role": "system", "content": word}, {"role": "user", "content": "question"}])
+
+
+def _where(tokenizer: Any) -> str:
+    return f"apply_chat_template, with {tokenizer.name_or_path or 'this tokenizer'}"
 
 
 def prompt_settings(render: Callable[..., str] | None) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def refuse_other_questions(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     raise UsageError(
         "the two results are not of the same questions in the same form; different are:\n  " + "\n  ".join(shown),
         where="--compare",
-        fix="evaluate both with the same tasks, --num-fewshot and --limit, by the same version of lm-eval",
+        fix="evaluate both with the same tasks, --num-fewshot and --limit, in plain text or in one chat template, by "
+        "the same version of lm-eval",
     )
 
 

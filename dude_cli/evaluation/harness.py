@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dude_cli.data import prompt_form
 from dude_cli.errors import is_out_of_memory
 from dude_cli.evaluation.chat import chat_renderer
 from dude_cli.system.memory import free_models
@@ -47,8 +48,7 @@ def harness_model(
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
             self.cut_prompts: set[str] = set()
             self._done, self._total = 0, 0
-            if getattr(tokenizer, "chat_template", None):
-                self.apply_chat_template = chat_renderer(tokenizer)
+            self.answer_ends: list[int] | None = None
             # lm-eval tells its cache about every finished request.
             self.set_cache_hook(self)
 
@@ -69,6 +69,24 @@ def harness_model(
                 if len(self.tok_encode(prompt)) > room:
                     self.cut_prompts.add(prompt)
             return self._answered(super().generate_until, requests)
+
+        def _model_generate(self, *given: Any, **settings: Any) -> Any:
+            ends = {} if self.answer_ends is None else {"eos_token_id": self.answer_ends}
+            return super()._model_generate(*given, **settings, **ends)
+
+        @contextlib.contextmanager
+        def asked_in_chat(self) -> Iterator[None]:
+            """Within, questions are asked in the chat template, and an answer ends with its turn.
+
+            lm-eval would stop at EOS and at a task's strings alone, and at these when the whole batch has come to one.
+            """
+            self.apply_chat_template = chat_renderer(tokenizer)  # in place of the class's
+            self.answer_ends = sorted(prompt_form(tokenizer, None, raw=False).stop_ids(model))
+            try:
+                yield
+            finally:
+                del self.apply_chat_template
+                self.answer_ends = None
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, memory_errors
-from dude_cli.evaluation.chat import chat_template, has_place_for_system
+from dude_cli.evaluation.chat import chat_renderer, chat_template, has_place_for_system
 from dude_cli.evaluation.compare import different_settings
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
@@ -177,22 +177,26 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
 
     name, limit = found.request.name, found.request.limit
     log(f"scoring {name}{suffix}: {_questions(found)} questions")
-    described = any(task.get_config("description") for task in found.tasks.values())
-    if found.request.apply_chat_template and described and not has_place_for_system(lm.apply_chat_template):
-        log(f"{name}: its description is left out, for the chat template has no place for a system's message")
     lm.cut_prompts.clear()
     _seed()
     for task in found.tasks.values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     fix = "use --dtype bfloat16, or a device with more memory"
-    with memory_errors("out of memory, with one prompt at a time too", where=f"--task {name}", fix=fix):
+    in_chat = found.request.apply_chat_template
+    described = any(task.get_config("description") for task in found.tasks.values())
+    if in_chat and described and not suffix and not has_place_for_system(chat_renderer(lm.tokenizer)):
+        log(f"{name}: its description is left out, for the chat template has no place for a system's message")
+    with (
+        memory_errors("out of memory, with one prompt at a time too", where=f"--task {name}", fix=fix),
+        lm.asked_in_chat() if in_chat else nullcontext(),
+    ):
         results: dict[str, Any] = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": found.tasks, "groups": found.groups},
             limit=limit,
             bootstrap_iters=bootstrap_iters,
-            apply_chat_template=found.request.apply_chat_template,
-            fewshot_as_multiturn=found.request.apply_chat_template,
+            apply_chat_template=in_chat,
+            fewshot_as_multiturn=in_chat,
         )
     results |= _prompt_facts(results["samples"], lm.cut_prompts)
     results["n-shot"] |= _group_num_fewshot(found)

@@ -68,6 +68,7 @@ def task_results(results: Mapping[str, Any], name: str) -> dict[str, Any]:
 def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """One document of those of several tasks: what is not by task, such as the settings, is the last one's."""
     document: dict[str, Any] = {}
+    parts = list(parts)
     for part in parts:
         by_task = {key: document.get(key, {}) | part[key] for key in ("requested", *BY_TASK, "samples") if key in part}
         base = {"base": join_results([document.get("base", {}), part["base"]])} if "base" in part else {}
@@ -76,6 +77,9 @@ def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     if len(limits) > 1:
         by_name = {name: request["limit"] for name, request in document["requested"].items()}
         document["config"] = document["config"] | {"limit": by_name}
+    templates = {name: part.get("chat_template") for part in parts for name in part.get("requested", {})}
+    if len(set(templates.values())) > 1:
+        document["chat_template"] = templates
     return document
 
 

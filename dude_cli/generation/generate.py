@@ -64,10 +64,7 @@ class Generator:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: PromptForm, sampling: Sampling
     ) -> None:
         self.model, self.tokenizer, self.form, self.sampling = model, tokenizer, form, sampling
-        saved = model.generation_config.eos_token_id
-        self.stop_ids = form.stop_ids() | set(
-            saved if isinstance(saved, list) else [saved] if saved is not None else []
-        )
+        self.stop_ids = form.stop_ids(model)
 
     def answer(self, conversation: Sequence[Message], number: int = 0, on_text: OnText = lambda text: None) -> Answer:
         """The model's answer to the last message; `on_text` receives its text as it grows.

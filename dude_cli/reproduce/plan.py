@@ -77,7 +77,11 @@ class Plan:
         selection = self.recipe.selection
         if selection is None or selection.task is None:
             return None
-        return EvalTask(name=selection.task, limit=EVAL_LIMIT if self.is_smoke else None)
+        return EvalTask(
+            name=selection.task,
+            limit=EVAL_LIMIT if self.is_smoke else None,
+            apply_chat_template=selection.apply_chat_template,
+        )
 
     def setting_of(self, number: Number) -> Setting:
         """The setting that a number belongs to. Raises ConfigError unless there is exactly one."""

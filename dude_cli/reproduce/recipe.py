@@ -45,6 +45,7 @@ class Selection(Section):
         None, min_length=1, description="lm-eval task on a development split; null: the loss on `data.validation`."
     )
     metric: str | None = Field(None, min_length=1, description="That task's metric and filter; the highest wins.")
+    apply_chat_template: bool = Field(False, description="Ask that task's questions in the tokenizer's chat template.")
 
     def contradictions(self) -> Iterator[Contradiction]:
         if (self.task is None) != (self.metric is None):

@@ -50,7 +50,7 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
                 _save(run)
             if stops and (state.evaluation_is_due or state.step < plan.total_steps):
                 raise _stopped(run, stop)
-    return finish(run)
+        return finish(run)
 
 
 def is_due(every: int | None, step: int) -> bool:

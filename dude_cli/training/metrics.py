@@ -112,9 +112,9 @@ class MetricsLog:
         """Ask the disk to hold all lines before going on."""
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._file.close()
-        self._trackers.close()
+        self._trackers.close(failed=failed)
 
 
 class TrainDisplay:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from dude_cli.config import Config, ModelConfig, dump_config
 from dude_cli.console import Counter, no_counter
 from dude_cli.data import DataReport, PreparedData, check_packing, prepare_data
-from dude_cli.model import check_quantization, check_vocabulary, hub_commit, load_model, load_tokenizer
+from dude_cli.model import (
+    check_chat_template,
+    check_quantization,
+    check_vocabulary,
+    hub_commit,
+    load_model,
+    load_tokenizer,
+)
 from dude_cli.system import files
 from dude_cli.system.memory import PeakMemory
 from dude_cli.system.ranks import on_main_rank
@@ -122,6 +129,9 @@ def prepare(
     base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
     moment = on_main_rank(accelerator, lambda: _moment(config, overwrite=overwrite).isoformat())
     tokenizer = load_tokenizer(base)
+    for task in config.eval.tasks:
+        if task.apply_chat_template:  # after hours of training it would be a pity
+            check_chat_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))

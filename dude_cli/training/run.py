@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ def open_run(prepared: Prepared, accelerator: Accelerator, console: Console) -> 
                 from_step=state.step,
                 with_evaluation=not state.evaluation_is_due,
             )
-            stack.enter_context(closing(metrics))
+            stack.push(lambda kind, *_: metrics.close(failed=kind is not None))
         display = stack.enter_context(TrainDisplay(console, prepared.plan.total_steps, state.step))
         yield Run(
             prepared=prepared,

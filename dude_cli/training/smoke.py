@@ -71,7 +71,7 @@ def smoke_config(config: Config) -> Config:
         data["validation"] = 0.25  # of so few rows, a smaller share may be none
 
     train.pop("num_train_epochs", None)
-    train |= {"max_steps": STEPS, "global_batch_size": BATCH_SIZE, "logging_steps": 1}
+    train |= {"max_steps": STEPS, "global_batch_size": BATCH_SIZE, "logging_steps": 1, "report_to": []}
     if train["per_device_batch_size"] != "auto":
         train["per_device_batch_size"] = min(train["per_device_batch_size"], BATCH_SIZE)
     for key in ("eval_steps", "save_steps"):

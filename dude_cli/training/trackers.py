@@ -17,6 +17,9 @@ from dude_cli.config import Config, TrackerName
 from dude_cli.errors import UsageError
 from dude_cli.system import files
 
+WANDB = "wandb>=0.31"
+FINISH_S = 60.0  # for what is not uploaded when a training ends
+
 
 def check_trackers(report_to: Sequence[TrackerName]) -> None:
     """Raise UsageError if a tracker's package is not installed, or Weights & Biases does not know its user."""
@@ -28,7 +31,7 @@ def check_trackers(report_to: Sequence[TrackerName]) -> None:
                 fix=f"pip install {name}, or leave it out: metrics.jsonl has the same numbers",
             )
     if "wandb" in report_to:
-        _check_wandb_user()
+        _check_wandb()
 
 
 class Trackers:
@@ -47,10 +50,10 @@ class Trackers:
             with self._dropped_if_it_fails(name):
                 tracker.log(step, values)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         for name, tracker in list(self._open.items()):
             with self._dropped_if_it_fails(name):
-                tracker.close()
+                tracker.close(failed)
 
     @contextmanager
     def _dropped_if_it_fails(self, name: TrackerName) -> Iterator[None]:
@@ -64,20 +67,21 @@ class Trackers:
 class _Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failed: bool) -> None: ...
 
 
 class _TensorBoard:
     def __init__(self, config: Config, from_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=from_step + 1)
+        first = from_step + 1 if from_step else 0  # a run at its start evaluates again before the first step
+        self._writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -98,15 +102,17 @@ class _Wandb:
             resume="allow",
             dir=str(config.run_dir),
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off"),  # what a command prints is the command's
+            # What a command prints is the command's, and it does not end later for want of a network: `wandb sync` does
+            # the rest.
+            settings=wandb.Settings(console="off", finish_timeout=FINISH_S),
         )
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 _KINDS: dict[TrackerName, Callable[[Config, int], _Tracker]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
@@ -120,20 +126,15 @@ def _wandb_id(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _check_wandb_user() -> None:
-    """Without a terminal wandb would only say so when the base is loaded, and in one it would ask."""
-    import wandb
-
-    if wandb.setup().settings.mode != "online":
-        return
+def _check_wandb() -> None:
+    """Without a terminal wandb would say that it knows no user when the base is loaded, and in one it would ask."""
+    fix = "run `wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline needs neither"
     try:
-        is_known = wandb.login(prompt=False, verify=False)
-        reason = "nobody is logged in to Weights & Biases"
-    except wandb.Error as error:
-        is_known, reason = False, f"Weights & Biases: {error}"
+        import wandb
+
+        is_known = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    except Exception as error:  # an old one's, or about a key or a setting that is none
+        what, fix = f"Weights & Biases cannot be used: {error}", f"pip install '{WANDB}'; {fix}"
+        raise UsageError(what, where="train.report_to: wandb", fix=fix) from error
     if not is_known:
-        raise UsageError(
-            reason,
-            where="train.report_to: wandb",
-            fix="run `wandb login`, or set WANDB_API_KEY; WANDB_MODE=offline needs neither",
-        )
+        raise UsageError("nobody is logged in to Weights & Biases", where="train.report_to: wandb", fix=fix)

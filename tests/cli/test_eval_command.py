@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dude_cli import quickstart
 from dude_cli.commands.reproducing import reproduce_run
 from dude_cli.config import EvalTask, ModelConfig, load_config
+from dude_cli.errors import UsageError
+from dude_cli.evaluation import chat_template
 from dude_cli.evaluation.tasks import offline
 from dude_cli.model import load_model
 from dude_cli.reproduce import Job
@@ -483,6 +485,48 @@ def test_a_score_in_another_chat_template_is_not_taken_again(chat_run: Path, sco
     assert "quickstart_choices is scored again: its prompts are others now" in done.stderr
     assert scored == ["quickstart_choices"]
     assert json.loads(done.stdout)["prompt_examples"]["quickstart_choices"].startswith("user> ")
+
+
+def test_two_chat_templates_are_not_compared(chat_run: Path, scored: list[str]) -> None:
+    """Before hours of scoring, whether the other one is a run or a file."""
+    shutil.copytree(chat_run / "runs/chat", chat_run / "runs/other")
+    assert dude_here("eval", "runs/chat", *CHAT, cwd=chat_run).returncode == 0
+    give_template(chat_run / "runs/other", CHAT_TEMPLATE.replace(":", ">"))
+    scored.clear()
+    for first in ("runs/chat", "runs/chat/eval/quickstart_choices.chat.limit-2.json"):
+        assert "different chat templates" in refused(chat_run, "--compare", first, "runs/other", *CHAT)
+    assert not scored
+    give_template(chat_run / "runs/other", CHAT_TEMPLATE)
+    done = dude_here("eval", "--compare", "runs/chat", "runs/other", *CHAT, cwd=chat_run)
+    assert done.returncode == 0, done.stderr
+    assert scored == ["quickstart_choices"]
+
+
+def test_of_several_tasks_it_is_said_which_are_in_the_chat_template(chat_run: Path) -> None:
+    config = chat_run / "runs/chat/config.yaml"
+    text = yaml.safe_load(config.read_text())
+    text["eval"]["tasks"] = [
+        {"name": "quickstart_choices", "limit": 2, "apply_chat_template": True},
+        {"name": "quickstart_problems", "limit": 1},
+    ]
+    config.write_text(yaml.safe_dump(text))
+    document = json.loads(dude_here("eval", "runs/chat", "--json", cwd=chat_run).stdout)
+    assert document["chat_template"] == {"quickstart_choices": CHAT_TEMPLATE, "quickstart_problems": None}
+
+
+def test_a_template_that_cannot_be_used_is_no_bug(chat_run: Path) -> None:
+    give_template(chat_run / "runs/chat", "{{ raise_exception('never') }}")
+    done = dude_here("eval", "runs/chat", *CHAT, cwd=chat_run)
+    assert done.returncode == 2, done.stderr
+    assert "the chat template refuses a question: never" in done.stderr
+    assert dude_here("eval", "runs/chat", *CHOICES, cwd=chat_run).returncode == 0  # in plain text it is not needed
+
+
+def test_of_several_chat_templates_one_has_to_be_the_default() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
+    tokenizer.chat_template = {"one": CHAT_TEMPLATE, "two": CHAT_TEMPLATE}
+    with pytest.raises(UsageError, match="give one of its chat templates the name `default`"):
+        chat_template(tokenizer)
 
 
 def test_without_a_chat_template_it_is_refused_before_the_model_is_loaded(

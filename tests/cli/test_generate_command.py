@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command import dude, environment
+from command import dude, dude_here, environment
 from quickstart_config import quickstart_config
 from training import train_here
 
@@ -227,3 +227,25 @@ def test_a_reader_that_goes_away_ends_it_without_a_word():
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (75, "")
+
+
+OPEN_TASK = """
+task: open
+custom_dataset: !function dude_cli.quickstart.documents.word_problem_splits
+output_type: generate_until
+test_split: test
+doc_to_text: "Ann has 3 apples"
+doc_to_target: "12"
+generation_kwargs: {until: [], max_gen_toks: 16}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_an_evaluation_in_the_chat_template_stops_at_the_end_of_the_turn_too(chat_run, tmp_path):
+    """lm-eval knows EOS and the task's strings; a token that only the training taught would not end an answer."""
+    (tmp_path / "open.yaml").write_text(OPEN_TASK)
+    task = ("--task", "open", "--limit", "3", "--include-path", tmp_path, "--output", tmp_path / "out", "--rescore")
+    done = dude_here("eval", chat_run, *task, "--apply-chat-template")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in (tmp_path / "out/samples_open.chat.limit-3.jsonl").read_text().splitlines()]
+    assert [answer["resps"][0][0].strip() for answer in answers] == ["12"] * 3

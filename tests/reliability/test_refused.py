@@ -183,3 +183,10 @@ def test_a_run_is_loaded_on_the_commit_that_it_was_trained_on(tmp_path, monkeypa
     monkeypatch.setattr(target, "load_model", recording(target.load_model, revisions))
     target.load_target(target.find_target(str(tmp_path / "run")))
     assert revisions == ["a" * 40]
+
+
+def test_an_evaluation_in_a_chat_template_that_is_not_there_is_told_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    task = "eval.tasks=[{name: gsm8k, apply_chat_template: true}]"
+    with pytest.raises(UsageError, match=r"eval\.tasks: gsm8k, apply_chat_template"):
+        train_here(quickstart_config(tmp_path), task)

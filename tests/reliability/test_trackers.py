@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from command import dude
 from quickstart_config import quickstart_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,20 +34,35 @@ def wandb_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def wandb_records(folder: Path) -> Iterator[Any]:
-    """What wandb has stored to be sent, part after part of the run."""
-    for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        data, place, message = path.read_bytes(), 7, b""
-        while place + 7 <= len(data):
-            if BLOCK - place % BLOCK < 7:
-                place += BLOCK - place % BLOCK
-                continue
-            length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
-            message += data[place + 7 : place + 7 + length]
-            place += 7 + length
-            if kind in (1, 4):  # a whole record, or the last part of one
-                yield wandb_internal_pb2.Record.FromString(message)
-                message = b""
+def wandb_records(folder: Path) -> list[Any]:
+    """What wandb has stored to be sent, part after part of the run; its process writes the end a little later."""
+    paths = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.parent.name)
+    return [record for path in paths for record in _whole(path)]
+
+
+def _whole(path: Path) -> list[Any]:
+    for _ in range(300):
+        records = list(_records(path.read_bytes()))
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
+def _records(data: bytes) -> Iterator[Any]:
+    place, message = 7, b""
+    while place + 7 <= len(data):
+        if BLOCK - place % BLOCK < 7:
+            place += BLOCK - place % BLOCK
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        message += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if place > len(data):  # it is being written
+            return
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield wandb_internal_pb2.Record.FromString(message)
+            message = b""
 
 
 def wandb_history(folder: Path) -> list[dict[str, float]]:
@@ -82,7 +99,7 @@ def test_wandb_is_told_what_runs_and_its_axis_is_the_step(tmp_path, monkeypatch)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     path = quickstart_config(tmp_path, max_steps="1")
     train_here(path, "train.report_to=[wandb]")
-    records = list(wandb_records(tmp_path / "run"))
+    records = wandb_records(tmp_path / "run")
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (run.project, run.display_name) == ("mine", "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -125,7 +142,7 @@ class Failing:
     def log(self, step: int, values: Any) -> None:
         self.fail("log")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.fail("close")
 
     def fail(self, where: str) -> None:
@@ -147,8 +164,37 @@ def test_a_tracker_that_fails_is_told_of_once(tmp_path, monkeypatch):
     both = Trackers(load_config(quickstart_config(tmp_path), ["train.report_to=[wandb]"]), 0, said.append)
     for step in (1, 2):
         both.log(step, {"loss": 1.0})
-    both.close()
+    both.close(failed=False)
     assert said == ["warning: wandb gets no numbers from now on, metrics.jsonl does: no log"]
+
+
+def test_the_adapter_is_written_before_a_tracker_is_waited_for(tmp_path, monkeypatch):
+    """wandb uploads then what it has not yet: without a network it may be a minute."""
+    seen = []
+    tracker = Failing("nowhere")
+    tracker.close = lambda failed: seen.append(((tmp_path / "run/adapter").is_dir(), failed))
+    monkeypatch.setitem(trackers._KINDS, "wandb", tracker)
+    train_here(quickstart_config(tmp_path, max_steps="1"), "train.report_to=[wandb]")
+    assert seen == [(True, False)]
+
+
+def test_wandb_knows_a_run_that_failed_or_stopped_from_a_finished_one(tmp_path):
+    path = quickstart_config(tmp_path, max_steps="2")
+    with pytest.raises(StoppedError):
+        train_here(path, "train.report_to=[wandb]", stop=StopAfter(1))
+    train_here(path, "train.report_to=[wandb]")
+    records = wandb_records(tmp_path / "run")
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1, 0]
+
+
+@pytest.mark.parametrize("error", [TypeError("unexpected keyword argument 'prompt'"), ValueError("mode: ofline")])
+def test_a_wandb_that_cannot_be_used_is_no_bug(monkeypatch, error):
+    def setup() -> None:
+        raise error
+
+    monkeypatch.setattr(wandb, "setup", setup)
+    with pytest.raises(UsageError, match=r"(?s)Weights & Biases cannot be used: .*wandb>=0\.31"):
+        check_trackers(["wandb"])
 
 
 def test_without_a_user_wandb_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch):

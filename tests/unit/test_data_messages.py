@@ -93,6 +93,8 @@ def test_the_systems_message_may_stand_in_a_column_of_its_own(chat_tokenizer, te
     tokenizer, rest = chat_tokenizer(template), CONVERSATION[1:]
     assert CONVERSATION[0]["role"] == "system"
     assert encode_row(tokenizer, sharegpt(rest), system=CONVERSATION[0]["content"]) == encode(tokenizer, CONVERSATION)
+    again = {"system": CONVERSATION[0]["content"]}
+    assert encode_row(tokenizer, CONVERSATION, **again) == encode(tokenizer, CONVERSATION)
     for nothing in ("", None):
         assert encode_row(tokenizer, rest, system=nothing) == encode(tokenizer, rest)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from test_data_chat import CHATML, CONVERSATION, HEAD, TEMPLATES
 
@@ -79,8 +81,10 @@ def test_a_header_inside_the_generation_block_is_part_of_the_prompt(chat_tokeniz
 def test_an_answer_stops_where_the_training_ends_a_turn(eos, chat_tokenizer):
     tokenizer = chat_tokenizer(CHATML, eos_token=eos)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", eos])
-    assert prompt_form(tokenizer, None, raw=False).stop_ids() == set(ends)
-    assert prompt_form(tokenizer, None, raw=True).stop_ids() == {tokenizer.eos_token_id}
+    for saved, more in ((None, set()), (7, {7}), ([7, 8], {7, 8})):
+        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=saved))
+        assert prompt_form(tokenizer, None, raw=False).stop_ids(model) == {*ends, *more}
+        assert prompt_form(tokenizer, None, raw=True).stop_ids(model) == {tokenizer.eos_token_id, *more}
 
 
 def test_which_form_is_used_and_what_is_said_of_it(plain_tokenizer, chat_tokenizer):

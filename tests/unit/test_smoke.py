@@ -56,6 +56,11 @@ def test_a_shipped_config_shrinks_to_local_files(name: str, tmp_path: Path, monk
     assert small.adapter.target_modules == config.adapter.target_modules
 
 
+def test_nothing_of_it_is_told_to_a_tracker() -> None:
+    config = load_config(Path("configs/gsm8k.yaml"), ["train.report_to=[wandb]"])
+    assert smoke.smoke_config(config).train.report_to == []
+
+
 def test_a_shrunken_config_can_be_saved_and_read_again(tmp_path: Path) -> None:
     small = smoke.smoke_config(load_config(Path("configs/gsm8k.yaml")))
     (tmp_path / "small.yaml").write_text(dump_config(small), encoding="utf-8")
