@@ -102,8 +102,8 @@ class _Wandb:
             resume="allow",
             dir=str(config.run_dir),
             config=config.model_dump(mode="json"),
-            # What a command prints is the command's, and it does not end later for want of a network: `wandb sync` does
-            # the rest.
+            # What a command prints is the command's. Without a network it ends a minute late at most, and `wandb sync`
+            # does the rest.
             settings=wandb.Settings(console="off", finish_timeout=FINISH_S),
         )
         self._run.define_metric("*", step_metric="step")
