@@ -12,8 +12,11 @@ from typing import Any
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
 from dude_cli.data.messages import Conversation, Message, conversation_of
 from dude_cli.data.told_time import told_at
+from dude_cli.data.turns import NotShownError, assistant_turns
 from dude_cli.errors import DataError
 
+# What data sets call what a model thinks in front of its answer.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -32,7 +35,7 @@ class ChatEncoder:
 
     A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
     The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
-    message by message. Where a template ends the last turn with no special token, one EOS is added, or the model
+    message by message (`turns.py`). Where a template ends the last turn with no special token, one EOS is added, or the model
     would never learn to stop. A template that asks for the date is told that of `moment`, by default of now.
     """
 
@@ -58,12 +61,12 @@ class ChatEncoder:
         """Return a row's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
         talk = conversation_of(row, template=self.template, where=where)
         try:
-            text, turns = self._marked_turns(talk) if self.marks_turns else self._grown_turns(talk, where)
+            text, turns = self._marked_turns(talk) if self.marks_turns else self._found_turns(talk, where)
         except DataError:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise _refused(error, where) from error
-        _check_calls(talk, text, turns, where)
+        _check_said(talk, text, turns, where)
         return Rendered(text, turns, _learned_turns(talk, turns, where), talk.messages[-1]["role"] == "assistant")
 
     def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
@@ -98,7 +101,7 @@ class ChatEncoder:
         the text up to the block. Raises DataError if the template does not fit the conversation.
         """
         try:
-            text = self._render(messages, add_generation_prompt=True)
+            text = self._render(messages, None, True)
             if self.marks_turns:
                 answer = {"role": "assistant", "content": "answer"}
                 whole, turns = self._marked_turns(Conversation([*messages, answer], [], None))
@@ -132,34 +135,24 @@ class ChatEncoder:
         )
         return texts[0], list(turns[0])
 
-    def _grown_turns(self, talk: Conversation, where: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text and the assistant's turns in it: what each adds to the text so far."""
-        messages, tools = talk.messages, talk.tools
-        text = self._render(messages, tools)
-        turns = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:index], tools, add_generation_prompt=True) if index else ""
-                after = self._render(messages[: index + 1], tools)
-                if not (text.startswith(before) and text.startswith(after)):
-                    raise DataError(
-                        "the chat template changes earlier text when a message is added, so it does not show "
-                        "where the assistant's turns are",
-                        where=where,
-                        fix="mark the assistant's text in the template with {% generation %} ... {% endgeneration %}",
-                    )
-                turns.append((len(before), len(after)))
-        return text, turns
+    def _found_turns(self, talk: Conversation, where: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text and the assistant's turns in it, found by what the template makes of parts of it."""
+        try:
+            return assistant_turns(talk.messages, lambda messages, prompt: self._render(messages, talk.tools, prompt))
+        except NotShownError as error:
+            raise DataError(
+                "the chat template changes what messages say, so it does not show where the assistant's turns are",
+                where=where,
+                fix="mark the assistant's text in the template with {% generation %} ... {% endgeneration %}",
+            ) from error
 
-    def _render(
-        self, messages: list[Message], tools: list[Any] | None = None, *, add_generation_prompt: bool = False
-    ) -> str:
+    def _render(self, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
             chat_template=self.template,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=prompt,
         )
         return text
 
@@ -195,19 +188,36 @@ def _refused(error: Exception, where: str) -> DataError:
     )
 
 
-def _check_calls(talk: Conversation, text: str, turns: list[tuple[int, int]], where: str) -> None:
-    """Raise DataError if the template leaves out a call of a tool, as one does that does not know of them."""
-    speeches = [message for message in talk.messages if message["role"] == "assistant"]
-    texts = [text[start:stop] for start, stop in turns] if len(turns) == len(speeches) else [text] * len(speeches)
-    for message, written in zip(speeches, texts, strict=True):
+def _check_said(talk: Conversation, text: str, turns: list[tuple[int, int]], where: str) -> None:
+    """Raise DataError if the template leaves out what is to be learned: a call of a tool, or a part of the last answer.
+
+    The thoughts of earlier answers may be left out: a model is not given them either.
+    """
+    answers = [message for message in talk.messages if message["role"] == "assistant"]
+    texts = [text[start:stop] for start, stop in turns] if len(turns) == len(answers) else [text] * len(answers)
+    for message, written in zip(answers, texts, strict=True):
         for call in message.get("tool_calls", ()):
             name = call.get("function", call)["name"]
             if name not in written:
                 raise DataError(
                     f"the chat template leaves the call of {name!r} out of the assistant's turn",
                     where=where,
-                    fix="use a model whose chat template writes tool calls, or leave out such rows",
+                    fix="use a chat template that writes tool calls (`data.chat_template`), or leave out such rows",
                 )
+    if talk.messages[-1]["role"] == "assistant" and talk.learned[-1]:
+        for field in ("content", *_THOUGHTS):
+            said = answers[-1].get(field)
+            if isinstance(said, str) and _letters(said) not in _letters(texts[-1]):
+                raise DataError(
+                    f"the chat template leaves out a part of the last answer, of its `{field}`: {said[:40]!r}",
+                    where=where,
+                    fix="use a chat template that writes it (`data.chat_template`), or leave it out of the row",
+                )
+
+
+def _letters(text: str) -> str:
+    """The text without its white space, which templates change."""
+    return "".join(text.split())
 
 
 def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str) -> list[bool]:

@@ -164,8 +164,8 @@ class TextEncoder:
         return Encoded([*whole, self.eos_id], [*learned, True], leading, context)
 
 
-def common_prefix(left: Tokens, right: Tokens) -> int:
-    """Return how many tokens the two have in common at the start."""
+def common_prefix(left: Tokens | str, right: Tokens | str) -> int:
+    """Return how many tokens, or characters, the two have in common at the start."""
     length = min(len(left), len(right))
     if left[:length] == right[:length]:
         return length

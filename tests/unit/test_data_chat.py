@@ -30,6 +30,7 @@ def marked(block: str, after: str) -> str:
 
 TEMPLATES = {
     "no marks": CHATML,
+    "no marks, and a beginning that each message changes": "{{ messages | length }}\n" + CHATML,
     "marks with the end of turn": marked("{{ m.content }}<|im_end|>", "\n"),
     "marks with the end of turn and a line break": marked("{{ m.content }}<|im_end|>\n", ""),
     "marks without the end of turn": marked("{{ m.content }}", "<|im_end|>\n"),
@@ -70,14 +71,18 @@ def test_the_assistants_turns_are_learned_with_their_end_and_nothing_else(chat_t
 contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda text: "<|" not in text)
 
 
+@pytest.fixture(scope="module")
+def tokenizers(chat_tokenizer):
+    return [chat_tokenizer(template) for template in TEMPLATES.values()]
+
+
 @settings(max_examples=40, deadline=None)
 @given(pairs=st.lists(st.tuples(contents, contents), min_size=1, max_size=3))
-def test_learned_text_is_the_contents_for_any_text(chat_tokenizer, pairs):
+def test_learned_text_is_the_contents_for_any_text(tokenizers, pairs):
     messages = []
     for user, assistant in pairs:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    for template in TEMPLATES.values():
-        tokenizer = chat_tokenizer(template)
+    for tokenizer in tokenizers:
         turns = learned_turns(tokenizer, encode(tokenizer, messages))
         assert len(turns) == len(pairs)
         for turn, (_, assistant) in zip(turns, pairs, strict=True):
@@ -148,8 +153,8 @@ def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_t
     tokenizer = chat_tokenizer(DATED + template)
     encoder = ChatEncoder(TextEncoder(tokenizer), datetime(2026, 3, 1))
     row = encoder.encode({"messages": CONVERSATION}, where="row 1", learn_all=False)
-    assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
-    assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
+    assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n")
+    assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n")
     assert "strftime_now" not in encoder.template
     now = datetime.now()
     assert tokenizer.decode(encode(tokenizer).ids).startswith((f"{now:%d %b %Y}", f"{datetime.now():%d %b %Y}"))
@@ -187,14 +192,23 @@ def test_tokenizer_without_a_chat_template(plain_tokenizer):
     assert "no chat template" in error_of(plain_tokenizer).what
 
 
-def test_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer):
+def test_a_template_that_writes_the_last_turn_otherwise_still_shows_each_turn(chat_tokenizer):
     last_only = (
         "{% for m in messages %}" + HEAD + "{% if loop.last %}thinking {% endif %}"
         "{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    error = error_of(chat_tokenizer(last_only))
-    assert "changes earlier text" in error.what
+    tokenizer = chat_tokenizer(last_only)
+    assert learned_turns(tokenizer, encode(tokenizer)) == [" there\n<|im_end|>", "thinking 46<|im_end|>"]
+
+
+def test_a_template_that_changes_what_is_said_is_refused(chat_tokenizer):
+    loud = (
+        "{% for m in messages %}" + HEAD + "{{ m.content if loop.last else m.content | upper }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    error = error_of(chat_tokenizer(loud))
+    assert "changes what messages say" in error.what
     assert "{% generation %}" in error.fix
     assert error.where == "row 1"
 

@@ -1,0 +1,209 @@
+"""The chat templates of published models, which TRL ships, some with a twin that marks the assistant's text.
+
+TRL is read for these files alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dude_cli.data.chat import ChatEncoder
+from dude_cli.data.encode import TextEncoder
+from dude_cli.errors import DataError
+
+FOLDER = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+TWIN = "_training"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith(TWIN))
+TAG = r"</?[|｜]?[A-Za-z▁_]+[|｜]?>"
+# They take a picture too, and want a text in parts.
+PARTS_ONLY = {"idefics3", "llava_next", "smolvlm"}
+# Google's first Gemma and Cohere's models take no system's message, or put it elsewhere.
+NO_SYSTEM = {"gemma"}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **fields):
+    return {"role": "assistant", "content": text, **fields}
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "tells it",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}},
+    },
+}
+ONE = [user("How deep?"), assistant("Ten yards.")]
+TWO = [*ONE, user("How wide?"), assistant("Two miles.")]
+SYSTEM = [{"role": "system", "content": "Be brief."}, *TWO]
+CALLING = [
+    user("How deep?"),
+    assistant("", tool_calls=[CALL]),
+    {"role": "tool", "content": "rain"},
+    assistant("Ten yards."),
+    user("How wide?"),
+    assistant("Two miles."),
+]
+ANSWERS = ["Ten yards.", "Two miles."]
+
+
+def template_of(name):
+    return (FOLDER / f"{name}.jinja").read_text()
+
+
+@pytest.fixture(scope="module")
+def encode(make_tokenizer):
+    """Encode a conversation by a template; all its tags are tokens of their own, those of control are special."""
+
+    def encode(template, messages, tools=None, tags_are_tokens=True):
+        tokenizer = make_tokenizer(None, eos_token="</s>", bos_token="<s>")
+        tags = sorted(set(re.findall(TAG, template)) - {"</s>", "<s>"})
+        control = [tag for tag in tags if "|" in tag or "｜" in tag or tag.endswith("_of_turn>")]
+        if tags_are_tokens:
+            tokenizer.add_tokens([tag for tag in tags if tag not in control])
+        tokenizer.add_tokens(control, special_tokens=True)
+        tokenizer.chat_template = template
+        row = {"messages": messages} | ({} if tools is None else {"tools": tools})
+        return tokenizer, ChatEncoder(TextEncoder(tokenizer)).encode(row, where="row 1", learn_all=False)
+
+    return encode
+
+
+def turns_of(tokenizer, row):
+    """The learned tokens, each stretch of them decoded."""
+    turns, before = [], False
+    for token, on in zip(row.ids, row.learned, strict=True):
+        if on and not before:
+            turns.append([])
+        if on:
+            turns[-1].append(token)
+        before = on
+    return [tokenizer.decode(turn) for turn in turns]
+
+
+def cases():
+    for name in NAMES:
+        if name in PARTS_ONLY:
+            continue
+        yield name, "one turn", ONE, None
+        yield name, "two turns", TWO, None
+        if name not in NO_SYSTEM:
+            yield name, "system", SYSTEM, None
+        if re.search(r"\btools\b", template_of(name)) and "tool_calls" in template_of(name):
+            yield name, "a call", CALLING, [TOOL]
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools"),
+    [pytest.param(name, messages, tools, id=f"{name}, {what}") for name, what, messages, tools in cases()],
+)
+def test_each_answer_is_learned_up_to_the_end_of_its_turn_and_nothing_of_the_others(encode, name, messages, tools):
+    tokenizer, row = encode(template_of(name), messages, tools)
+    turns = turns_of(tokenizer, row)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    assert len(turns) == len(answers)
+    for turn, answer in zip(turns, answers, strict=True):
+        said = answer["content"] or "Bern"
+        assert said in turn
+        assert not any(other in turn for other in ("deep", "wide", "brief", "rain"))
+        behind = turn.rpartition(said)[2]
+        if answer["content"]:
+            assert re.fullmatch(rf"\s*({TAG}\s*)+", behind), f"{behind!r} is no end of a turn"
+        else:
+            assert re.search(rf"{TAG}\s*\Z", behind), f"{behind!r} has no end of a turn"
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "tools"),
+    [
+        pytest.param(name, messages, tools, id=f"{name}, {what}")
+        for name, what, messages, tools in cases()
+        # The generation prompt behind a tool's answer is empty there, and the text has a new turn's head.
+        if (FOLDER / f"{name}{TWIN}.jinja").is_file() and (name, what) != ("diffusion_gemma", "a call")
+    ],
+)
+def test_it_is_what_the_marks_of_the_training_twin_say_but_for_the_prompt_of_the_answer(encode, name, messages, tools):
+    tokenizer, ours = encode(template_of(name), messages, tools)
+    _, theirs = encode(template_of(name + TWIN), messages, tools)
+    if ours.ids != theirs.ids:
+        pytest.skip("the twin writes another text")
+    more = [
+        index for index, (mine, other) in enumerate(zip(ours.learned, theirs.learned, strict=True)) if mine != other
+    ]
+    # Phi-3's twin marks the end of the text by itself, and so not the line break in front of it.
+    assert not any(ours.learned[index] and tokenizer.decode(ours.ids[index]).strip() for index in more)
+    more = [index for index in more if not ours.learned[index]]
+    # What the twin marks beyond ours is in the generation prompt: the model is given it.
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True, tools=tools)
+    for index in more:
+        assert tokenizer.decode(ours.ids[index]) in prompt
+    assert not set(ANSWERS) & {tokenizer.decode(ours.ids[index]) for index in more}
+
+
+@pytest.mark.parametrize("name", sorted(PARTS_ONLY - {"llava_next"}))
+def test_a_template_that_does_not_write_text_is_refused(encode, name):
+    with pytest.raises(DataError, match="leaves out a part of the last answer"):
+        encode(template_of(name), ONE)
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+def test_a_template_that_drops_the_thoughts_of_the_last_answer_is_refused(encode, name):
+    with pytest.raises(DataError, match="leaves out a part of the last answer") as caught:
+        encode(template_of(name), [user("How deep?"), assistant("<think>\nlong\n</think>\n\nTen yards.")])
+    assert "data.chat_template" in caught.value.fix
+
+
+def test_thoughts_in_a_field_that_a_template_does_not_read_are_not_dropped_in_silence(encode):
+    thinking = [user("How deep?"), assistant("Ten yards.", reasoning_content="It is a lake.")]
+    with pytest.raises(DataError, match="`reasoning_content`"):
+        encode(template_of("llama3"), thinking)
+    tokenizer, row = encode(template_of("qwen3"), thinking)
+    assert "It is a lake." in tokenizer.decode(row.ids)
+
+
+def test_the_thoughts_of_earlier_answers_may_be_left_out(encode):
+    thinking = [
+        user("How deep?"),
+        assistant("Ten yards.", reasoning_content="It is a lake."),
+        user("How wide?"),
+        assistant("Two miles.", reasoning_content="It has two ends."),
+    ]
+    tokenizer, row = encode(template_of("qwen3"), thinking)
+    assert turns_of(tokenizer, row) == [
+        "Ten yards.<|im_end|>",
+        "<think>\nIt has two ends.\n</think>\n\nTwo miles.<|im_end|>",
+    ]
+
+
+def test_a_tag_is_learned_whole_where_it_is_several_tokens(encode):
+    """The prompt ends in `<think>`, and `<t` is all that it has in common with the call."""
+    tokenizer, row = encode(template_of("qwen3_5_think"), CALLING, [TOOL], tags_are_tokens=False)
+    assert turns_of(tokenizer, row)[0].startswith("<tool_call>")
+
+
+def calling(arguments, **fields):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [CALLING[0], assistant("", tool_calls=[call], **fields), *CALLING[2:]]
+
+
+@pytest.mark.parametrize("arguments", [{"days": 3}, {"days": [3]}, {}, {"city": {"name": "Bern"}}], ids=repr)
+def test_a_call_is_learned_to_its_end_whatever_its_arguments_end_with(encode, arguments):
+    tokenizer, row = encode(template_of("qwen3"), calling(arguments), [TOOL])
+    assert turns_of(tokenizer, row)[0].endswith(f"{json.dumps(arguments)}}}\n</tool_call><|im_end|>")
+
+
+def test_the_thoughts_in_front_of_a_call_may_be_left_out_too(encode):
+    """GPT-OSS's template takes a call with thoughts or with content, and refuses both."""
+    tokenizer, row = encode(template_of("gptoss"), calling({"city": "Bern"}, thinking="It is far."), [TOOL])
+    ends = [turn.rpartition("<")[2] for turn in turns_of(tokenizer, row)]
+    assert ends == ["|call|>", "|end|>", "|return|>"]
