@@ -35,8 +35,8 @@ class ChatEncoder:
 
     A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
     The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
-    message by message (`turns.py`). Where a template ends the last turn with no special token, one EOS is added, or the model
-    would never learn to stop. A template that asks for the date is told that of `moment`, by default of now.
+    message by message (`turns.py`). Where a template ends the last turn with no special token, one EOS is added, or
+    the model would never learn to stop. A template that asks for the date is told that of `moment`, by default of now.
     """
 
     def __init__(self, encoder: TextEncoder, moment: datetime | None = None) -> None:
