@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dude_cli import __version__
 from dude_cli.console import Output
 from dude_cli.verbs import app, verb
+
+if TYPE_CHECKING:
+    from dude_cli.target import Loading
 
 __all__ = ["app"]
 
@@ -30,6 +33,13 @@ AllowOtherBase = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as trained, or as saved, if not given.")
 ]
+ChatTemplate = Annotated[
+    str | None, typer.Option("--chat-template", help="File with a chat template in place of the tokenizer's.")
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", help='Values for names in it, such as "{enable_thinking: false}".'),
+]
 NumProcesses = Annotated[
     int | None,
     typer.Option("--num-processes", min=1, help="Ranks on this machine; one for each visible GPU if not given."),
@@ -40,6 +50,15 @@ def _show_version(asked: bool) -> None:
     if asked:
         print(f"dude {__version__}")
         raise typer.Exit
+
+
+def _loading(
+    dtype: str | None, base_model: str | None, allow_other_base: bool, template: str | None, values: str | None
+) -> Loading:
+    from dude_cli.data.chat_template import parse_values
+    from dude_cli.target import Loading
+
+    return Loading(dtype, base_model, allow_other_base, template, parse_values(values, "--chat-template-kwargs"))
 
 
 @app.callback()
@@ -123,6 +142,8 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask in the model's chat template, each example as two turns.")
     ] = False,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per forward.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model too, and show the difference.")] = False,
     compare: Annotated[
@@ -152,7 +173,6 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model with lm-eval, or compare two."""
     from dude_cli.commands import comparing, scoring
-    from dude_cli.target import Loading
 
     options = scoring.EvalOptions(
         task_names=task or (),
@@ -163,7 +183,7 @@ def evaluate(
         data_dir=data_dir,
         include_paths=include_path or (),
         output_dir=output_dir,
-        loading=Loading(dtype, base_model, allow_other_base),
+        loading=_loading(dtype, base_model, allow_other_base, chat_template, chat_template_kwargs),
         num_processes=num_processes,
         rescore=rescore,
     )
@@ -187,6 +207,8 @@ def generate(
         str | None, typer.Option("--system", help="What the model is told before a chat; for runs on chats alone.")
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one.")] = False,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Send the text exactly as it is, not in the form of the training's prompts.")
     ] = False,
@@ -206,7 +228,6 @@ def generate(
 ) -> None:
     """Answer prompts with a run, an adapter or a model."""
     from dude_cli.commands import answering
-    from dude_cli.target import Loading
 
     answering.generate(
         target,
@@ -219,7 +240,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        loading=Loading(dtype, base_model, allow_other_base),
+        loading=_loading(dtype, base_model, allow_other_base, chat_template, chat_template_kwargs),
         output=output,
     )
 

@@ -149,7 +149,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise UsageError(
             "the tokenizer has no chat template",
             where=where,
-            fix="ask in plain text, without `apply_chat_template`, or use an instruction-tuned model",
+            fix="ask in plain text, without `apply_chat_template`, or give a template: in a config with "
+            "`data.chat_template`, to `dude eval` with --chat-template",
         )
 
 

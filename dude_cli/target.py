@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
@@ -104,12 +104,19 @@ class Loading:
     """How a target is loaded: in `dtype`, else in the one it was trained with, else as it was saved.
 
     `base_model` is where the adapter's base is, if not where it was when the adapter was trained; with
-    `allow_other_base` its weights may be other ones.
+    `allow_other_base` its weights may be other ones. `chat_template` is a file in place of the tokenizer's template,
+    and `chat_template_kwargs` values for its names.
     """
 
     dtype: str | None = None
     base_model: str | None = None
     allow_other_base: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def changes_chat_template(self) -> bool:
+        return self.chat_template is not None or bool(self.chat_template_kwargs)
 
 
 AS_TRAINED = Loading()
@@ -133,7 +140,7 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
     if folder is None or saved is None:
         with _explained(target, how):
             config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
-            return LoadedTarget(load_model(config, best_device()), load_tokenizer(config), config, None, None)
+            return LoadedTarget(load_model(config, best_device()), _tokenizer(config, None, how), config, None, None)
     if chosen is not None and config.quantization is not None:
         config = config.model_copy(update={"dtype": chosen})
     with _explained(target, how):
@@ -148,14 +155,22 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
         cast_parameters(model, model.dtype, getattr(torch, chosen))
         config = config.model_copy(update={"dtype": chosen})
     load_adapter(model, folder, allow_other_base=True)
-    return LoadedTarget(model, load_tokenizer(config, folder), config, saved, fingerprint)
+    return LoadedTarget(model, _tokenizer(config, folder, how), config, saved, fingerprint)
 
 
 def target_tokenizer(target: Target, how: Loading = AS_TRAINED) -> PreTrainedTokenizerBase:
     """The tokenizer that `load_target` loads. Raises as it does."""
     config, _ = _parts(target, how)
     with _explained(target, how):
-        return load_tokenizer(config, target.adapter_dir)
+        return _tokenizer(config, target.adapter_dir, how)
+
+
+def _tokenizer(config: ModelConfig, adapter_dir: Path | None, how: Loading) -> PreTrainedTokenizerBase:
+    from dude_cli.data import set_chat_template
+
+    tokenizer = load_tokenizer(config, adapter_dir)
+    set_chat_template(tokenizer, how.chat_template, how.chat_template_kwargs, lambda note: None)
+    return tokenizer
 
 
 def check_target(target: Target, how: Loading) -> None:

@@ -48,6 +48,12 @@ def generate(
     output.say(f"answering with {target}")
     loaded = load_target(target, loading)
     form = prompt_form(loaded.tokenizer, data_config(target), raw=raw)
+    if loading.changes_chat_template and form.chat is None:
+        raise UsageError(
+            f"only a chat has a template, and here the form of prompts is {form.description}",
+            where="--chat-template, --chat-template-kwargs",
+            fix="leave these out",
+        )
     output.say(f"prompt form: {form.description}")
     generator = Generator(loaded.model, loaded.tokenizer, form, sampling)
     conversation = Conversation(generator, compare_base=compare_base, system=system)

@@ -122,6 +122,12 @@ def all_scored(
     from dude_cli.system.memory import free_models
     from dude_cli.system.runtime import part_ranks
 
+    if options.loading.changes_chat_template and not any(task.apply_chat_template for task in tasks):
+        raise UsageError(
+            "the questions are asked in plain text, without a chat template",
+            where="--chat-template, --chat-template-kwargs",
+            fix="add --apply-chat-template, or leave these out",
+        )
     notes = _take_stored(sides, tasks, options, compare_base=compare_base)
     for one, other in pairwise(sides):
         for task in one.scores.keys() & other.scores.keys():

@@ -84,6 +84,9 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "train_on_input": ("torchtune's", "data.train_on_inputs", ""),
     "completion_only_loss": ("TRL's", "data.train_on_inputs", " (the opposite: true learns the prompt too)"),
     "template": ("LLaMA-Factory's", "data.format", " (or `data.prompt` and `data.completion`)"),
+    "chat_template_jinja": ("axolotl's", "data.chat_template", " (a file)"),
+    "chat_template_path": ("TRL's", "data.chat_template", " (a file)"),
+    "enable_thinking": ("LLaMA-Factory's", "data.chat_template_kwargs", " (`{enable_thinking: false}`)"),
     "dataset_text_field": ("TRL's", "data.completion", ' (`"{column}"`, with `data.format: text`)'),
     "system_prompt": (
         "several tools'",

@@ -161,6 +161,8 @@ def _alternatives(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[s
     elif get_origin(annotation) is list:
         minimum = "" if _is_empty_allowed(metadata) else "one or more "
         yield f"a list of {minimum}{_plural(get_args(annotation)[0])}"
+    elif get_origin(annotation) is dict:
+        yield "names with their values"
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield "a section: lines such as " + ", ".join(f"`{key}: ...`" for key in list(annotation.model_fields)[:2])
     else:

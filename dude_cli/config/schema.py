@@ -6,11 +6,13 @@ here are the reference documentation; `docs/config.md` is generated from them.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -156,6 +158,17 @@ class AdapterConfig(Section):
         return float(alpha / (self.rank**0.5 if self.rank_stabilized else self.rank))
 
 
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values`, which a chat template is given by name. Raises ValueError if a template cannot take one."""
+    for name, value in values.items():
+        if not name.isidentifier():
+            raise ValueError(f"{json.dumps(name)} is no name in a template; wanted one such as `enable_thinking`")
+        is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        if not (value is None or is_number or isinstance(value, str)):
+            raise ValueError(f"`{name}` is no single value; wanted text, a number, true, false or null")
+    return values
+
+
 class DataSource(Section):
     path: str = Field(
         min_length=1,
@@ -186,6 +199,21 @@ class DataConfig(Section):
     )
     prompt: str | None = Field(None, description='Template over the columns, such as "Question: {question}\\nAnswer:".')
     completion: str | None = Field(None, description='Template over the columns, such as " {answer}".')
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "File with a Jinja template for conversations, in place of the tokenizer's or where it has none. It is "
+            "saved with the adapter's tokenizer."
+        ),
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description=(
+            "Values for names that the chat template asks for, such as `{enable_thinking: false}`. They are written "
+            "into the template that is saved with the adapter's tokenizer."
+        ),
+    )
     max_length: PositiveInt = Field(
         512,
         description=(
@@ -204,6 +232,16 @@ class DataConfig(Section):
         ),
     )
 
+    @field_validator("chat_template")
+    @classmethod
+    def _home_is_written_out(cls, file: str | None) -> str | None:
+        return None if file is None else os.path.expanduser(file)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _values_are_plain(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return plain_values(values)
+
     @field_validator("prompt", "completion")
     @classmethod
     def _template_is_well_formed(cls, template: str | None) -> str | None:
@@ -219,6 +257,9 @@ class DataConfig(Section):
                 f"`data.prompt` and `data.completion` replace `data.format: {self.format}`: give one or the other",
                 ("completion", "format"),
             )
+        for key in ("chat_template", "chat_template_kwargs"):
+            if getattr(self, key) and self.format != "chat":
+                yield f"`data.{key}` is for conversations: it needs `data.format: chat`", (key, "format")
         if self.group_by_length and not self.shuffle:
             yield (
                 "`data.group_by_length` changes the order of the rows, and `data.shuffle: false` keeps it: give one",

@@ -1,6 +1,7 @@
 """From the rows of a data set to the batches of a step: read, encode, pack, order, collate."""
 
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
+from dude_cli.data.chat_template import set_chat_template
 from dude_cli.data.messages import Message
 from dude_cli.data.order import StepOrder, longest_first, steps_per_epoch
 from dude_cli.data.packing import check_packing
@@ -22,5 +23,6 @@ __all__ = [
     "longest_first",
     "prepare_data",
     "prompt_form",
+    "set_chat_template",
     "steps_per_epoch",
 ]

@@ -45,7 +45,7 @@ class ChatEncoder:
             raise DataError(
                 "the tokenizer has no chat template",
                 where=f"data.format: chat, with {tokenizer.name_or_path or 'this tokenizer'}",
-                fix="use an instruction-tuned model's tokenizer, or `data.prompt` and `data.completion` instead",
+                fix="give one with `data.chat_template`, or use an instruction-tuned model",
             )
         self.encoder, self.tokenizer = encoder, tokenizer
         self.template = told_at(tokenizer.get_chat_template(), moment or datetime.now())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli import quickstart
 from dude_cli.config import Config, DataSource
-from dude_cli.data import prepare_data
+from dude_cli.data import prepare_data, set_chat_template
 from dude_cli.errors import UsageError
 from dude_cli.model import load_tokenizer
 from dude_cli.training.plan import Plan, split_batch
@@ -30,7 +30,9 @@ def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
 
     step_rows, length, source = config.train.global_batch_size, config.data.max_length, "data.max_length"
     if all(map(_is_quick, config.data.train)):
-        data = prepare_data(config.data, load_tokenizer(config.model), config.seed)
+        tokenizer = load_tokenizer(config.model)
+        set_chat_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs, lambda note: None)
+        data = prepare_data(config.data, tokenizer, config.seed)
         step_rows = min(step_rows, len(data.train))
         length, source = int(data.train.lengths.max()), "the longest row"
     rows, accumulation = split_batch(config.train, step_rows, length, world_size)

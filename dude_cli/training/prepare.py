@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import Config, ModelConfig, dump_config
 from dude_cli.console import Counter, no_counter
-from dude_cli.data import DataReport, PreparedData, check_packing, prepare_data
+from dude_cli.data import DataReport, PreparedData, check_packing, prepare_data, set_chat_template
 from dude_cli.model import (
     check_chat_template,
     check_quantization,
@@ -129,6 +129,7 @@ def prepare(
     base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
     moment = on_main_rank(accelerator, lambda: _moment(config, overwrite=overwrite).isoformat())
     tokenizer = load_tokenizer(base)
+    set_chat_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs, say)
     for task in config.eval.tasks:
         if task.apply_chat_template:  # after hours of training it would be a pity
             check_chat_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")

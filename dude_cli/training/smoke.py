@@ -69,6 +69,8 @@ def smoke_config(config: Config) -> Config:
         data["validation"] = [{"path": str(folder / "validation.jsonl")}]
     elif data["validation"] is not None:
         data["validation"] = 0.25  # of so few rows, a smaller share may be none
+    if data["chat_template"] is None:
+        data["chat_template_kwargs"] = {}  # the model's template asks for them, and the embedded one for none
 
     train.pop("num_train_epochs", None)
     train |= {"max_steps": STEPS, "global_batch_size": BATCH_SIZE, "logging_steps": 1, "report_to": []}

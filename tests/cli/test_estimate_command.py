@@ -38,6 +38,19 @@ def test_its_batch_is_the_one_that_the_training_takes(tmp_path):
     assert prepared["memory"]["training"] == found["training"]
 
 
+def test_conversations_are_measured_in_the_template_of_the_config(tmp_path):
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ name }} {{ m.role }}: {{ m.content }}\n{% endfor %}")
+    row = {"messages": [{"role": "user", "content": "Ann"}, {"role": "assistant", "content": "12"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    changes = [f"data.train=[{{path: '{tmp_path}/rows.jsonl'}}]", "data.validation=null", "data.format=chat"]
+    changes += [f"data.chat_template={tmp_path}/own.jinja", "data.chat_template_kwargs.name=the"]
+    config = quickstart_config(tmp_path)
+    found = json.loads(dude_here("init", config, "--estimate", "--json", *changes).stdout)
+    prepared = json.loads(dude_here("init", config, "--json", *changes).stdout)
+    assert found["length_source"] == "the longest row"
+    assert found["batch"]["length"] == prepared["data"]["train"]["longest_row"]
+
+
 def test_it_is_for_as_many_ranks_as_the_training_has(tmp_path):
     done = dude_here(
         "init", quickstart_config(tmp_path, global_batch_size="8"), "--estimate", "--num-processes", "4", "--json"

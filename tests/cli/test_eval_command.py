@@ -487,6 +487,35 @@ def test_a_score_in_another_chat_template_is_not_taken_again(chat_run: Path, sco
     assert json.loads(done.stdout)["prompt_examples"]["quickstart_choices"].startswith("user> ")
 
 
+def test_a_template_and_its_values_can_be_given(chat_run: Path, scored: list[str]) -> None:
+    """In place of that of the run, whose score is then one of other prompts."""
+    own = chat_run / "own.jinja"
+    own.write_text("{% for m in messages %}{{ name }} {{ m.role }}> {{ m.content }}\n{% endfor %}")
+    assert dude_here("eval", *CHAT, cwd=chat_run).returncode == 0
+    given = ("--chat-template", "own.jinja", "--chat-template-kwargs", '{"name": "the"}')
+    done = dude_here("eval", *CHAT, *given, "--json", cwd=chat_run)
+    assert done.returncode == 0, done.stderr
+    assert "is scored again: its prompts are others now" in done.stderr
+    document = json.loads(done.stdout)
+    assert document["prompt_examples"]["quickstart_choices"].startswith("the user> ")
+    assert document["chat_template"] == '{% set name = "the" %}\n' + own.read_text()
+    scored.clear()
+    assert dude_here("eval", *CHAT, *given, cwd=chat_run).returncode == 0
+    assert not scored  # the same template again
+
+
+def test_what_cannot_be_done_with_a_template_is_refused(chat_run: Path) -> None:
+    no = "in plain text, without a chat template"
+    assert no in refused(chat_run, *CHOICES, "--chat-template", "own.jinja")
+    assert no in refused(chat_run, *CHOICES, "--chat-template-kwargs", "{a: 1}")
+    for text, what in (("{a: [1]}", "`a` is no single value"), ("a", "'a' is no names"), ("{a: 1", "expected")):
+        assert what in refused(chat_run, *CHAT, "--chat-template-kwargs", text)
+    assert "cannot read the chat template" in refused(chat_run, *CHAT, "--chat-template", "own.jinja")
+    assert "`b` is nothing that the chat template asks for" in refused(
+        chat_run, *CHAT, "--chat-template-kwargs", "{b: 1}"
+    )
+
+
 def test_two_chat_templates_are_not_compared(chat_run: Path, scored: list[str]) -> None:
     """Before hours of scoring, whether the other one is a run or a file."""
     shutil.copytree(chat_run / "runs/chat", chat_run / "runs/other")

@@ -138,6 +138,32 @@ def test_a_chat_stops_at_the_end_of_turn_that_it_has_learned(chat_run, capsys):
     assert capsys.readouterr().out == " 12\n"
 
 
+def test_the_template_of_a_config_with_its_values_is_that_of_the_runs_prompts(tmp_path, capsys):
+    """The model's tokenizer has none, and afterwards the file is not needed any more."""
+    template = tmp_path / "calm.jinja"
+    template.write_text(CHAT.replace("assistant:", "{{ mood }} assistant:"))
+    row = {"messages": [{"role": "user", "content": "Ann"}, {"role": "assistant", "content": "12"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = [f"data.train=[{{path: '{tmp_path}/rows.jsonl'}}]", "data.validation=null", "data.format=chat"]
+    data += [f"data.chat_template={template}", "data.chat_template_kwargs.mood=calm"]
+    train_here(quickstart_config(tmp_path, max_steps="1"), *data)
+    template.unlink()
+    generate(tmp_path / "run", "Ann", as_json=True)
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    assert answer["text"] == "user: Anncalm assistant:"
+
+
+def test_a_template_can_be_given_to_a_chat_alone(run, chat_run, capsys, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(CHAT.replace("assistant:", "{{ mood }} assistant:"))
+    given = Loading(chat_template=str(template), chat_template_kwargs={"mood": "calm"})
+    generate(chat_run, "Ann", as_json=True, loading=given)
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    assert answer["text"] == "user: Anncalm assistant:"
+    with pytest.raises(UsageError, match="only a chat has a template"):
+        generate(run, "Ann", loading=given)
+
+
 def test_a_system_prompt_is_for_chats(run, chat_run, capsys):
     generate(chat_run, "Ann has 3 apples", as_json=True, system="Be brief.")
     document = json.loads(capsys.readouterr().out)

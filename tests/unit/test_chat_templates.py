@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dude_cli.data import set_chat_template
 from dude_cli.data.chat import ChatEncoder
 from dude_cli.data.encode import TextEncoder
 from dude_cli.errors import DataError
@@ -207,3 +208,29 @@ def test_the_thoughts_in_front_of_a_call_may_be_left_out_too(encode):
     tokenizer, row = encode(template_of("gptoss"), calling({"city": "Bern"}, thinking="It is far."), [TOOL])
     ends = [turn.rpartition("<")[2] for turn in turns_of(tokenizer, row)]
     assert ends == ["|call|>", "|end|>", "|return|>"]
+
+
+USING = Path(__file__).parents[2] / "docs/using.md"
+
+
+@pytest.fixture(params=["byte-level", "sentencepiece"])
+def base_tokenizer(request, make_tokenizer, sentencepiece_chat_tokenizer):
+    """One without a chat template, as base models have."""
+    if request.param == "byte-level":
+        return make_tokenizer("<s> $A", bos_token="<s>", eos_token="</s>")
+    return sentencepiece_chat_tokenizer(None)
+
+
+def test_the_template_of_the_documentation_fits_any_tokenizer(base_tokenizer, tmp_path):
+    (text,) = re.findall(r"```jinja\n(.*?)```", USING.read_text(), re.DOTALL)
+    (tmp_path / "chat.jinja").write_text(text)
+    notes: list[str] = []
+    set_chat_template(base_tokenizer, str(tmp_path / "chat.jinja"), {}, notes.append)
+    assert not notes
+    encoder = ChatEncoder(TextEncoder(base_tokenizer))
+    row = encoder.encode({"messages": SYSTEM}, where="row 1", learn_all=False)
+    assert turns_of(base_tokenizer, row) == ["Ten yards.</s>", "Two miles.</s>"]
+    prompt, ids = encoder.prompt(SYSTEM[:-1])
+    said = ["system\nBe brief.", "user\nHow deep?", "assistant\nTen yards.</s>", "user\nHow wide?", "assistant\n"]
+    assert prompt == "### " + "\n\n### ".join(said)
+    assert row.ids[: len(ids)] == ids

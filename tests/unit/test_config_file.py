@@ -222,6 +222,12 @@ def test_values_that_contradict_each_other(load: Load, text: str, expected: str)
     [
         ("prompt: a", "`data.prompt` needs `data.completion` beside it"),
         ("completion: a, format: chat", "replace `data.format: chat`: give one or the other"),
+        ("chat_template: a.jinja", "`data.chat_template` is for conversations: it needs `data.format: chat`"),
+        ("chat_template_kwargs: {a: 1}", "`data.chat_template_kwargs` is for conversations: it needs `data.format"),
+        ("format: chat, chat_template_kwargs: [a]", "is a list; wanted names with their values"),
+        ("format: chat, chat_template_kwargs: {a: [1]}", "`data.chat_template_kwargs`: `a` is no single value"),
+        ("format: chat, chat_template_kwargs: {a: .inf}", "`data.chat_template_kwargs`: `a` is no single value"),
+        ("format: chat, chat_template_kwargs: {a b: 1}", '"a b" is no name in a template; wanted one such as `enable'),
         ("group_by_length: true, shuffle: false", "`data.shuffle: false` keeps it: give one"),
         ('prompt: "{a", completion: b', "`data.prompt`: `{` at character 1 has no partner"),
         ('completion: "{a.b}"', "`data.completion`: `{a.b}` at character 1 is more than a column's name"),

@@ -138,6 +138,14 @@ def test_the_architecture_is_read_from_a_local_folder(tmp_path: Path) -> None:
     assert smoke._model_type(model) == "phi"
 
 
+@pytest.mark.parametrize(("template", "kept"), [(None, {}), ("own.jinja", {"enable_thinking": False})])
+def test_values_for_the_models_own_template_are_not_given_to_another(
+    template: str | None, kept: dict[str, Any]
+) -> None:
+    config = config_of(format="chat", chat_template=template, chat_template_kwargs={"enable_thinking": False})
+    assert smoke.smoke_config(config).data.chat_template_kwargs == kept
+
+
 def test_chat_gets_a_template_and_a_share_stays_a_share(tmp_path: Path) -> None:
     small = smoke_inputs(config_of(str(tmp_path / "run"), format="chat", validation=0.01))
     tokenizer = AutoTokenizer.from_pretrained(small.model.name_or_path)
