@@ -111,6 +111,20 @@ class ChatEncoder:
             raise _refused(error, "the prompt") from error
         return text, self.encoder.raw([text])[0]
 
+    def other_prompt(self, row: Mapping[str, Any], where: str) -> str | None:
+        """Return the generation prompt for a row's last answer if the row itself has another text there, else None.
+
+        DeepSeek-R1's template asks with `<think>`, and writes answers without.
+        """
+        talk = conversation_of(row, template=self.template, where=where)
+        answers = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        if not answers:
+            return None
+        before, answered = talk.messages[: answers[-1]], talk.messages[: answers[-1] + 1]
+        head, asked = (self._render(before, talk.tools, prompt) for prompt in (False, True)) if before else ("", "")
+        text = self._render(answered, talk.tools, False)
+        return None if text.startswith(asked) or not text.startswith(head) else asked.removeprefix(head)
+
     def end_of_turn(self) -> int:
         """Return the token that a training teaches at the end of the assistant's turn."""
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]

@@ -148,7 +148,15 @@ class _RowEncoder:
             encoded = self.encode(texts, rows.places, name)
             return TokenTable.of(encoded, self.config.max_length, are_documents=is_documents(self.config))
 
-        return encoded_once(key, encode, say)
+        table = encoded_once(key, encode, say)
+        prompt = self.chat and self.chat.other_prompt(rows.values[0], rows.places[0])
+        if prompt:
+            say(
+                f"note: {name}: the chat template asks for an answer with {prompt!r}, and the first row has another "
+                "text in front of its answer: asked in the template, the model gets a prompt that it was not trained "
+                "on; `data.chat_template_kwargs` or another template can change that"
+            )
+        return table
 
     def texts(self, rows: Sequence[Row]) -> list[Any]:
         """Return what is encoded of each row: (prompt, completion), or in chat format the row itself."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dude_cli.data import set_chat_template
+from dude_cli.config import DataConfig
+from dude_cli.data import prepare_data, set_chat_template
 from dude_cli.data.chat import ChatEncoder
 from dude_cli.data.encode import TextEncoder
 from dude_cli.errors import DataError
@@ -208,6 +209,42 @@ def test_the_thoughts_in_front_of_a_call_may_be_left_out_too(encode):
     tokenizer, row = encode(template_of("gptoss"), calling({"city": "Bern"}, thinking="It is far."), [TOOL])
     ends = [turn.rpartition("<")[2] for turn in turns_of(tokenizer, row)]
     assert ends == ["|call|>", "|end|>", "|return|>"]
+
+
+ASKS_WITH_THOUGHTS = {name for name in NAMES if name.startswith(("deepseek", "nemotron"))}
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - PARTS_ONLY))
+def test_a_prompt_that_the_rows_do_not_have_is_known(encode, name):
+    tokenizer, _ = encode(template_of(name), ONE)
+    encoder = ChatEncoder(TextEncoder(tokenizer))
+    prompt = encoder.other_prompt({"messages": TWO}, "row 1")
+    assert (prompt is not None) == (name in ASKS_WITH_THOUGHTS)
+    assert prompt is None or prompt.endswith("<think>\n")
+    assert encoder.other_prompt({"messages": [TWO[0]]}, "row 1") is None
+    assert encoder.other_prompt({"messages": [*TWO, TWO[0]]}, "row 1") == prompt
+
+
+def test_a_value_makes_the_prompt_that_of_the_rows(encode):
+    tokenizer, _ = encode(template_of("nemotron_3_nano"), ONE)
+    set_chat_template(tokenizer, None, {"enable_thinking": False}, lambda note: None)
+    assert ChatEncoder(TextEncoder(tokenizer)).other_prompt({"messages": TWO}, "row 1") is None
+
+
+def test_a_history_that_is_written_otherwise_is_no_other_prompt(encode):
+    """GPT-OSS's template leaves the thoughts in front of a call out once there is an answer."""
+    tokenizer, _ = encode(template_of("gptoss"), ONE)
+    row = {"messages": calling({"city": "Bern"}, thinking="It is far.")[:4], "tools": [TOOL]}
+    assert ChatEncoder(TextEncoder(tokenizer)).other_prompt(row, "row 1") is None
+
+
+def test_the_user_is_told_of_a_prompt_that_the_rows_do_not_have(encode, tmp_path):
+    tokenizer, _ = encode(template_of("deepseek_r1_distill"), ONE)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TWO}) + "\n")
+    config = DataConfig.model_validate({"train": [{"path": str(tmp_path / "rows.jsonl")}], "format": "chat"})
+    said: list[str] = []
+    prepare_data(config, tokenizer, seed=0, say=said.append)
+    assert any("asks for an answer with '<｜Assistant｜><think>\\n'" in line for line in said)
 
 
 USING = Path(__file__).parents[2] / "docs/using.md"

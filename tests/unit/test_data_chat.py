@@ -30,11 +30,12 @@ def marked(block: str, after: str) -> str:
 
 TEMPLATES = {
     "no marks": CHATML,
-    "no marks, and a beginning that each message changes": "{{ messages | length }}\n" + CHATML,
     "marks with the end of turn": marked("{{ m.content }}<|im_end|>", "\n"),
     "marks with the end of turn and a line break": marked("{{ m.content }}<|im_end|>\n", ""),
     "marks without the end of turn": marked("{{ m.content }}", "<|im_end|>\n"),
 }
+# No part of a conversation is the beginning of another one.
+COUNTING = "{{ messages | length }}\n" + CHATML
 CONVERSATION = [
     {"role": "system", "content": "it's fine"},
     {"role": "user", "content": "hello"},
@@ -59,7 +60,7 @@ def learned_turns(tokenizer, row) -> list[str]:
     return [tokenizer.decode(turn) for turn in turns if turn]
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), COUNTING], ids=[*TEMPLATES, "counting"])
 def test_the_assistants_turns_are_learned_with_their_end_and_nothing_else(chat_tokenizer, template):
     tokenizer = chat_tokenizer(template)
     row = encode(tokenizer)
@@ -73,7 +74,7 @@ contents = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter
 
 @pytest.fixture(scope="module")
 def tokenizers(chat_tokenizer):
-    return [chat_tokenizer(template) for template in TEMPLATES.values()]
+    return [chat_tokenizer(template) for template in (*TEMPLATES.values(), COUNTING)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -153,8 +154,8 @@ def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_t
     tokenizer = chat_tokenizer(DATED + template)
     encoder = ChatEncoder(TextEncoder(tokenizer), datetime(2026, 3, 1))
     row = encoder.encode({"messages": CONVERSATION}, where="row 1", learn_all=False)
-    assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n")
-    assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n")
+    assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
+    assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
     assert "strftime_now" not in encoder.template
     now = datetime.now()
     assert tokenizer.decode(encode(tokenizer).ids).startswith((f"{now:%d %b %Y}", f"{datetime.now():%d %b %Y}"))
