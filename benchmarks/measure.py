@@ -4,7 +4,8 @@ A benchmark is a list of cases. `results/NAME.json` has one line per case, with 
 commit and the machine, so that a case can be measured again alone (`--only`) without losing the others. Medians and
 ratios are not stored: `page.py` computes them from the seconds. `--short` writes to `results/short/` instead, and
 `--device cuda`, which has cases of its own, to `results/cuda/`. A GPU is torch's default device then: a case makes its
-tensors where they are used. Seconds of a CPU without AVX-512 go to `results/avx2/`, with tables of their own.
+tensors where they are used. Seconds of a CPU with AMX go to `results/amx/`, those of one without AVX-512 to
+`results/avx2/`, with tables of their own.
 """
 
 from __future__ import annotations
@@ -83,9 +84,16 @@ def results(place: str, *, short: bool = False) -> Path:
 
 
 def place_of_seconds(device: str) -> str:
-    """`device`, or the instruction set of a CPU without AVX-512: its products take three times as long."""
+    """`device`, and of a CPU how its products are made: `amx`, `cpu` for AVX-512, or `avx2`.
+
+    A float32 product takes two to five times as long without AVX-512, and a bfloat16 one a quarter with AMX.
+    """
+    if device != "cpu":
+        return device
+    if torch.cpu.get_capabilities()["amx_bf16"]:
+        return "amx"
     instructions = torch.backends.cpu.get_cpu_capability().lower()
-    return device if device != "cpu" or instructions == "avx512" else instructions
+    return "cpu" if instructions == "avx512" else instructions
 
 
 def interleave(candidates: dict[str, Callable[[], object]], budget_s: float) -> Seconds:

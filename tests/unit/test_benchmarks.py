@@ -23,7 +23,7 @@ def test_the_page_has_what_the_result_files_have():
 
 def test_every_case_says_what_ran_and_where():
     names = ("layer.json", "step.json", "memory.json", "growth.json")  # the others write one result, not cases
-    for path in [measure.results(device) / name for device in ("cpu", "avx2", "cuda") for name in names]:
+    for path in [measure.results(device) / name for device in ("cpu", "amx", "avx2", "cuda") for name in names]:
         for name, case in measure.read(path).items():
             assert {"settings", "command", "commit", "date", "machine"} <= set(case), f"{path.name}: {name}"
             assert not case["commit"].endswith("+changes"), f"{path.name}: {name} was measured with uncommitted code"
@@ -31,7 +31,15 @@ def test_every_case_says_what_ran_and_where():
             assert after == [] or (after[0] in name and after[1:2] in ([], ["--seconds"])), case["command"]
     singles = [
         measure.read(measure.RESULTS / f"{name}.json")
-        for name in ("decomposition", "avx2/decomposition", "startup", "avx2/startup", "padding", "encoding")
+        for name in (
+            "decomposition",
+            "amx/decomposition",
+            "avx2/decomposition",
+            "startup",
+            "avx2/startup",
+            "padding",
+            "encoding",
+        )
     ]
     trainings = measure.read(measure.results("cuda") / "large.json").values()
     commits = [
@@ -67,9 +75,12 @@ def test_rounds_alternate_their_order_and_the_first_is_not_counted(monkeypatch):
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
 
 
-@pytest.mark.parametrize(("instructions", "folder"), [("AVX512", "."), ("AVX2", "avx2")])
-def test_a_case_that_is_measured_again_replaces_only_itself(monkeypatch, tmp_path, instructions, folder):
+@pytest.mark.parametrize(
+    ("instructions", "has_amx", "folder"), [("AVX512", False, "."), ("AVX512", True, "amx"), ("AVX2", False, "avx2")]
+)
+def test_a_case_that_is_measured_again_replaces_only_itself(monkeypatch, tmp_path, instructions, has_amx, folder):
     monkeypatch.setattr(measure.torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(measure.torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure.torch, "set_num_threads", lambda threads: None)
     cases = [measure.Case("r=1", {}, True), measure.Case("r=2", {}, False)]
