@@ -113,7 +113,7 @@ def _not_asked_for(name: str, template: str) -> UsageError:
     if name in _GIVEN:
         what, fix = "is what each conversation gives", "leave it out"
     else:
-        close = nearest(name, sorted(set(re.findall(r"[A-Za-z_]\w*", template))))
+        close = nearest(name, sorted(set(re.findall(r"(\w+) is (?:not )?defined", template))))
         what = "is nothing that the chat template asks for"
         fix = f"did you mean `{close[0]}`?" if close else "look for its name in the template"
     return UsageError(f"`{name}` {what}", where="chat_template_kwargs", fix=fix)
