@@ -90,7 +90,7 @@ def place_of_seconds(device: str) -> str:
     """
     if device != "cpu":
         return device
-    if torch.cpu.get_capabilities()["amx_bf16"]:
+    if torch.cpu.get_capabilities().get("amx_bf16", False):
         return "amx"
     instructions = torch.backends.cpu.get_cpu_capability().lower()
     return "cpu" if instructions == "avx512" else instructions

@@ -58,7 +58,7 @@ def _loading(
     from dude_cli.data.chat_template import parse_values
     from dude_cli.target import Loading
 
-    return Loading(dtype, base_model, allow_other_base, template, parse_values(values, "--chat-template-kwargs"))
+    return Loading(dtype, base_model, allow_other_base, template, parse_values(values))
 
 
 @app.callback()

@@ -140,7 +140,8 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
     if folder is None or saved is None:
         with _explained(target, how):
             config = config.model_copy(update={"dtype": chosen or saved_dtype(config)})
-            return LoadedTarget(load_model(config, best_device()), _tokenizer(config, None, how), config, None, None)
+            model = load_model(config, best_device())
+        return LoadedTarget(model, target_tokenizer(target, how), config, None, None)
     if chosen is not None and config.quantization is not None:
         config = config.model_copy(update={"dtype": chosen})
     with _explained(target, how):
@@ -155,21 +156,17 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
         cast_parameters(model, model.dtype, getattr(torch, chosen))
         config = config.model_copy(update={"dtype": chosen})
     load_adapter(model, folder, allow_other_base=True)
-    return LoadedTarget(model, _tokenizer(config, folder, how), config, saved, fingerprint)
+    return LoadedTarget(model, target_tokenizer(target, how), config, saved, fingerprint)
 
 
 def target_tokenizer(target: Target, how: Loading = AS_TRAINED) -> PreTrainedTokenizerBase:
     """The tokenizer that `load_target` loads. Raises as it does."""
+    from dude_cli.data.chat_template import OPTIONS, set_chat_template
+
     config, _ = _parts(target, how)
     with _explained(target, how):
-        return _tokenizer(config, target.adapter_dir, how)
-
-
-def _tokenizer(config: ModelConfig, adapter_dir: Path | None, how: Loading) -> PreTrainedTokenizerBase:
-    from dude_cli.data import set_chat_template
-
-    tokenizer = load_tokenizer(config, adapter_dir)
-    set_chat_template(tokenizer, how.chat_template, how.chat_template_kwargs, lambda note: None)
+        tokenizer = load_tokenizer(config, target.adapter_dir)
+    set_chat_template(tokenizer, how.chat_template, how.chat_template_kwargs, keys=OPTIONS)
     return tokenizer
 
 

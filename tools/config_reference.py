@@ -35,8 +35,8 @@ Templates (`data.prompt`, `data.completion`) name columns in braces, `{question}
 column's value is inserted as it is; a row with a null there is an error that names the row. One end-of-sequence token
 follows each completion.
 
-Relative paths, of data, models, adapters and `output_dir`, start from the working directory of the command, not from
-the folder of the config file.
+Relative paths, of data, chat templates, models, adapters and `output_dir`, start from the working directory of the
+command, not from the folder of the config file.
 """
 
 

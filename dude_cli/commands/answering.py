@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
-from dude_cli.target import Loading, data_config, find_target, load_target
+from dude_cli.target import Loading, data_config, find_target, load_target, target_tokenizer
+
+if TYPE_CHECKING:
+    from dude_cli.data import PromptForm
 
 
 def generate(
@@ -45,15 +49,11 @@ def generate(
             fix="give a run or an adapter, or leave --base out",
         )
     texts = [read_prompt(text, raw=raw) for text in prompts]
+    if loading.changes_chat_template:  # before the model is loaded
+        _check_is_chat(prompt_form(target_tokenizer(target, loading), data_config(target), raw=raw))
     output.say(f"answering with {target}")
     loaded = load_target(target, loading)
     form = prompt_form(loaded.tokenizer, data_config(target), raw=raw)
-    if loading.changes_chat_template and form.chat is None:
-        raise UsageError(
-            f"only a chat has a template, and here the form of prompts is {form.description}",
-            where="--chat-template, --chat-template-kwargs",
-            fix="leave these out",
-        )
     output.say(f"prompt form: {form.description}")
     generator = Generator(loaded.model, loaded.tokenizer, form, sampling)
     conversation = Conversation(generator, compare_base=compare_base, system=system)
@@ -65,3 +65,12 @@ def generate(
         document = {"target": str(target), "adapter_sha256": loaded.adapter_sha256, "prompt_form": form.description}
         document |= {} if system is None else {"system": system}
         output.result("", document | {"sampling": asdict(sampling), "answers": answers})
+
+
+def _check_is_chat(form: PromptForm) -> None:
+    if form.chat is None:
+        raise UsageError(
+            f"only a chat has a template, and here the form of prompts is {form.description}",
+            where="--chat-template, --chat-template-kwargs",
+            fix="leave these out",
+        )

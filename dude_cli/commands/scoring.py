@@ -156,7 +156,7 @@ def _take_stored(
     """Take over the scores that the sides' folders have; returns what is to be said of it.
 
     A stored score is compared with its task as it is now, but where all of several sides have one: these are compared
-    with each other, which needs no data.
+    with each other, which needs no data, unless another chat template is given.
     """
     from dude_cli.evaluation import EvalRequest, changes_since, load_request
     from dude_cli.target import target_tokenizer
@@ -166,7 +166,13 @@ def _take_stored(
         side.stored = _stored(side, tasks, options)
         if not options.rescore:
             side.scores |= {name: have for name, have in side.stored.items() if "base" in have or not compare_base}
-    doubtful = [task for task in tasks if len(sides) == 1 or not all(task.name in side.scores for side in sides)]
+    doubtful = [
+        task
+        for task in tasks
+        if len(sides) == 1
+        or not all(task.name in side.scores for side in sides)
+        or (task.apply_chat_template and options.loading.changes_chat_template)
+    ]
     doubtful = [task for task in doubtful if any(task.name in side.stored for side in sides)]
     request = EvalRequest(tuple(doubtful), data_dir=options.data_dir, include_paths=tuple(options.include_paths))
     for found in load_request(request) if doubtful else []:

@@ -232,11 +232,6 @@ class DataConfig(Section):
         ),
     )
 
-    @field_validator("chat_template")
-    @classmethod
-    def _home_is_written_out(cls, file: str | None) -> str | None:
-        return None if file is None else os.path.expanduser(file)
-
     @field_validator("chat_template_kwargs")
     @classmethod
     def _values_are_plain(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from itertools import islice
 from typing import Any
 
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
+from dude_cli.data.left_out import check_written
 from dude_cli.data.messages import Conversation, Message, conversation_of
 from dude_cli.data.told_time import told_at
 from dude_cli.data.turns import NotShownError, assistant_turns
 from dude_cli.errors import DataError
 
-# What data sets call what a model thinks in front of its answer.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -66,7 +65,7 @@ class ChatEncoder:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise _refused(error, where) from error
-        _check_said(talk, text, turns, where)
+        check_written(talk, text, turns, where)
         return Rendered(text, turns, _learned_turns(talk, turns, where), talk.messages[-1]["role"] == "assistant")
 
     def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
@@ -118,11 +117,14 @@ class ChatEncoder:
         """
         talk = conversation_of(row, template=self.template, where=where)
         answers = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
-        if not answers:
+        if not answers or not answers[-1]:
             return None
         before, answered = talk.messages[: answers[-1]], talk.messages[: answers[-1] + 1]
-        head, asked = (self._render(before, talk.tools, prompt) for prompt in (False, True)) if before else ("", "")
-        text = self._render(answered, talk.tools, False)
+        try:
+            head, asked = (self._render(before, talk.tools, prompt) for prompt in (False, True))
+            text = self._render(answered, talk.tools, False)
+        except Exception:  # it takes the rows, and need not take a part of one
+            return None
         return None if text.startswith(asked) or not text.startswith(head) else asked.removeprefix(head)
 
     def end_of_turn(self) -> int:
@@ -200,38 +202,6 @@ def _refused(error: Exception, where: str) -> DataError:
         where=where,
         fix="check the order of its roles and its fields against the model's chat template",
     )
-
-
-def _check_said(talk: Conversation, text: str, turns: list[tuple[int, int]], where: str) -> None:
-    """Raise DataError if the template leaves out what is to be learned: a call of a tool, or a part of the last answer.
-
-    The thoughts of earlier answers may be left out: a model is not given them either.
-    """
-    answers = [message for message in talk.messages if message["role"] == "assistant"]
-    texts = [text[start:stop] for start, stop in turns] if len(turns) == len(answers) else [text] * len(answers)
-    for message, written in zip(answers, texts, strict=True):
-        for call in message.get("tool_calls", ()):
-            name = call.get("function", call)["name"]
-            if name not in written:
-                raise DataError(
-                    f"the chat template leaves the call of {name!r} out of the assistant's turn",
-                    where=where,
-                    fix="use a chat template that writes tool calls (`data.chat_template`), or leave out such rows",
-                )
-    if talk.messages[-1]["role"] == "assistant" and talk.learned[-1]:
-        for field in ("content", *_THOUGHTS):
-            said = answers[-1].get(field)
-            if isinstance(said, str) and _letters(said) not in _letters(texts[-1]):
-                raise DataError(
-                    f"the chat template leaves out a part of the last answer, of its `{field}`: {said[:40]!r}",
-                    where=where,
-                    fix="use a chat template that writes it (`data.chat_template`), or leave it out of the row",
-                )
-
-
-def _letters(text: str) -> str:
-    """The text without its white space, which templates change."""
-    return "".join(text.split())
 
 
 def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str) -> list[bool]:

@@ -7,6 +7,7 @@ learned, by this tool and by any other.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,30 +17,40 @@ from dude_cli.config.schema import plain_values
 from dude_cli.config.strict_yaml import parse
 from dude_cli.errors import UsageError, nearest
 
+DATA_KEYS = ("data.chat_template", "data.chat_template_kwargs")  # where the two are given: in a config
+OPTIONS = ("--chat-template", "--chat-template-kwargs")  # on the command line
+
 # What transformers gives a template in any case.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
-_TAG = re.compile(r"<[|｜][^<>\s]*[|｜]>")
+_CONTROL_TOKEN = re.compile(r"<[|｜][\w ▁]+[|｜]>|<\w+_of_\w+>")
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+_ASSIGNED = re.compile(r"(?:\{% set \w+ = .*? %\})+\n|")  # what `_assigned` has written in front of a template
 
 
-def set_chat_template(tokenizer: Any, path: str | None, values: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def set_chat_template(
+    tokenizer: Any,
+    path: str | None,
+    values: Mapping[str, Any],
+    say: Callable[[str], None] = lambda note: None,
+    keys: tuple[str, str] = DATA_KEYS,
+) -> None:
     """Give `tokenizer` the template in the file at `path`, if it is not None, with `values` for its names.
 
-    `say` is told of control tokens in the file that the tokenizer does not have. Raises UsageError for a file that
-    cannot be read or is no template, and for a name that the template does not ask for.
+    `say` is told of control tokens in the file that the tokenizer does not have. Raises UsageError, naming one of
+    `keys`, for a file that cannot be read or is no template, and for a name that the template does not ask for.
     """
     if path is not None:
-        tokenizer.chat_template = _read(path)
-        _check_syntax(tokenizer, path)
+        tokenizer.chat_template = _read(path, keys[0])
         _tell_of_unknown_tokens(tokenizer, path, say)
     if values:
-        tokenizer.chat_template = _assigned(_own_template(tokenizer), values)
+        tokenizer.chat_template = _assigned(_own_template(tokenizer, keys[1]), values, keys[1])
 
 
-def parse_values(text: str | None, option: str) -> dict[str, Any]:
-    """The values that `option` of the command line gives a template, as YAML or JSON. Raises UsageError."""
+def parse_values(text: str | None) -> dict[str, Any]:
+    """The values that `--chat-template-kwargs` gives a template, as YAML or JSON. Raises UsageError."""
     if text is None:
         return {}
-    parsed = parse(text)
+    parsed, option = parse(text), OPTIONS[1]
     try:
         if parsed.problems:
             raise ValueError(parsed.problems[0].message)
@@ -50,58 +61,69 @@ def parse_values(text: str | None, option: str) -> dict[str, Any]:
         raise UsageError(str(error), where=option, fix=f'write it as {option} "{{enable_thinking: false}}"') from error
 
 
-def _read(path: str) -> str:
+def _read(path: str, key: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        template = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
+        why = None if template.strip() else "it is empty"
+    except OSError as error:
+        why = error.strerror
+    except UnicodeDecodeError:
+        why = "it is not UTF-8 text"
+    if why is not None:
         raise UsageError(
             f"cannot read the chat template: {why}",
-            where=f"chat_template: {path}",
+            where=f"{key}: {path}",
             fix="give a file with a Jinja template, as `chat_template.jinja` beside a model is",
-        ) from error
+        )
+    _names(template, path)  # it is a template
+    return template
 
 
-def _check_syntax(tokenizer: Any, path: str) -> None:
-    from jinja2 import TemplateError, TemplateSyntaxError
+def _names(template: str, where: str) -> set[str]:
+    """The names that a template asks for. Raises UsageError, with the line in `where`, if it is no template."""
+    from jinja2 import Environment, TemplateSyntaxError, meta
 
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+        return meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
     except TemplateSyntaxError as error:
         raise UsageError(
             f"the chat template is no Jinja template: {error.message}",
-            where=f"{path}:{error.lineno}",
+            where=f"{where}:{error.lineno}",
             fix="correct that line, or give another file",
         ) from error
-    except (TemplateError, TypeError, ValueError):  # it may refuse this conversation, and take the rows'
-        return
 
 
 def _tell_of_unknown_tokens(tokenizer: Any, path: str, say: Callable[[str], None]) -> None:
-    tags = dict.fromkeys(_TAG.findall(tokenizer.chat_template))
-    unknown = [tag for tag in tags if tokenizer.convert_tokens_to_ids(tag) in (None, tokenizer.unk_token_id)]
+    tokens = dict.fromkeys(_CONTROL_TOKEN.findall(tokenizer.chat_template))
+    unknown = [token for token in tokens if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
     if unknown:
         say(f"note: {path} writes {', '.join(unknown)}, which this model's tokenizer takes for ordinary text")
 
 
-def _own_template(tokenizer: Any) -> str:
+def _own_template(tokenizer: Any, key: str) -> str:
     try:
         template: str = tokenizer.get_chat_template()
     except ValueError as error:  # there is none, or several and no default
         raise UsageError(
             f"there is no chat template to give values to: {str(error).splitlines()[0]}",
-            where="chat_template_kwargs",
+            where=key,
             fix="give a template too",
         ) from error
     return template
 
 
-def _assigned(template: str, values: Mapping[str, Any]) -> str:
-    """The template with `values` set in front of it."""
+def _assigned(template: str, values: Mapping[str, Any], key: str) -> str:
+    """The template with `values` set in front of it, behind those that were set before."""
+    found = _ASSIGNED.match(template)
+    before = found[0] if found else ""
+    template = template.removeprefix(before)
+    names = _names(template, "the tokenizer's chat template")
     for name in values:
-        if name in _GIVEN or not re.search(rf"\b{name}\b", template):
-            raise _not_asked_for(name, template)
-    return "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in values.items()) + "\n" + template
+        if name in _GIVEN or name not in names:
+            raise _not_asked_for(name, names, key)
+    new = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in values.items())
+    return before.removesuffix("\n") + new + "\n" + template
 
 
 def _literal(value: Any) -> str:
@@ -109,11 +131,12 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _not_asked_for(name: str, template: str) -> UsageError:
+def _not_asked_for(name: str, names: set[str], key: str) -> UsageError:
     if name in _GIVEN:
         what, fix = "is what each conversation gives", "leave it out"
     else:
-        close = nearest(name, sorted(set(re.findall(r"(\w+) is (?:not )?defined", template))))
+        asked = sorted(names - _GIVEN)
+        close = nearest(name, asked)
         what = "is nothing that the chat template asks for"
-        fix = f"did you mean `{close[0]}`?" if close else "look for its name in the template"
-    return UsageError(f"`{name}` {what}", where="chat_template_kwargs", fix=fix)
+        fix = f"did you mean `{close[0]}`?" if close else f"it asks for: {', '.join(asked) or 'nothing'}"
+    return UsageError(f"`{name}` {what}", where=key, fix=fix)

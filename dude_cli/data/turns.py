@@ -54,6 +54,8 @@ def _reach(messages: list[Message], index: int, text: str, render: Render, *, pr
         return len(alone)
     whole, mark = _marked(messages, index, text, render)
     alone, mark = _marked(messages[: index + 1], index, text, render, prompt=prompt)
+    if not _from_first_to_last(mark, alone).endswith(_from_first_to_last(mark, whole)):
+        raise NotShownError  # the message's words stand in another order, or in other places
     behind = whole[whole.rindex(mark) + len(mark) :]
     shared = _common_suffix(text, behind)
     follows = alone[alone.rindex(mark) + len(mark) :][len(behind) - shared :]
@@ -80,6 +82,10 @@ def _marked_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
     if "function" in call:
         return call | {"function": _marked_call(call["function"], mark)}
     return call | {"arguments": {mark: mark}}
+
+
+def _from_first_to_last(mark: str, text: str) -> str:
+    return text[text.index(mark) : text.rindex(mark)]
 
 
 def _common_suffix(left: str, right: str) -> int:

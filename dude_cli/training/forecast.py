@@ -31,7 +31,7 @@ def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
     step_rows, length, source = config.train.global_batch_size, config.data.max_length, "data.max_length"
     if all(map(_is_quick, config.data.train)):
         tokenizer = load_tokenizer(config.model)
-        set_chat_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs, lambda note: None)
+        set_chat_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
         data = prepare_data(config.data, tokenizer, config.seed)
         step_rows = min(step_rows, len(data.train))
         length, source = int(data.train.lengths.max()), "the longest row"

@@ -482,9 +482,14 @@ def test_a_score_in_another_chat_template_is_not_taken_again(chat_run: Path, sco
     give_template(chat_run / "runs/chat", CHAT_TEMPLATE.replace(":", ">"))
     scored.clear()
     done = dude_here("eval", *CHAT, "--json", cwd=chat_run)
-    assert "quickstart_choices is scored again: its prompts are others now" in done.stderr
+    assert "quickstart_choices is scored again: its chat template is another one now" in done.stderr
     assert scored == ["quickstart_choices"]
     assert json.loads(done.stdout)["prompt_examples"]["quickstart_choices"].startswith("user> ")
+    # Another end of the answer, which no prompt shows.
+    give_template(
+        chat_run / "runs/chat", CHAT_TEMPLATE.replace(":", ">") + "{{ eos_token if not add_generation_prompt }}"
+    )
+    assert "its chat template is another one now" in dude_here("eval", *CHAT, cwd=chat_run).stderr
 
 
 def test_a_template_and_its_values_can_be_given(chat_run: Path, scored: list[str]) -> None:
@@ -495,13 +500,19 @@ def test_a_template_and_its_values_can_be_given(chat_run: Path, scored: list[str
     given = ("--chat-template", "own.jinja", "--chat-template-kwargs", '{"name": "the"}')
     done = dude_here("eval", *CHAT, *given, "--json", cwd=chat_run)
     assert done.returncode == 0, done.stderr
-    assert "is scored again: its prompts are others now" in done.stderr
+    assert "is scored again: its chat template is another one now" in done.stderr
     document = json.loads(done.stdout)
     assert document["prompt_examples"]["quickstart_choices"].startswith("the user> ")
     assert document["chat_template"] == '{% set name = "the" %}\n' + own.read_text()
     scored.clear()
     assert dude_here("eval", *CHAT, *given, cwd=chat_run).returncode == 0
     assert not scored  # the same template again
+    shutil.copytree(chat_run / "runs/chat", chat_run / "runs/other")
+    compared = dude_here(
+        "eval", "--compare", "runs/chat", "runs/other", *CHAT, *given[:-1], '{"name": "a"}', cwd=chat_run
+    )
+    assert compared.returncode == 0, compared.stderr
+    assert scored == ["quickstart_choices"] * 2
 
 
 def test_what_cannot_be_done_with_a_template_is_refused(chat_run: Path) -> None:
@@ -510,7 +521,9 @@ def test_what_cannot_be_done_with_a_template_is_refused(chat_run: Path) -> None:
     assert no in refused(chat_run, *CHOICES, "--chat-template-kwargs", "{a: 1}")
     for text, what in (("{a: [1]}", "`a` is no single value"), ("a", "'a' is no names"), ("{a: 1", "expected")):
         assert what in refused(chat_run, *CHAT, "--chat-template-kwargs", text)
-    assert "cannot read the chat template" in refused(chat_run, *CHAT, "--chat-template", "own.jinja")
+    missing = refused(chat_run, *CHAT, "--chat-template", "own.jinja")
+    assert "cannot read the chat template" in missing
+    assert "--base-model" not in missing
     assert "`b` is nothing that the chat template asks for" in refused(
         chat_run, *CHAT, "--chat-template-kwargs", "{b: 1}"
     )

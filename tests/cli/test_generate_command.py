@@ -153,13 +153,14 @@ def test_the_template_of_a_config_with_its_values_is_that_of_the_runs_prompts(tm
     assert answer["text"] == "user: Anncalm assistant:"
 
 
-def test_a_template_can_be_given_to_a_chat_alone(run, chat_run, capsys, tmp_path):
+def test_a_template_can_be_given_to_a_chat_alone(run, chat_run, capsys, tmp_path, monkeypatch):
     template = tmp_path / "own.jinja"
     template.write_text(CHAT.replace("assistant:", "{{ mood }} assistant:"))
     given = Loading(chat_template=str(template), chat_template_kwargs={"mood": "calm"})
     generate(chat_run, "Ann", as_json=True, loading=given)
     (answer,) = json.loads(capsys.readouterr().out)["answers"]
     assert answer["text"] == "user: Anncalm assistant:"
+    monkeypatch.setattr("dude_cli.target.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UsageError, match="only a chat has a template"):
         generate(run, "Ann", loading=given)
 

@@ -152,9 +152,53 @@ def test_it_is_what_the_marks_of_the_training_twin_say_but_for_the_prompt_of_the
     assert not set(ANSWERS) & {tokenizer.decode(ours.ids[index]) for index in more}
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - PARTS_ONLY - {"deepseek_r1_distill", "deepseekv3"}))
+def test_thoughts_inside_of_an_answer_are_there_once(encode, name):
+    """Where the prompt for the answer begins them, they are learned from there on."""
+    thinking = [user("How deep?"), assistant("<think>\nIt is a lake.\n</think>\n\nTen yards.")]
+    tokenizer, row = encode(template_of(name), thinking)
+    assert tokenizer.decode(row.ids).count("It is a lake.") == 1
+    assert "It is a lake." in turns_of(tokenizer, row)[0]
+
+
+# They write what the assistant says beside a call behind the tool's answer.
+WORDS_BEHIND = {"diffusion_gemma", "gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"}
+# They leave it out.
+NO_WORDS = {"gptoss", "llama3_1", "llama3_2", "muse_glimmer"}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, what, *_ in cases() if what == "a call"}))
+def test_words_beside_a_call_are_learned_in_its_turn(encode, name):
+    messages = [CALLING[0], assistant("Let me look.", tool_calls=[CALL]), *CALLING[2:]]
+    if name in WORDS_BEHIND:
+        with pytest.raises(DataError, match="changes what messages say"):
+            encode(template_of(name), messages, [TOOL])
+        return
+    tokenizer, row = encode(template_of(name), messages, [TOOL])
+    first, *others = turns_of(tokenizer, row)
+    assert ("Let me look." in first) == (name not in NO_WORDS)
+    assert "Bern" in first
+    assert "rain" not in first
+    assert len(others) == 2
+
+
+def test_words_beside_the_last_call_are_not_left_out(encode):
+    with pytest.raises(DataError, match="leaves out a part of the last answer"):
+        encode(template_of("llama3_1"), [CALLING[0], assistant("Let me look.", tool_calls=[CALL])], [TOOL])
+
+
+def test_each_of_several_calls_of_one_tool_has_to_be_there(encode):
+    calls = [CALL, {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    messages = [CALLING[0], assistant("", tool_calls=calls), *CALLING[2:]]
+    with pytest.raises(DataError, match="leaves the call of 'weather' out"):
+        encode(template_of("gptoss"), messages, [TOOL])
+    tokenizer, row = encode(template_of("qwen3"), messages, [TOOL])
+    assert "Rome" in turns_of(tokenizer, row)[0]
+
+
 @pytest.mark.parametrize("name", sorted(PARTS_ONLY - {"llava_next"}))
 def test_a_template_that_does_not_write_text_is_refused(encode, name):
-    with pytest.raises(DataError, match="leaves out a part of the last answer"):
+    with pytest.raises(DataError, match="leaves out the user's message"):
         encode(template_of(name), ONE)
 
 
@@ -238,6 +282,13 @@ def test_a_history_that_is_written_otherwise_is_no_other_prompt(encode):
     assert ChatEncoder(TextEncoder(tokenizer)).other_prompt(row, "row 1") is None
 
 
+def test_a_template_that_takes_no_part_of_a_row_has_no_other_prompt(encode):
+    closed = "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}"
+    answer = "{% generation %}{{ m.content }}</s>{% endgeneration %}"
+    tokenizer, _ = encode(closed + "{% for m in messages %}" + answer + "{% endfor %}", ONE)
+    assert ChatEncoder(TextEncoder(tokenizer)).other_prompt({"messages": ONE}, "row 1") is None
+
+
 def test_the_user_is_told_of_a_prompt_that_the_rows_do_not_have(encode, tmp_path):
     tokenizer, _ = encode(template_of("deepseek_r1_distill"), ONE)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TWO}) + "\n")
@@ -269,5 +320,6 @@ def test_the_template_of_the_documentation_fits_any_tokenizer(base_tokenizer, tm
     assert turns_of(base_tokenizer, row) == ["Ten yards.</s>", "Two miles.</s>"]
     prompt, ids = encoder.prompt(SYSTEM[:-1])
     said = ["system\nBe brief.", "user\nHow deep?", "assistant\nTen yards.</s>", "user\nHow wide?", "assistant\n"]
-    assert prompt == "### " + "\n\n### ".join(said)
+    assert prompt == "<s>### " + "\n\n### ".join(said)
+    assert row.ids[0] == base_tokenizer.bos_token_id
     assert row.ids[: len(ids)] == ids

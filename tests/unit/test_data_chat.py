@@ -214,6 +214,27 @@ def test_a_template_that_changes_what_is_said_is_refused(chat_tokenizer):
     assert error.where == "row 1"
 
 
+@pytest.mark.parametrize(
+    ("number", "whose"), [(0, "the system's message: \"it's fine\""), (1, "the user's message: 'hello'")]
+)
+def test_a_message_that_the_template_leaves_out_is_refused(number, whose, chat_tokenizer):
+    """Mistral's has the system's message in front of the last question alone, and only where no answer follows."""
+    without = CHATML.replace(HEAD, "{% if loop.index0 != " + str(number) + " %}" + HEAD, 1)
+    without = without.replace("<|im_end|>\n{% endfor %}", "<|im_end|>\n{% endif %}{% endfor %}")
+    assert f"leaves out {whose}" in error_of(chat_tokenizer(without)).what
+
+
+def test_words_in_two_places_do_not_show_where_a_turn_is(chat_tokenizer):
+    quoting = (
+        "{% for m in messages %}"
+        + HEAD
+        + "{% if loop.index0 > 1 %}({{ messages[loop.index0 - 2].content }}){% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{{ messages | length }}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert "changes what messages say" in error_of(chat_tokenizer(quoting)).what
+
+
 def test_what_the_template_raises_is_shown(chat_tokenizer):
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('start with user') }}{% endif %}" + CHATML
     assert "start with user" in error_of(chat_tokenizer(template)).what
