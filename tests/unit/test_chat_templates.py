@@ -217,12 +217,16 @@ def test_thoughts_in_a_field_that_a_template_does_not_read_are_not_dropped_in_si
     assert "It is a lake." in tokenizer.decode(row.ids)
 
 
-def test_the_thoughts_of_earlier_answers_may_be_left_out(encode):
+@pytest.mark.parametrize("is_inside", [False, True], ids=["in a field", "inside of the answer"])
+def test_the_thoughts_of_earlier_answers_may_be_left_out(encode, is_inside):
+    def thought(thoughts, text):
+        return (
+            assistant(f"<think>\n{thoughts}\n</think>\n\n{text}") if is_inside else assistant(text, thinking=thoughts)
+        )
+
     thinking = [
-        user("How deep?"),
-        assistant("Ten yards.", reasoning_content="It is a lake."),
-        user("How wide?"),
-        assistant("Two miles.", reasoning_content="It has two ends."),
+        *(user("How deep?"), thought("It is a lake.", "Ten yards.")),
+        *(user("How wide?"), thought("It has two ends.", "Two miles.")),
     ]
     tokenizer, row = encode(template_of("qwen3"), thinking)
     assert turns_of(tokenizer, row) == [
