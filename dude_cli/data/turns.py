@@ -19,7 +19,6 @@ from dude_cli.data.messages import Message
 # Renders messages, and where the second argument is true the generation prompt behind them.
 Render = Callable[[list[Message], bool], str]
 
-
 _OPEN_TAG = re.compile(r"<[^<>]*\Z")
 
 
@@ -47,7 +46,8 @@ def assistant_turns(messages: list[Message], render: Render) -> tuple[str, list[
 def _reach(messages: list[Message], index: int, text: str, render: Render, *, prompt: bool) -> int:
     """How far `text` goes on behind message `index` as it does where that message is the last.
 
-    `<think>` and `<tool_call>` have two letters in common: a tag is taken whole or not at all.
+    Where the shorter conversation is no beginning of `text`, both are rendered with a mark for the message's words, and
+    what is behind the mark is compared, from where it is in `text` too. `<think>` and `<tool_call>` have two letters in common: a tag is taken whole or not at all.
     """
     alone = render(messages[: index + 1], prompt)
     if text.startswith(alone):
