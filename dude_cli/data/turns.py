@@ -47,7 +47,8 @@ def _reach(messages: list[Message], index: int, text: str, render: Render, *, pr
     """How far `text` goes on behind message `index` as it does where that message is the last.
 
     Where the shorter conversation is no beginning of `text`, both are rendered with a mark for the message's words, and
-    what is behind the mark is compared, from where it is in `text` too. `<think>` and `<tool_call>` have two letters in common: a tag is taken whole or not at all.
+    what is behind the mark is compared, as far as `text` has it too. `<think>` and `<tool_call>` have two letters in
+    common: a tag is taken whole or not at all.
     """
     alone = render(messages[: index + 1], prompt)
     if text.startswith(alone):
