@@ -8,7 +8,7 @@ from pathlib import Path
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.system import files
-from dude_cli.target import Loading, check_dtype, find_target, load_target
+from dude_cli.target import Loading, check_dtype, data_config, find_target, load_target
 
 
 def export(
@@ -23,6 +23,7 @@ def export(
     output: Output,
 ) -> None:
     """Write a trained adapter as a merged model, a PEFT adapter or a plain LoRA, and say how exact it is."""
+    from dude_cli.data import prompt_form
     from dude_cli.export import export_lora, export_merged, export_peft, export_shown
 
     _check_export_options(kind, rank, max_error, dtype)
@@ -38,7 +39,9 @@ def export(
     output.say(f"loading {target}")
     loaded = load_target(target, loading)
     if kind == "merged":
-        report = export_merged(loaded, out, chosen or loaded.config.dtype)
+        data = data_config(target)  # what a training taught as the end of an answer
+        ends = () if data is None else prompt_form(loaded.tokenizer, data, raw=False).stop_ids(loaded.model)
+        report = export_merged(loaded, out, chosen or loaded.config.dtype, ends)
     elif kind == "peft":
         report = export_peft(loaded, out)
     else:

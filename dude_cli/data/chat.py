@@ -127,11 +127,15 @@ class ChatEncoder:
             return None
         return None if text.startswith(asked) or not text.startswith(head) else asked.removeprefix(head)
 
-    def end_of_turn(self) -> int:
-        """Return the token that a training teaches at the end of the assistant's turn."""
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    def ends_of_turns(self) -> set[int]:
+        """Return the tokens that a training teaches at the ends of the assistant's turns.
+
+        Phi-3's template ends the last turn of a conversation with another one than those in front of it.
+        """
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}] * 2
         row = self.encode({"messages": messages}, where="the chat template", learn_all=False)
-        return next(token for token, on in zip(reversed(row.ids), reversed(row.learned), strict=True) if on)
+        behind = [*row.learned[1:], False]
+        return {token for token, on, goes_on in zip(row.ids, row.learned, behind, strict=True) if on and not goes_on}
 
     def _marked_turns(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """Return the text and the `{% generation %}` blocks in it, in characters.

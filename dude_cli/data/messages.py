@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ def conversation_of(row: Mapping[str, Any], *, template: str, where: str) -> Con
     The row has `messages`, and may have `tools`: a list of their descriptions or the same as JSON, and `system`: the
     text of a message in front of the others.
     """
-    messages = row["messages"]
+    messages = _read_json(row["messages"])
     found = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else []
     if not found or None in found:
         raise DataError(
@@ -106,10 +107,12 @@ def _content(fields: Message) -> Message:
     return new | {"tool_calls": [_call(call) for call in calls]}
 
 
-def _text(content: Any) -> Any:
+def _text(content: Any) -> str:
     if isinstance(content, dict):
         raise _PartError("has an object as content", "write the content as text")
-    if not isinstance(content, list):
+    if not isinstance(content, str | list):
+        raise _PartError(f"has content that is no text: {str(content)[:40]}", "write the content as text, in quotes")
+    if isinstance(content, str):
         return content
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -169,6 +172,14 @@ def _tools(tools: Any, template: str) -> list[dict[str, Any]] | None:
             "use a model whose chat template takes tools, or remove that column",
         )
     return found
+
+
+def _read_json(value: Any) -> Any:
+    """A list that a table's cell has as JSON; else the value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(json.JSONDecodeError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _parsed(text: str, what: str) -> Any:

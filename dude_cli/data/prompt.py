@@ -59,7 +59,7 @@ class PromptForm:
         found = {self.encoder.eos_id, *(saved if isinstance(saved, list) else [saved])} - {None}
         if self.chat is not None:
             with suppress(DataError):  # no row could be trained with such a template, but it can be asked
-                found.add(self.chat.end_of_turn())
+                found |= self.chat.ends_of_turns()
         return found
 
 

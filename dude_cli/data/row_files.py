@@ -189,7 +189,22 @@ def _read_parquet(path: Path) -> Rows:
         raise DataError(
             f"not a readable parquet file: {first_line(error)}", where=str(path), fix="write or download it again"
         ) from error
-    return numbered(rows, str(path))
+    return numbered(without_fillers(rows), str(path))
+
+
+def without_fillers(rows: list[Row]) -> list[Row]:
+    """Rows of an Arrow table without the nulls inside of their values.
+
+    Such a table has every field in each object of a column if one of them has it: the arguments of one tool would be
+    written into the calls of all others. A null that a value had is not told from these.
+    """
+    return [{column: _without_nulls(value) for column, value in row.items()} for row in rows]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def numbered(rows: list[Row], where: str) -> Rows:

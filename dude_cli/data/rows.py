@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import HUB_NAME, DataSource
 from dude_cli.data.columns import Columns, check_columns, keep_columns
-from dude_cli.data.row_files import FILE_SUFFIXES, SUFFIXES_HINT, Rows, first_line, numbered, read_file
+from dude_cli.data.row_files import FILE_SUFFIXES, SUFFIXES_HINT, Rows, first_line, numbered, read_file, without_fillers
 from dude_cli.errors import DataError, nearest
 from dude_cli.system.cache_dir import folder_cache
 
@@ -136,7 +136,7 @@ def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str
     kept = [name for name in read if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
-    return keep_columns(source, numbered(rows, f"{source.path}, split {source.split}"), columns)
+    return keep_columns(source, numbered(without_fillers(rows), f"{source.path}, split {source.split}"), columns)
 
 
 def _open_dataset(source: DataSource) -> Dataset:

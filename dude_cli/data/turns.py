@@ -1,9 +1,10 @@
 """Where the assistant's turns are in a rendered conversation, for chat templates that do not mark them.
 
-A turn begins where the prompt for it ends, and ends where the conversation ends that has it last. With most templates
-both are beginnings of the whole text. Some write a message otherwise when others follow: Qwen3's leaves the thoughts of
-earlier turns out, Phi-3's ends the last turn with one token more, DeepSeek-R1's asks with `<think>` and writes none.
-There the border is as far as the same text follows the message's own words in both.
+A turn begins where the prompt for it ends, one that opens the conversation with its words, and ends where the
+conversation ends that has it last. With most templates both are beginnings of the whole text. Some write a message
+otherwise when others follow: Qwen3's leaves the thoughts of earlier turns out, Phi-3's ends the last turn with one
+token more, DeepSeek-R1's asks with `<think>` and writes none. There the border is as far as the same text follows the
+message's own words in both.
 """
 
 from __future__ import annotations
@@ -35,12 +36,18 @@ def assistant_turns(messages: list[Message], render: Render) -> tuple[str, list[
     turns = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = _reach(messages, index - 1, text, render, prompt=True) if index else 0
+            start = _reach(messages, index - 1, text, render, prompt=True) if index else _first(messages, text, render)
             turns.append((start, _reach(messages, index, text, render, prompt=False)))
     borders = [0, *(border for turn in turns for border in turn)]
     if any(left > right for left, right in pairwise(borders)):
         raise NotShownError
     return text, turns
+
+
+def _first(messages: list[Message], text: str, render: Render) -> int:
+    """Where the words of the first message begin: there is no prompt that could say so."""
+    whole, mark = _marked(messages, 0, text, render)
+    return min(common_prefix(text, whole), whole.index(mark))
 
 
 def _reach(messages: list[Message], index: int, text: str, render: Render, *, prompt: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ SHARD_SIZE = "5GB"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
-def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport:
+def export_merged(loaded: LoadedTarget, out: Path, dtype: DType, ends: Collection[int] = ()) -> ExportReport:
     """Write W' = (m / ||V||) V, computed in float32 and saved in `dtype`, as a model of its own to `out`.
+
+    `ends` are the tokens at which its answers are to end, if not those of the base's generation config.
 
     The weights are merged layer by layer in place and written shard by shard, so the model in memory, which is used up,
     is all that it takes. What was written is loaded again and compared on the probe.
@@ -35,6 +38,8 @@ def export_merged(loaded: LoadedTarget, out: Path, dtype: DType) -> ExportReport
     allowed, expected = tolerance(model, dtype, loaded.config.dtype), probe_logits(model)
     with files.fresh_folder(out) as partial:
         merge_adapter(model, dtype)
+        if ends and model.generation_config is not None:
+            model.generation_config.eos_token_id = sorted(ends)
         with files.disk_errors(partial):
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         loaded.tokenizer.save_pretrained(partial)

@@ -16,6 +16,7 @@ import pytest
 from command import dude, dude_here, environment
 from quickstart_config import quickstart_config
 from training import train_here
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dude_cli import quickstart
 from dude_cli.commands import answering
@@ -136,6 +137,18 @@ def test_a_chat_stops_at_the_end_of_turn_that_it_has_learned(chat_run, capsys):
     assert answer["new_tokens"] == len(tokenizer(" 12", add_special_tokens=False).input_ids) + 1
     generate(chat_run / "adapter", "Ann has 3 apples")  # the tokenizer saved with it has the chat template
     assert capsys.readouterr().out == " 12\n"
+
+
+def test_a_merged_model_stops_where_its_training_ended_a_turn(chat_run, tmp_path):
+    """For a program that knows the model's folder alone."""
+    done = dude_here("export", chat_run, tmp_path / "merged", "--format", "merged")
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompt = [{"role": "user", "content": "Ann has 3 apples"}]
+    given = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**given, max_new_tokens=16, do_sample=False)[0, given["input_ids"].shape[1] :]
+    assert tokenizer.decode(ids) == " 12<s>"
 
 
 def test_the_template_of_a_config_with_its_values_is_that_of_the_runs_prompts(tmp_path, capsys):

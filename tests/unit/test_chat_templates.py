@@ -187,6 +187,24 @@ def test_words_beside_the_last_call_are_not_left_out(encode):
         encode(template_of("llama3_1"), [CALLING[0], assistant("Let me look.", tool_calls=[CALL])], [TOOL])
 
 
+@pytest.mark.parametrize("name", ["llama3_1", "phi3", "qwen2_5", "qwen3"])
+def test_of_an_answer_that_opens_the_conversation_the_words_are_learned(encode, name):
+    """And not what a template puts in front of it, such as a system's message of its own."""
+    tokenizer, row = encode(template_of(name), [assistant("Ask me."), *ONE])
+    first, second = turns_of(tokenizer, row)
+    assert first.lstrip().startswith("Ask me.<|")  # where a token of the header reaches over, it is learned too
+    assert "Ten yards." in second
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"), [("phi3", {"<|end|>", "</s>"}), ("gptoss", {"<|end|>", "<|return|>"}), ("qwen3", {"<|im_end|>"})]
+)
+def test_an_answer_may_end_as_any_turn_does(encode, name, ends):
+    tokenizer, _ = encode(template_of(name), ONE)
+    found = ChatEncoder(TextEncoder(tokenizer)).ends_of_turns()
+    assert {tokenizer.decode(token) for token in found} == ends
+
+
 def test_each_of_several_calls_of_one_tool_has_to_be_there(encode):
     calls = [CALL, {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
     messages = [CALLING[0], assistant("", tool_calls=calls), *CALLING[2:]]

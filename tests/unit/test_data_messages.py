@@ -228,3 +228,16 @@ def test_the_roles_are_named_and_those_of_the_template_are_taken(chat_tokenizer)
     named = CHATML.replace("{{ m.role }}", "{{ 'judge' if m.role == 'critic' else m.role }}")
     tokenizer = chat_tokenizer(named)
     assert tokenizer.decode(encode(tokenizer, unknown).ids).endswith("<|im_start|>judge\nno<|im_end|>\n")
+
+
+@pytest.mark.parametrize("content", [42, 4.5, True])
+def test_content_that_is_no_text_is_refused(content, chat_tokenizer):
+    """Qwen3's template writes nothing for it, Llama 3's what Python does."""
+    error = error_of(chat_tokenizer(CHATML), [QUESTION, {"role": "assistant", "content": content}])
+    assert f"message 2 has content that is no text: {content}" in error.what
+
+
+def test_messages_may_be_json_as_a_table_has_them(chat_tokenizer):
+    tokenizer = chat_tokenizer(CHATML)
+    assert encode(tokenizer, json.dumps(CONVERSATION)) == encode(tokenizer, CONVERSATION)
+    assert "not a conversation: [{" in error_of(tokenizer, "[{").what

@@ -288,6 +288,29 @@ def test_conversations_have_either_name(tmp_path, where):
     assert [row["messages"] for row in read(both, columns)] == ["a", "b"]
 
 
+def talk_with_a_call(**arguments: object) -> dict:
+    call = {"type": "function", "function": {"name": "tool", "arguments": arguments}}
+    return {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]}
+
+
+@pytest.mark.parametrize("where", ["rows.parquet", "folder", "saved"])
+def test_the_arguments_of_one_call_are_not_written_into_another(tmp_path, where):
+    """An Arrow table has each field in every object of a column."""
+    import datasets
+
+    rows = [talk_with_a_call(city="Rome"), talk_with_a_call(symbol="X")]
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder/train.jsonl", rows)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    if where == "rows.parquet":
+        write(tmp_path / where, rows)
+    found = read(tmp_path / where, Columns(("messages",), are_texts=False))
+    calls = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in found]
+    assert calls == [{"city": "Rome"}, {"symbol": "X"}]
+    lines = write(tmp_path / "rows.jsonl", [talk_with_a_call(city=None)])
+    assert read(lines, Columns(("messages",), are_texts=False)) == [talk_with_a_call(city=None)]
+
+
 def test_null_in_a_needed_column_names_the_row(tmp_path):
     path = write(tmp_path / "rows.jsonl", [*ROWS[:2], {"question": "a", "answer": None}])
     error = error_of(path)
