@@ -65,8 +65,8 @@ class DataReport:
         if not self.cut_answers:
             return []
         return [
-            f"{self.cut_answers:,} of {self.rows:,} rows lose the end of their answer, and its EOS, to "
-            f"data.max_length ({self.max_length}); the longest row has {self.longest_row:,} tokens"
+            f"{self.cut_answers:,} of {self.rows:,} rows lose their whole prompt and the end of their answer, with its "
+            f"EOS, to data.max_length ({self.max_length}); the longest row has {self.longest_row:,} tokens"
         ]
 
 

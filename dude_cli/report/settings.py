@@ -45,7 +45,8 @@ class Setting:
 def group_runs(runs: Sequence[Run]) -> list[Setting]:
     """The settings of `runs`: by method, then by what else differs; within each the runs by their seed."""
     flat = [flat_config(run) for run in runs]
-    varying = [key for key in flat[0] if len({repr(values.get(key)) for values in flat}) > 1]
+    keys = dict.fromkeys(key for values in flat for key in values)  # a run may have some that another has not
+    varying = [key for key in keys if len({repr(values.get(key)) for values in flat}) > 1]
     if all(values["adapter.alpha"] == values["adapter.rank"] for values in flat):
         varying = [key for key in varying if key != "adapter.alpha"]  # the default: it goes with the rank
     order = list(METHODS)
@@ -78,9 +79,27 @@ def setting_label(method: str, values: Mapping[str, Any], *, without: str | None
     for key, value in values.items():
         if key in ("adapter.method", without):
             continue
-        name = _SHORT.get(key, key.partition(".")[2])
-        parts.append(f"{name} {short_rate(value) if key == 'train.learning_rate' else value}")
+        parts.append(f"{_SHORT.get(key, key.partition('.')[2])} {_in_label(key, value)}")
     return ", ".join(parts)
+
+
+def _in_label(key: str, value: Any) -> Any:
+    if key == "train.learning_rate":
+        return short_rate(value)
+    return shown_sources(value) if is_sources(key, value) else value
+
+
+def is_sources(key: str, value: Any) -> bool:
+    """Whether a config's value is a list of data sets."""
+    return key in ("data.train", "data.validation") and isinstance(value, list)
+
+
+def shown_sources(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Data sets by their names, each with its split where that is another one than the usual."""
+    return ", ".join(
+        source["path"] if source.get("split") in (None, "train") else f"{source['path']} {source['split']}"
+        for source in sources
+    )
 
 
 def flat_config(run: Run) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dude_cli.report.content import (
     text_column,
 )
 from dude_cli.report.score_tables import first_names, score_value, shown_metric
-from dude_cli.report.settings import Setting, flat_config
+from dude_cli.report.settings import Setting, flat_config, is_sources, shown_sources
 from dude_cli.report.training_tables import last_smoothed_loss, peak_memory, trainable_parameters
 
 # What a reader asks first, of the configs.
@@ -180,6 +180,6 @@ def _is_used(key: str, values: Mapping[str, Any]) -> bool:
 def _shown_value(key: str, value: Any) -> str:
     if key == "train.learning_rate":
         return short_rate(value)
-    if key in ("data.train", "data.validation") and isinstance(value, list):
-        return ", ".join(f"{source['path']} {source.get('split') or ''}".strip() for source in value)
+    if is_sources(key, value):
+        return shown_sources(value)
     return value if isinstance(value, str) else json.dumps(value)

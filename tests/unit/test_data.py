@@ -52,7 +52,8 @@ def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepar
     report = prepared.train_report
     assert (report.rows, report.truncated_rows, report.cut_answers) == (4, 2, 1)
     assert prepared.warnings() == [
-        "warning: data.train: 1 of 4 rows lose the end of their answer, and its EOS, to data.max_length (40); "
+        "warning: data.train: 1 of 4 rows lose their whole prompt and the end of their answer, with its EOS, "
+        "to data.max_length (40); "
         f"the longest row has {report.longest_row} tokens"
     ]
     assert prepare([long_prompt, *numbered(2)], max_length=40).warnings() == []

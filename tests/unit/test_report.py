@@ -25,6 +25,7 @@ from dude_cli.report.collect import read_run
 from dude_cli.report.content import Style
 from dude_cli.report.figures import Line, line_chart, thinned
 from dude_cli.report.numbers import running_mean, spikes
+from dude_cli.report.settings import group_runs
 
 BASE = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 RIGHT = {
@@ -294,3 +295,24 @@ def test_a_report_needs_neither_torch_nor_the_network(runs: list[Path], tmp_path
 def test_small_numbers_on_an_axis_keep_their_digits() -> None:
     svg = line_chart("c", [Line([0, 1], [0.0024, 0.0126], Style("#000000"))], x_label="x", y_label="y")
     assert {"0.002", "0.004", "0.012"} <= set(re.findall(r">([\d.]+)</text>", svg))
+
+
+def test_runs_on_other_rows_or_with_other_values_are_other_settings(tmp_path):
+    """Whichever comes first: a value that one run's template is given is no key of the other's config."""
+    data = 'data: {train: [{path: "embedded:quickstart"}]}'
+    changes = {
+        "a": data,
+        "b": data.replace("]}", "], format: chat, chat_template_kwargs: {enable_thinking: false}}"),
+        "c": data.replace("]}", ', {path: rows.jsonl, split: "train[:9]"}]}'),
+    }
+    runs = []
+    for name, changed in changes.items():
+        config = write_run(tmp_path / name) / "config.yaml"
+        config.write_text(config.read_text().replace(data, changed))
+        runs.append(read_run(tmp_path / name))
+    assert len(group_runs(runs[:2])) == len(group_runs(runs[1::-1])) == 2
+    labels = {setting.label for setting in group_runs(runs[::2])}
+    assert labels == {
+        "DuDe, train embedded:quickstart",
+        "DuDe, train embedded:quickstart, rows.jsonl train[:9]",
+    }
