@@ -301,9 +301,9 @@ def test_runs_on_other_rows_or_with_other_values_are_other_settings(tmp_path):
     """Whichever comes first: a value that one run's template is given is no key of the other's config."""
     data = 'data: {train: [{path: "embedded:quickstart"}]}'
     changes = {
-        "a": data,
+        "a": data.replace("]}", "], format: chat}"),
         "b": data.replace("]}", "], format: chat, chat_template_kwargs: {enable_thinking: false}}"),
-        "c": data.replace("]}", ', {path: rows.jsonl, split: "train[:9]"}]}'),
+        "c": data.replace("]}", ', {path: rows.jsonl, split: "train[:9]"}], format: chat}'),
     }
     runs = []
     for name, changed in changes.items():
