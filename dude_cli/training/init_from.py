@@ -7,6 +7,7 @@ A run without steps takes the source as it is now, or its own copy if the source
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dude_cli.config import ADAPTER_FIXED, AdapterConfig, Config, SvdConfig, load_config
 from dude_cli.errors import AdapterError, UsageError
@@ -53,6 +54,16 @@ def source_folder(config: Config) -> Path:
             "a run cannot continue from itself", where=where, fix="choose another output_dir for what is to follow"
         )
     return folder
+
+
+def template_note(config: Config, tokenizer: Any) -> str | None:
+    """What to say where a training on conversations goes on with another chat template than its source's."""
+    if config.data.format != "chat" or config.adapter.init_from is None or keeps_own_start(config):
+        return None
+    file = source_folder(config) / "chat_template.jinja"
+    if not file.is_file() or file.read_text(encoding="utf-8") == tokenizer.chat_template:
+        return None
+    return f"note: adapter.init_from was trained with another chat template; data.chat_template={file} takes that one"
 
 
 def source_sha256(config: Config) -> str:

@@ -28,6 +28,7 @@ from dude_cli.training.checkpoint import Origin
 from dude_cli.training.cpu import product_slowdown
 from dude_cli.training.disk import check_disk_space
 from dude_cli.training.forecast import forecast
+from dude_cli.training.init_from import template_note
 from dude_cli.training.plan import Plan, make_plan, packs_flat
 from dude_cli.training.positions import check_positions
 from dude_cli.training.resume import checkpoint_to_continue
@@ -130,6 +131,9 @@ def prepare(
     moment = on_main_rank(accelerator, lambda: _moment(config, overwrite=overwrite).isoformat())
     tokenizer = load_tokenizer(base)
     set_chat_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs, say)
+    note = template_note(config, tokenizer)
+    if note:
+        say(note)
     for task in config.eval.tasks:
         if task.apply_chat_template:  # after hours of training it would be a pity
             check_chat_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")

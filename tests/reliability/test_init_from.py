@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ from dude_cli.commands import training
 from dude_cli.config import ADAPTER_FIXED as FIXED
 from dude_cli.config import load_config
 from dude_cli.console import Output
-from dude_cli.errors import AdapterError, StoppedError, UsageError
+from dude_cli.errors import AdapterError, DataError, StoppedError, UsageError
 from dude_cli.training import prepare, start
 from dude_cli.training.init_from import resolve_init_from
 from dude_cli.training.metrics import read_metrics
@@ -110,6 +111,24 @@ def test_an_adapter_folder_and_a_checkpoint_will_do(first, tmp_path):
     shutil.copytree(first / "adapter", tmp_path / "somewhere")
     summary = train_here(continued(tmp_path, tmp_path / "somewhere"))
     assert summary["first_eval_loss"] == read_metrics(first)[-1]["eval_loss"]
+
+
+def test_a_chat_template_that_is_not_taken_over_is_told(tmp_path):
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    row = {"messages": [{"role": "user", "content": "Ann"}, {"role": "assistant", "content": "12"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    chat = [f"data.train=[{{path: '{tmp_path}/rows.jsonl'}}]", "data.validation=null", "data.format=chat"]
+    config = quickstart_config(tmp_path, max_steps="1")
+    train_here(config, *chat, f"data.chat_template={tmp_path}/chat.jinja")
+    saved = tmp_path / "run/adapter/chat_template.jinja"
+    again = [*chat, f"adapter.init_from={tmp_path}/run", f"output_dir={tmp_path}/second"]
+    said: list[str] = []
+    with pytest.raises(DataError, match="no chat template"):
+        init_here(config, *again, say=said.append)
+    assert any(f"data.chat_template={saved} takes that one" in line for line in said)
+    said.clear()
+    init_here(config, *again, f"data.chat_template={saved}", say=said.append)
+    assert not any("another chat template" in line for line in said)
 
 
 def test_the_config_that_a_run_writes_starts_it_again(first, tmp_path):

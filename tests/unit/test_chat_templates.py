@@ -24,7 +24,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.end
 TAG = r"</?[|｜]?[A-Za-z▁_]+[|｜]?>"
 # They take a picture too, and want a text in parts.
 PARTS_ONLY = {"idefics3", "llava_next", "smolvlm"}
-# Google's first Gemma and Cohere's models take no system's message, or put it elsewhere.
+# It refuses a system's message.
 NO_SYSTEM = {"gemma"}
 
 
