@@ -135,7 +135,8 @@ class ChatEncoder:
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}] * 2
         row = self.encode({"messages": messages}, where="the chat template", learn_all=False)
         behind = [*row.learned[1:], False]
-        return {token for token, on, goes_on in zip(row.ids, row.learned, behind, strict=True) if on and not goes_on}
+        ends = {token for token, on, goes_on in zip(row.ids, row.learned, behind, strict=True) if on and not goes_on}
+        return ends & self.special_ids  # a turn may end with text, and the conversation with EOS alone
 
     def _marked_turns(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """Return the text and the `{% generation %}` blocks in it, in characters.

@@ -125,6 +125,8 @@ def test_template_without_an_end_of_turn_gets_one_eos(chat_tokenizer):
     row = encode(tokenizer)
     assert learned_turns(tokenizer, row)[-1] == " 46\n</s>"
     assert row.ids.count(tokenizer.eos_token_id) == 1
+    # And is where an answer ends: not at the line break in front of the next message.
+    assert ChatEncoder(TextEncoder(tokenizer)).ends_of_turns() == {tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize("marks", [("", ""), ("{% generation %}", "{% endgeneration %}")], ids=["no marks", "marks"])
