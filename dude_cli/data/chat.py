@@ -21,12 +21,20 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned."""
+    """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned.
+
+    `head` counts the characters in front of the first user's words.
+    """
 
     text: str
+    head: int
     turns: list[tuple[int, int]]
     learned: list[bool]
     ends_with_a_turn: bool
+
+    def beginnings(self) -> list[str]:
+        """The whole text, its head, and the text up to each border of a turn."""
+        return [self.text, self.text[: self.head], *(self.text[:border] for turn in self.turns for border in turn)]
 
 
 class ChatEncoder:
@@ -66,11 +74,12 @@ class ChatEncoder:
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
             raise _refused(error, where) from error
         check_written(talk, text, turns, where)
-        return Rendered(text, turns, _learned_turns(talk, turns, where), talk.messages[-1]["role"] == "assistant")
+        learned = _learned_turns(talk, turns, where)
+        return Rendered(text, _head(talk, text), turns, learned, talk.messages[-1]["role"] == "assistant")
 
     def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
         """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
-        texts = [[each.text, *(each.text[:border] for turn in each.turns for border in turn)] for each in conversations]
+        texts = [each.beginnings() for each in conversations]
         ids = iter(self.encoder.raw([text for group in texts for text in group]))
         return [
             self._finish(each, list(islice(ids, len(group))), learn_all)
@@ -78,9 +87,9 @@ class ChatEncoder:
         ]
 
     def _finish(self, rendered: Rendered, encoded: list[list[int]], learn_all: bool) -> Encoded:
-        """Make the row; `encoded` are the ids of the whole text and of its beginnings up to each border of a turn."""
+        """Make the row; `encoded` are the ids of the text's beginnings."""
         ids, *prefixes = encoded
-        cuts = [common_prefix(ids, prefix) for prefix in prefixes]
+        head, *cuts = (common_prefix(ids, prefix) for prefix in prefixes)
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
         turns = [(start, stop, on) for (start, stop), on in zip(spans, rendered.learned, strict=True) if start < stop]
         if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
@@ -91,7 +100,8 @@ class ChatEncoder:
             learned[start:stop] = [on and token != self.encoder.eos_id for token in ids[start : stop - 1]] + [on]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
         context = next((start for start, _, on in turns if on), len(ids))
-        return Encoded(ids, learned, leading, max(context, leading))
+        stops = tuple(stop for _, stop, on in turns if on)
+        return Encoded(ids, learned, leading, max(context, leading), head, stops)
 
     def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
         """Return what a training row has in front of the assistant's next turn, as text and as ids.
@@ -207,6 +217,12 @@ def _refused(error: Exception, where: str) -> DataError:
         where=where,
         fix="check the order of its roles and its fields against the model's chat template",
     )
+
+
+def _head(talk: Conversation, text: str) -> int:
+    """Where the first user's words begin, behind the system's message and the user's header; 0 if it is not seen."""
+    said = next((str(message.get("content", "")).strip() for message in talk.messages if message["role"] == "user"), "")
+    return max(text.find(said), 0)
 
 
 def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str) -> list[bool]:

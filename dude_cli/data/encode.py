@@ -11,7 +11,7 @@ The beginning is what the tokenizer puts there by itself (BOS or nothing). The e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,16 @@ class Encoded:
     """A row's token ids, which of them are learned, and how many in front are context that may be cut.
 
     `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
+    In a conversation, `head` counts those in front of the first user's words, and `stops` says behind how many tokens
+    each learned turn ends.
     """
 
     ids: list[int]
     learned: list[bool]
     leading: int
     context: int
+    head: int = 0
+    stops: tuple[int, ...] = ()
 
 
 def format_columns(config: DataConfig) -> Columns:
@@ -170,47 +174,3 @@ def common_prefix(left: Tokens | str, right: Tokens | str) -> int:
     if left[:length] == right[:length]:
         return length
     return next(index for index in range(length) if left[index] != right[index])
-
-
-def truncate(row: Encoded, max_length: int) -> tuple[list[int], list[bool]]:
-    """Return the ids and flags of a row in at most `max_length` tokens: the context loses its start first.
-
-    The leading tokens stay, and at least one token in front of the answer, without which its first token could not
-    be predicted. Only an answer that does not fit behind that is cut at its end, and then has no EOS.
-    """
-    if len(row.ids) <= max_length:
-        return row.ids, row.learned
-    front, kept_from = row.leading, row.leading + _cut_in_front(row, max_length)
-    ids, learned = row.ids[:front] + row.ids[kept_from:], row.learned[:front] + row.learned[kept_from:]
-    return ids[:max_length], learned[:max_length]
-
-
-def split(row: Encoded, max_length: int) -> Iterator[Encoded]:
-    """Yield a document in rows of at most `max_length` tokens, in which each of its learned tokens is learned once.
-
-    Each row after the first begins with the leading tokens (BOS), with which a model is always asked, and the last
-    token of the row before, from which its first new token is predicted. A `max_length` without room for more than
-    these gives the document as it is.
-    """
-    repeated = row.leading + 1
-    if len(row.ids) <= max_length or max_length <= repeated:
-        yield row
-        return
-    yield Encoded(row.ids[:max_length], row.learned[:max_length], row.leading, row.context)
-    for start in range(max_length, len(row.ids), max_length - repeated):
-        stop = start + max_length - repeated
-        ids = row.ids[: row.leading] + row.ids[start - 1 : stop]
-        yield Encoded(ids, [False] * repeated + row.learned[start:stop], row.leading, repeated)
-
-
-def is_answer_cut(row: Encoded, max_length: int) -> bool:
-    """Whether `truncate` takes learned tokens from the end of a row: its EOS, and perhaps more."""
-    excess = len(row.ids) - max_length
-    at_the_end = excess - _cut_in_front(row, max_length) if excess > 0 else 0
-    return any(row.learned[len(row.ids) - at_the_end :])
-
-
-def _cut_in_front(row: Encoded, max_length: int) -> int:
-    """How many tokens of its context a row that is too long loses."""
-    kept = row.leading or min(row.context, 1)
-    return min(len(row.ids) - max_length, row.context - kept)

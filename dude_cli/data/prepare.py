@@ -32,8 +32,8 @@ class DataReport:
 
     `rows` counts the rows to learn from; `rows_without_target` those left out because nothing of them is learned.
     A document of more than `max_length` tokens is several rows; `split_documents` counts such.
-    `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of what is
-    learned, with its EOS.
+    `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of an answer, with
+    its EOS, and `shortened_chats` one or more turns at their end that would be learned, `lost_turns` in all.
     `tokens` and `target_tokens` are over `rows`, after truncation; `longest_row` is in tokens, before it.
     `packed_sequences` is None without packing. `example` is the first row as pieces of text, each with whether it
     is learned.
@@ -44,6 +44,8 @@ class DataReport:
     target_tokens: int
     truncated_rows: int
     cut_answers: int
+    shortened_chats: int
+    lost_turns: int
     rows_without_target: int
     split_documents: int
     longest_row: int
@@ -62,12 +64,18 @@ class DataReport:
 
     def warnings(self) -> list[str]:
         """What a user should know before training on these rows, a line each."""
-        if not self.cut_answers:
-            return []
-        return [
-            f"{self.cut_answers:,} of {self.rows:,} rows lose their whole prompt and the end of their answer, with its "
-            f"EOS, to data.max_length ({self.max_length}); the longest row has {self.longest_row:,} tokens"
-        ]
+        found, limit = [], f"data.max_length ({self.max_length}); the longest row has {self.longest_row:,} tokens"
+        if self.cut_answers:
+            found.append(
+                f"{self.cut_answers:,} of {self.rows:,} rows lose their whole prompt and the end of their answer, with "
+                f"its EOS, to {limit}"
+            )
+        if self.shortened_chats:
+            found.append(
+                f"{self.shortened_chats:,} of {self.rows:,} conversations lose their last messages, with "
+                f"{self.lost_turns:,} turns of the assistant's, to {limit}"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,8 @@ class _RowEncoder:
             target_tokens=int(encoded.target_tokens.sum()),
             truncated_rows=int((table.full_lengths[rows] > config.max_length).sum()),
             cut_answers=int(table.cut_answers[kept].sum()),
+            shortened_chats=int((table.lost_turns[kept] > 0).sum()),
+            lost_turns=int(table.lost_turns[kept].sum()),
             rows_without_target=len(rows) - len(kept),
             split_documents=int((np.unique(table.sources[rows], return_counts=True)[1] > 1).sum()),
             longest_row=int(table.full_lengths[rows].max()),

@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from dude_cli.data.encode import Encoded, is_answer_cut, split, truncate
+from dude_cli.data.encode import Encoded
+from dude_cli.data.truncation import split, truncate
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TokenTable:
     - `learned` (tokens, bool): which of them are learned. The first of a row never is, because nothing stands before
       it to predict it from.
     - `full_lengths` (rows, int64): tokens before truncation
-    - `cut_answers` (rows, bool): whether truncation took the end of what is learned
+    - `cut_answers` (rows, bool): whether truncation took the end of an answer
+    - `lost_turns` (rows, int64): how many turns of a conversation, that would be learned, it left out
     - `sources` (rows, int64): which row of the data it is, or is a part of
     """
 
@@ -33,6 +35,7 @@ class TokenTable:
     learned: npt.NDArray[np.bool_]
     full_lengths: npt.NDArray[np.int64]
     cut_answers: npt.NDArray[np.bool_]
+    lost_turns: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
 
     @classmethod
@@ -40,15 +43,16 @@ class TokenTable:
         """Store `rows`, each truncated to `max_length` tokens, or split into rows of so many."""
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         learned: list[npt.NDArray[np.bool_]] = [np.empty(0, np.bool_)]
-        full_lengths, cut_answers, sources = [], [], []
+        full_lengths, cut_answers, lost_turns, sources = [], [], [], []
         for source, whole in enumerate(rows):
             for row in split(whole, max_length) if are_documents else [whole]:
-                row_ids, row_learned = truncate(row, max_length)
-                ids.append(np.array(row_ids, np.int32))
-                learned.append(np.array(row_learned, np.bool_))
+                kept = truncate(row, max_length)
+                ids.append(np.array(kept.ids, np.int32))
+                learned.append(np.array(kept.learned, np.bool_))
                 learned[-1][:1] = False
                 full_lengths.append(len(row.ids))
-                cut_answers.append(is_answer_cut(row, max_length))
+                cut_answers.append(kept.is_answer_cut)
+                lost_turns.append(kept.lost_turns)
                 sources.append(source)
         return cls(
             offsets=np.cumsum([len(row_ids) for row_ids in ids], dtype=np.int64),
@@ -56,6 +60,7 @@ class TokenTable:
             learned=np.concatenate(learned),
             full_lengths=np.array(full_lengths, np.int64),
             cut_answers=np.array(cut_answers, np.bool_),
+            lost_turns=np.array(lost_turns, np.int64),
             sources=np.array(sources, np.int64),
         )
 

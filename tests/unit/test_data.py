@@ -59,6 +59,21 @@ def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepar
     assert prepare([long_prompt, *numbered(2)], max_length=40).warnings() == []
 
 
+def test_turns_that_a_long_conversation_loses_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " there"}]
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    rows = [{"messages": turns * count} for count in (5, 1, 4)]
+    length = prepare([{"messages": turns * 3}], format="chat", tokenizer=tokenizer).train_report.longest_row
+    prepared = prepare(rows, format="chat", tokenizer=tokenizer, max_length=length)
+    report = prepared.train_report
+    assert (report.rows, report.truncated_rows, report.cut_answers) == (3, 2, 0)
+    assert (report.shortened_chats, report.lost_turns) == (2, 3)
+    assert prepared.warnings() == [
+        "warning: data.train: 2 of 3 conversations lose their last messages, with 3 turns of the assistant's, "
+        f"to data.max_length ({length}); the longest row has {report.longest_row} tokens"
+    ]
+
+
 DOCUMENTS = [{"text": "hello"}, {"text": "The cat sat on the mat. " * 30}, {"text": "How many? " * 20}, {"text": "46"}]
 
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dude_cli.data.chat import ChatEncoder
-from dude_cli.data.encode import TextEncoder, truncate
+from dude_cli.data.encode import TextEncoder
+from dude_cli.data.truncation import truncate
 from dude_cli.errors import DataError
 
 HEAD = "<|im_start|>{{ m.role }}\n"
@@ -166,11 +167,72 @@ def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_t
 def test_bos_of_the_template_stays_when_the_start_is_cut(chat_tokenizer):
     tokenizer = chat_tokenizer("<s>" + CHATML, bos_token="<s>")
     row = encode(tokenizer, CONVERSATION[:3])
-    ids, learned = truncate(row, 8)
+    kept = truncate(row, 8)
     assert row.leading == 1
-    assert ids[0] == tokenizer.bos_token_id
-    assert len(ids) == 8
-    assert tokenizer.decode([t for t, on in zip(ids, learned, strict=True) if on]) == " there\n<|im_end|>"
+    assert kept.ids[0] == tokenizer.bos_token_id
+    assert len(kept.ids) == 8
+    assert tokenizer.decode([t for t, on in zip(kept.ids, kept.learned, strict=True) if on]) == " there\n<|im_end|>"
+
+
+WORDS = "How many is the cat on the mat? "
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    system=st.integers(0, 3),
+    lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4), st.booleans()), min_size=1, max_size=4),
+    share=st.floats(0.05, 1.1),
+    last_is_a_question=st.booleans(),
+)
+@pytest.mark.parametrize("template", ["<s>" + CHATML, CHATML], ids=["BOS", "no BOS"])
+def test_a_long_conversation_keeps_whole_turns(chat_tokenizer, template, system, lengths, share, last_is_a_question):
+    tokenizer = chat_tokenizer(template, bos_token="<s>")
+    messages = [{"role": "system", "content": WORDS * system}] if system else []
+    for question, answer, is_learned in lengths:
+        messages.append({"role": "user", "content": f"Q{len(messages)} " + WORDS * question})
+        messages.append({"role": "assistant", "content": WORDS * answer, "weight": int(is_learned)})
+    if last_is_a_question:
+        messages.append({"role": "user", "content": WORDS})
+    row = encode(tokenizer, messages)
+    learned = [index for index, message in enumerate(messages) if message.get("weight")]
+    whole = [len(encode(tokenizer, messages[: index + 1]).ids) - 1 for index in learned]  # the line break is cut
+    max_length = max(4, round(share * len(row.ids)))
+    kept = truncate(row, max_length)
+    assert len(kept.ids) <= max_length
+    if len(row.ids) <= max_length or not learned:
+        assert kept.lost_turns == 0
+    elif whole[0] <= max_length:
+        stop = max(length for length in whole if length <= max_length)
+        assert kept.ids == row.ids[:stop]
+        assert kept.learned == row.learned[:stop]
+        assert kept.lost_turns == sum(length > max_length for length in whole)
+        assert not kept.is_answer_cut
+    else:
+        answer = learned_turns(tokenizer, row)[0]
+        (found,) = learned_turns(tokenizer, kept) or [""]
+        assert answer.startswith(found)
+        assert kept.is_answer_cut == (found != answer)
+        assert kept.lost_turns == len(learned) - 1
+
+
+def test_where_the_first_answer_does_not_fit_the_users_words_lose_their_start(chat_tokenizer):
+    tokenizer = chat_tokenizer("<s>" + CHATML, bos_token="<s>")
+    talk = [
+        {"role": "system", "content": "it's fine"},
+        {"role": "user", "content": "The cat sat on the mat. " * 20 + "How many?"},
+        {"role": "assistant", "content": "46"},
+    ]
+    row = encode(tokenizer, talk)
+    head = len(tokenizer("<s><|im_start|>system\nit's fine<|im_end|>\n<|im_start|>user\n")["input_ids"])
+    answer = row.stops[-1] - row.context
+    text = tokenizer.decode(truncate(row, head + answer + 30).ids)
+    before, _, rest = text.partition("<|im_start|>user\n")
+    assert before == "<s><|im_start|>system\nit's fine<|im_end|>\n"
+    assert rest.endswith("How many?<|im_end|>\n<|im_start|>assistant\n46<|im_end|>")
+    # Without room for the head it goes, down to BOS, and the answer stays.
+    tight = truncate(row, answer + 5)
+    assert tight.ids == [tokenizer.bos_token_id, *row.ids[row.context - 4 : row.stops[-1]]]
+    assert not tight.is_answer_cut
 
 
 def test_train_on_inputs_learns_every_turn(chat_tokenizer):

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dude_cli.config import DataConfig, DataSource
-from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts, split, truncate
+from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts
+from dude_cli.data.truncation import split, truncate
 from dude_cli.errors import DataError
 
 PIECES = ["The cat", " sat", "\n", " ", "12", "é", "😀", "</s>", "<s>", "Answer:", "</s></s>"]
@@ -123,7 +124,8 @@ def test_learned_tokens_are_those_that_lm_eval_scores(test_data: Path):
 @given(prompt=texts, completion=texts, max_length=st.integers(1, 24))
 def test_truncation_cuts_the_start_of_the_prompt_and_keeps_the_answer(tokenizer, prompt, completion, max_length):
     row = encode(tokenizer, prompt, completion)
-    ids, learned = truncate(row, max_length)
+    kept = truncate(row, max_length)
+    ids, learned = kept.ids, kept.learned
     answer = row.ids[row.context :]
     assert len(ids) == len(learned) == min(len(row.ids), max_length)
     assert ids[: row.leading] == row.ids[: min(row.leading, max_length)]
@@ -174,9 +176,10 @@ def test_a_document_is_not_split_where_a_row_has_no_room_for_more_than_is_repeat
 def test_answers_first_token_keeps_something_to_be_predicted_from(plain_tokenizer):
     row = encode(plain_tokenizer, "The cat sat on the mat.", " hello there")
     answer = row.ids[row.context :]
-    ids, learned = truncate(row, len(answer))
-    assert ids == [row.ids[row.context - 1], *answer[:-1]]
-    assert learned == [False] + [True] * (len(answer) - 1)
+    kept = truncate(row, len(answer))
+    assert kept.ids == [row.ids[row.context - 1], *answer[:-1]]
+    assert kept.learned == [False] + [True] * (len(answer) - 1)
+    assert kept.is_answer_cut
 
 
 def test_train_on_inputs_learns_the_prompt_too(bos_tokenizer):

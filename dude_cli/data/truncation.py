@@ -1,0 +1,65 @@
+"""Rows in at most so many tokens: what of a prompt, an answer, a conversation or a document is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dude_cli.data.encode import Encoded
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A row in its length; whether its answer lost the end, with its EOS, and how many learned turns were left out."""
+
+    ids: list[int]
+    learned: list[bool]
+    is_answer_cut: bool
+    lost_turns: int
+
+
+def truncate(row: Encoded, max_length: int) -> Truncated:
+    """Return a row in at most `max_length` tokens.
+
+    A conversation ends behind the last learned turn that fits, or behind its first one. Then the context loses tokens:
+    first the user's words their start, then, if that is not enough, what is in front of them. The leading tokens stay,
+    and at least one token in front of the answer, without which its first token could not be predicted. Only an answer
+    that does not fit behind that is cut at its end, and then has no EOS.
+    """
+    shorter = _without_last_turns(row, max_length)
+    lost_turns = len(row.stops) - len(shorter.stops)
+    excess = len(shorter.ids) - max_length
+    if excess <= 0:
+        return Truncated(shorter.ids, shorter.learned, is_answer_cut=False, lost_turns=lost_turns)
+    head = max(row.head, row.leading)
+    front = head if excess < row.context - head else row.leading
+    kept_from = front + min(excess, row.context - (front or min(row.context, 1)))
+    ids = shorter.ids[:front] + shorter.ids[kept_from:]
+    learned = shorter.learned[:front] + shorter.learned[kept_from:]
+    return Truncated(ids[:max_length], learned[:max_length], any(learned[max_length:]), lost_turns)
+
+
+def _without_last_turns(row: Encoded, max_length: int) -> Encoded:
+    if len(row.ids) <= max_length or not row.stops:
+        return row
+    kept = max(1, sum(stop <= max_length for stop in row.stops))
+    stop = row.stops[kept - 1]
+    return replace(row, ids=row.ids[:stop], learned=row.learned[:stop], stops=row.stops[:kept])
+
+
+def split(row: Encoded, max_length: int) -> Iterator[Encoded]:
+    """Yield a document in rows of at most `max_length` tokens, in which each of its learned tokens is learned once.
+
+    Each row after the first begins with the leading tokens (BOS), with which a model is always asked, and the last
+    token of the row before, from which its first new token is predicted. A `max_length` without room for more than
+    these gives the document as it is.
+    """
+    repeated = row.leading + 1
+    if len(row.ids) <= max_length or max_length <= repeated:
+        yield row
+        return
+    yield Encoded(row.ids[:max_length], row.learned[:max_length], row.leading, row.context)
+    for start in range(max_length, len(row.ids), max_length - repeated):
+        stop = start + max_length - repeated
+        ids = row.ids[: row.leading] + row.ids[start - 1 : stop]
+        yield Encoded(ids, [False] * repeated + row.learned[start:stop], row.leading, repeated)
