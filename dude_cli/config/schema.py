@@ -218,8 +218,8 @@ class DataConfig(Section):
         512,
         description=(
             "Longest row in tokens; longer ones lose the start of their prompt. In format chat they lose whole "
-            "messages at their end first. In format text without a prompt they lose nothing: they are split into several "
-            "rows."
+            "messages at their end first. In format text without a prompt they lose nothing: they are split into "
+            "several rows."
         ),
     )
     packing: bool = Field(False, description="Pack several rows into one sequence; no row attends to another.")

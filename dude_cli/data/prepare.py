@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,6 +15,7 @@ from dude_cli.config import DataConfig, DataSource
 from dude_cli.data.bad_rows import BadRows
 from dude_cli.data.batches import EncodedRow, EncodedRows
 from dude_cli.data.chat import ChatEncoder
+from dude_cli.data.chat_template import DATA_KEYS
 from dude_cli.data.encode import Encoded, TextEncoder, format_columns, is_documents, row_texts
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
@@ -82,7 +84,7 @@ class DataReport:
 class PreparedData:
     """Encoded training and validation rows; `fingerprint` is a SHA-256 of the training rows as they are encoded.
 
-    `revisions` has the commit of each data set from the hub.
+    `chat_template` is what they went through, in format chat. `revisions` has the commit of each data set from the hub.
     """
 
     train: EncodedRows
@@ -90,12 +92,17 @@ class PreparedData:
     train_report: DataReport
     validation_report: DataReport | None
     fingerprint: str
+    chat_template: str | None
     revisions: dict[str, str]
 
     def fingerprints(self) -> dict[str, str]:
-        """What tells other rows under the same names."""
+        """What tells other rows, or another chat template, under the same names."""
         found = {"data.train": self.fingerprint}
-        return found if self.validation is None else found | {"data.validation": self.validation.fingerprint()}
+        if self.validation is not None:
+            found["data.validation"] = self.validation.fingerprint()
+        if self.chat_template is not None:
+            found[DATA_KEYS[0]] = hashlib.sha256(self.chat_template.encode()).hexdigest()
+        return found
 
     def warnings(self) -> list[str]:
         """Those of the training rows, then those of the validation rows."""
@@ -133,7 +140,10 @@ def prepare_data(
     for name, report in (("data.train", train_report), ("data.validation", validation_report)):
         for note in report.notes() if report is not None else ():
             say(f"{name}: {note}")
-    return PreparedData(train, validation, train_report, validation_report, train.fingerprint(), encoder.revisions)
+    template = None if encoder.chat is None else encoder.chat.template
+    return PreparedData(
+        train, validation, train_report, validation_report, train.fingerprint(), template, encoder.revisions
+    )
 
 
 class _RowEncoder:

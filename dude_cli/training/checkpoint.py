@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli.data.chat_template import DATA_KEYS
 from dude_cli.errors import AdapterError
 from dude_cli.system import files
 
@@ -37,12 +38,15 @@ class Origin:
 
     world_size: int
     base_revision: str | None  # the commit of a base from the hub
-    data_fingerprints: dict[str, str]  # of data.train and data.validation
+    data_fingerprints: dict[str, str]  # of data.train, data.validation and the chat template
 
     def differences(self, now: Origin) -> list[str]:
         """The names of what is otherwise now, with both values where a person can read them."""
-        rows = now.data_fingerprints.items() ^ self.data_fingerprints.items()
-        found = [f"{name} (other rows)" for name in sorted(dict(rows))]
+        changed = dict(now.data_fingerprints.items() ^ self.data_fingerprints.items())
+        if DATA_KEYS[0] in changed:  # which makes other rows
+            found = [f"{DATA_KEYS[0]} (another text)"]
+        else:
+            found = [f"{name} (other rows)" for name in sorted(changed)]
         if self.base_revision != now.base_revision:
             found.append(f"model.revision (commit {self.base_revision}, now {now.base_revision})")
         if self.world_size != now.world_size:

@@ -88,6 +88,28 @@ def test_each_thing_that_a_run_depends_on_is_named():
         f"model.revision (commit {'a' * 40}, now {'b' * 40})",
         "world size (1, now 2)",
     ]
+    chat = Origin(1, None, {"data.train": "x", "data.chat_template": "y"})
+    assert chat.differences(Origin(1, None, {"data.train": "z", "data.chat_template": "w"})) == [
+        "data.chat_template (another text)"
+    ]
+    assert chat.differences(Origin(1, None, {"data.train": "z", "data.chat_template": "y"})) == [
+        "data.train (other rows)"
+    ]
+
+
+def test_a_template_file_that_was_edited_meanwhile_is_named(tmp_path):
+    template, rows = tmp_path / "chat.jinja", tmp_path / "rows.jsonl"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    talk = {"messages": [{"role": "user", "content": "Ann"}, {"role": "assistant", "content": "12"}]}
+    rows.write_text(json.dumps(talk) + "\n")
+    config = quickstart_config(tmp_path, max_steps="2", extra="  save_steps: 1")
+    settings = [f"data.train=[{{path: '{rows}'}}]", "data.validation=null", "data.format=chat"]
+    settings.append(f"data.chat_template={template}")
+    with pytest.raises(StoppedError):
+        train_here(config, *settings, stop=StopAfter(1))
+    template.write_text(template.read_text().replace(": ", " says "))
+    with pytest.raises(UsageError, match=r"different are: data\.chat_template \(another text\)\n"):
+        train_here(config, *settings)
 
 
 def test_another_number_of_ranks_is_refused_before_the_model_is_loaded(unfinished, tmp_path, monkeypatch):
