@@ -142,6 +142,9 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask in the model's chat template, each example as two turns.")
     ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option("--system-instruction", help="What the system's message says, in a chat template.")
+    ] = None,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences per forward.")] = None,
@@ -179,6 +182,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
         batch_size=batch_size,
         data_dir=data_dir,
         include_paths=include_path or (),

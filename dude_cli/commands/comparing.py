@@ -62,6 +62,7 @@ def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTas
             "--num-fewshot": (options.num_fewshot, task.num_fewshot),
             "--limit": (options.limit, task.limit),
             "--apply-chat-template": (options.apply_chat_template or None, task.apply_chat_template),
+            "--system-instruction": (options.system_instruction, task.system_instruction),
         }
         for option, (asked, known) in pairs.items():
             if asked not in (None, known):

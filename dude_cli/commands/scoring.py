@@ -34,6 +34,7 @@ class EvalOptions:
     num_fewshot: int | None = None
     limit: int | None = None
     apply_chat_template: bool = False
+    system_instruction: str | None = None
     batch_size: int | None = None
     data_dir: Path | None = None
     include_paths: Sequence[Path] = ()
@@ -92,12 +93,8 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
     """The tasks asked for, else those of the config of the first run that has some."""
     from dude_cli.target import eval_config
 
-    asked = {"num_fewshot": options.num_fewshot, "limit": options.limit}
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if options.apply_chat_template:
-        given["apply_chat_template"] = True
     if options.task_names:
-        return [EvalTask(name=name, **given) for name in options.task_names]
+        return [_as_asked(EvalTask(name=name), options) for name in options.task_names]
     targets = [side.target for side in sides if side.target is not None]
     found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
     if not found:
@@ -106,7 +103,19 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
             where=", ".join(map(str, targets)),
             fix="name one, such as --task mmlu, or set eval.tasks in the config",
         )
-    return [task.model_copy(update=given) for task in found]
+    return [_as_asked(task, options) for task in found]
+
+
+def _as_asked(task: EvalTask, options: EvalOptions) -> EvalTask:
+    """A task with what the options say of it; a system's message is one of those that are asked in chat."""
+    in_chat = task.apply_chat_template or options.apply_chat_template
+    given = {
+        "num_fewshot": options.num_fewshot,
+        "limit": options.limit,
+        "apply_chat_template": options.apply_chat_template or None,
+        "system_instruction": options.system_instruction if in_chat else None,
+    }
+    return task.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 @contextmanager
@@ -122,12 +131,7 @@ def all_scored(
     from dude_cli.system.memory import free_models
     from dude_cli.system.runtime import part_ranks
 
-    if options.loading.changes_chat_template and not any(task.apply_chat_template for task in tasks):
-        raise UsageError(
-            "the questions are asked in plain text, without a chat template",
-            where="--chat-template, --chat-template-kwargs",
-            fix="add --apply-chat-template, or leave these out",
-        )
+    _refuse_chat_options_in_plain_text(tasks, options)
     notes = _take_stored(sides, tasks, options, compare_base=compare_base)
     for one, other in pairwise(sides):
         for task in one.scores.keys() & other.scores.keys():
@@ -148,6 +152,20 @@ def all_scored(
     yield output
     if accelerator is not None:
         part_ranks()
+
+
+def _refuse_chat_options_in_plain_text(tasks: Sequence[EvalTask], options: EvalOptions) -> None:
+    given = {
+        "--chat-template, --chat-template-kwargs": options.loading.changes_chat_template,
+        "--system-instruction": options.system_instruction is not None,
+    }
+    found = [option for option, is_given in given.items() if is_given]
+    if found and not any(task.apply_chat_template for task in tasks):
+        raise UsageError(
+            "the questions are asked in plain text, without a chat template",
+            where=", ".join(found),
+            fix="add --apply-chat-template, or leave these out",
+        )
 
 
 def _take_stored(
@@ -230,12 +248,15 @@ def _results_folder(target: Target, chosen: Path | None) -> Path | None:
 
 
 def _check(target: Target, tasks: Sequence[EvalTask], options: EvalOptions) -> None:
-    from dude_cli.evaluation import chat_template
+    from dude_cli.evaluation import chat_template, check_system_instruction
     from dude_cli.target import check_target, target_tokenizer
 
     check_target(target, options.loading)
     if any(task.apply_chat_template for task in tasks):
-        chat_template(target_tokenizer(target, options.loading))
+        tokenizer = target_tokenizer(target, options.loading)
+        chat_template(tokenizer)
+        for task in tasks:
+            check_system_instruction(tokenizer, task)
 
 
 def _eval_ranks(options: EvalOptions) -> Accelerator:

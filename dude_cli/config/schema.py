@@ -344,6 +344,16 @@ class EvalTask(Section):
             "Ask in the tokenizer's chat template, each example as two turns; else in plain text, as papers do."
         ),
     )
+    system_instruction: str | None = Field(
+        None, min_length=1, description="What the system's message says, in front of the task's own description."
+    )
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        if self.system_instruction is not None and not self.apply_chat_template:
+            yield (
+                "`system_instruction` is a message of a chat: set `apply_chat_template: true` too",
+                ("system_instruction",),
+            )
 
 
 class EvalConfig(Section):

@@ -1,6 +1,6 @@
 """Benchmark scores through lm-eval: which tasks, the model in memory, the scoring, what is made of the results."""
 
-from dude_cli.evaluation.chat import chat_template
+from dude_cli.evaluation.chat import chat_template, check_system_instruction
 from dude_cli.evaluation.compare import (
     Comparison,
     compare_results,
@@ -8,7 +8,7 @@ from dude_cli.evaluation.compare import (
     different_settings,
     refuse_other_questions,
 )
-from dude_cli.evaluation.results import plain_results, results_json, results_table
+from dude_cli.evaluation.results import form_of, plain_results, results_json, results_table
 from dude_cli.evaluation.reuse import changes_since, replaced_by
 from dude_cli.evaluation.run import EvalRequest, evaluate, load_request
 from dude_cli.evaluation.saved import (
@@ -28,11 +28,13 @@ __all__ = [
     "EvalRequest",
     "changes_since",
     "chat_template",
+    "check_system_instruction",
     "compare_results",
     "comparison_shown",
     "different_settings",
     "evaluate",
     "find_results",
+    "form_of",
     "is_of_adapter",
     "join_results",
     "load_request",

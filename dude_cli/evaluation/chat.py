@@ -8,6 +8,7 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
+from dude_cli.config import EvalTask
 from dude_cli.data.row_files import first_line
 from dude_cli.data.told_time import told_at
 from dude_cli.errors import UsageError
@@ -54,6 +55,16 @@ def chat_template(tokenizer: Any) -> str:
     return told_at(template, TOLD_DAY)
 
 
+def check_system_instruction(tokenizer: Any, task: EvalTask) -> None:
+    """Raise UsageError if a task has a system's message that the template of `tokenizer` would leave out."""
+    if task.system_instruction is not None and not has_place_for_system(chat_renderer(tokenizer)):
+        raise UsageError(
+            "the chat template has no place for a system's message",
+            where=f"system_instruction, with {tokenizer.name_or_path or 'this tokenizer'}",
+            fix="leave it out, or give another template with --chat-template",
+        )
+
+
 def has_place_for_system(render: Callable[..., str]) -> bool:
     """Whether the system's message is in what `render` makes: a template may refuse it, or not look at it."""
     word = "5d1c7b2f"
@@ -64,8 +75,13 @@ def _where(tokenizer: Any) -> str:
     return f"apply_chat_template, with {tokenizer.name_or_path or 'this tokenizer'}"
 
 
-def prompt_settings(render: Callable[..., str] | None) -> dict[str, Any]:
-    """How a task of lm-eval is to build its prompts: plain, or by `render` with each example as two turns."""
-    if render is None:
+def prompt_settings(task: EvalTask, tokenizer: Any) -> dict[str, Any]:
+    """How a task of lm-eval is to build its prompts: plain, or in a chat template with each example as two turns."""
+    if not task.apply_chat_template:
         return {}
-    return {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": render}
+    return {
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": True,
+        "chat_template": chat_renderer(tokenizer),
+        "system_instruction": task.system_instruction,
+    }

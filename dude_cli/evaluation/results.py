@@ -81,6 +81,13 @@ def scores(row: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
             yield metric, filter_name, value
 
 
+def form_of(request: Mapping[str, Any]) -> str | None:
+    """How the questions of a requested task are asked, in a document's words for it; None is plain text."""
+    if not request.get("apply_chat_template"):
+        return None
+    return "chat template" if request.get("system_instruction") is None else "chat template, system_instruction"
+
+
 def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Table:
     """The scores as a table of 80 columns: groups with their categories, without the tasks that a group's score covers.
 
@@ -92,12 +99,7 @@ def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Tabl
     from rich.table import Table
 
     base, br = results.get("base"), " " if one_line else "\n"
-    in_chat = {
-        name
-        for request in results["requested"].values()
-        if request.get("apply_chat_template")
-        for name in request["names"]
-    }
+    forms = {name: form_of(request) for request in results["requested"].values() for name in request["names"]}
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
@@ -108,7 +110,8 @@ def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Tabl
     for depth, name in table_rows(results):
         row = results["results"][name]
         label = "  " * depth + str(row.get("alias", name)).strip(" -")
-        label += " (chat template)" if name in in_chat and depth == 0 else ""
+        form = forms.get(name) if depth == 0 else None
+        label += f" ({form})" if form else ""
         shots = str(results.get("n-shot", {}).get(name, ""))
         for metric, filter_name, value in scores(row):
             error = row.get(f"{metric}_stderr,{filter_name}", NOT_AVAILABLE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dude_cli.errors import UsageError
-from dude_cli.evaluation.chat import chat_renderer, chat_template, prompt_settings
+from dude_cli.evaluation.chat import chat_template, prompt_settings
 from dude_cli.evaluation.harness import quiet
 from dude_cli.evaluation.results import plain
 from dude_cli.evaluation.saved import other_examples, read_results, requested_task, results_path
@@ -40,7 +40,7 @@ def changes_since(results: Mapping[str, Any], found: LoadedTask, tokenizer: Any 
     # The end of a turn may be another one though the prompts are the same.
     if found.request.apply_chat_template and results["chat_template"] != chat_template(tokenizer):
         return ["its chat template is another one now"]
-    settings = prompt_settings(chat_renderer(tokenizer) if found.request.apply_chat_template else None)
+    settings = prompt_settings(found.request, tokenizer)
     with quiet():
         changed = [_change(results, name, task, found.request.limit, settings) for name, task in found.tasks.items()]
     return list(dict.fromkeys(filter(None, changed)))

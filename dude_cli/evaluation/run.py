@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, memory_errors
-from dude_cli.evaluation.chat import chat_renderer, chat_template, has_place_for_system
+from dude_cli.evaluation.chat import chat_renderer, chat_template, check_system_instruction, has_place_for_system
 from dude_cli.evaluation.compare import different_settings
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
@@ -83,8 +83,8 @@ def evaluate(
 
     lm-eval's keys (`results`, `groups`, `group_subtasks`, `configs`, `versions`, `n-shot`, `higher_is_better`,
     `n-samples`, `samples`, `config`, `task_hashes`) and these: `requested` (each task asked for, with the names it
-    stands for, its limit, its number of examples if given, whether it has as many as by default, and whether its
-    questions are asked in the chat template, which is then `chat_template`), `prompt_hashes`
+    stands for, its limit, its number of examples if given, whether it has as many as by default, whether its
+    questions are asked in the chat template, which is then `chat_template`, and its system's message), `prompt_hashes`
     (SHA-256 over a task's prompts), `prompt_examples` (the text of the first one), `prompts_cut` (how many did not fit
     the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
     `adapter_sha256` and `base_fingerprint` as given. With `compare_base`, `base` has the untuned model's part and
@@ -183,6 +183,8 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     fix = "use --dtype bfloat16, or a device with more memory"
     in_chat = found.request.apply_chat_template
+    if in_chat:
+        check_system_instruction(lm.tokenizer, found.request)
     described = any(task.get_config("description") for task in found.tasks.values())
     if in_chat and described and not suffix and not has_place_for_system(chat_renderer(lm.tokenizer)):
         log(f"{name}: its description is left out, for the chat template has no place for a system's message")
@@ -197,6 +199,7 @@ def _score(lm: Any, found: LoadedTask, suffix: str, log: Callable[[str], None], 
             bootstrap_iters=bootstrap_iters,
             apply_chat_template=in_chat,
             fewshot_as_multiturn=in_chat,
+            system_instruction=found.request.system_instruction,
         )
     results |= _prompt_facts(results["samples"], lm.cut_prompts)
     results["n-shot"] |= _group_num_fewshot(found)

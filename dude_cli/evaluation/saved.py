@@ -10,6 +10,7 @@ M, `.shots-M`, and with a limit N `.limit-N`: so a quick look does not replace t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -87,6 +88,8 @@ def results_path(folder: Path, task: EvalTask, shots: int | None) -> Path:
     """The document of a task in a folder of results; `shots` None for as many examples as the task has by default."""
     parts = [task.name.replace("/", "_")]  # a task file of someone's may be called ../../x
     parts += ["chat"] if task.apply_chat_template else []
+    if task.system_instruction is not None:
+        parts.append(f"system-{hashlib.sha256(task.system_instruction.encode()).hexdigest()[:12]}")
     parts += [f"{key}-{value}" for key, value in {"shots": shots, "limit": task.limit}.items() if value is not None]
     return folder / f"{'.'.join(parts)}.json"
 
@@ -166,6 +169,7 @@ def requested_task(results: Mapping[str, Any]) -> EvalTask:
         num_fewshot=_examples(results)[0],
         limit=request["limit"],
         apply_chat_template=request.get("apply_chat_template", False),
+        system_instruction=request.get("system_instruction"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dude_cli.config import Config, load_config
 from dude_cli.errors import DudeError, UsageError
-from dude_cli.evaluation import is_of_adapter, other_examples, read_results, requested_task, result_files
+from dude_cli.evaluation import form_of, is_of_adapter, other_examples, read_results, requested_task, result_files
 from dude_cli.evaluation.compare import higher_is_better_of
 from dude_cli.evaluation.results import as_number, scores, table_rows
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
@@ -121,7 +121,8 @@ def _scores(config: Config, results: Mapping[str, Any]) -> Iterator[Score]:
     """The numbers of a document: its task's or group's own, or those of its parts where it has none."""
     requested = requested_task(results)
     shots = other_examples(results)
-    notes = ["chat template"] if requested.apply_chat_template else []
+    form = form_of(results["requested"][requested.name])
+    notes = [] if form is None else [form]
     notes += [] if shots is None else [f"{shots} examples"]
     notes += [] if requested.limit is None else [f"first {requested.limit}"]
     rows = [(depth, name) for depth, name in table_rows(results) if any(scores(results["results"].get(name, {})))]

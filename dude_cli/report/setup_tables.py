@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dude_cli.evaluation import requested_task
+from dude_cli.evaluation import form_of
 from dude_cli.report.content import (
     RUNS,
     SETTING,
@@ -132,11 +132,11 @@ def evaluations_table(settings: Sequence[Setting]) -> Table:
     rows: dict[str, dict[str, Any]] = {}
     for run in (run for setting in settings for run in setting.runs):
         for results in run.results:
-            name = next(iter(results["requested"]))
+            ((name, request),) = results["requested"].items()
             config = results["config"]
             row = {
                 "task": name,
-                "form": "chat template" if requested_task(results).apply_chat_template else "plain text",
+                "form": form_of(request) or "plain text",
                 "limit": config["limit"],
                 "version": _common(results["versions"].values()),
                 "shots": _common(results["n-shot"].values()),

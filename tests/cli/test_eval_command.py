@@ -515,6 +515,40 @@ def test_a_template_and_its_values_can_be_given(chat_run: Path, scored: list[str
     assert scored == ["quickstart_choices"] * 2
 
 
+def test_a_system_instruction_is_asked_with_and_kept_beside_other_scores(chat_run: Path, scored: list[str]) -> None:
+    one, two = (("--system-instruction", text) for text in ("Be brief.", "Be kind."))
+    for options, new in ((CHAT, 1), ((*CHAT, *one), 1), ((*CHAT, *two), 1), ((*CHAT, *one), 0), (CHAT, 0)):
+        scored.clear()
+        done = dude_here("eval", *options, "--json", cwd=chat_run)
+        assert done.returncode == 0, done.stderr
+        assert len(scored) == new
+        prompt = json.loads(done.stdout)["prompt_examples"]["quickstart_choices"]
+        assert prompt.startswith(f"system: {options[-1]}\nuser: " if "--system-instruction" in options else "user: ")
+    assert len(list((chat_run / "runs/chat/eval").glob("quickstart_choices.chat*.json"))) == 3
+    table = dude_here("eval", *CHAT, *one, cwd=chat_run).stdout
+    assert "quickstart_choices (chat template, system_instruction)" in table
+    report = (chat_run / "runs/chat/report.md").read_text()
+    assert r"choices (chat template, system\_instruction, first 2)" in report
+    file = next(path for path in (chat_run / "runs/chat/eval").glob("*system-*.json"))
+    kept = json.loads(file.read_text())["requested"]["quickstart_choices"]["system_instruction"]
+    other = "Be kind." if kept == "Be brief." else "Be brief."
+    told = refused(chat_run, "--compare", file, file, *CHAT, "--system-instruction", other)
+    assert f"--system-instruction is {other}, and in the result file it is {kept}" in told
+
+
+def test_a_system_instruction_that_would_not_be_seen_is_refused(chat_run: Path, scored: list[str]) -> None:
+    given = ("--system-instruction", "Be brief.")
+    assert "in plain text, without a chat template" in refused(chat_run, *CHOICES, *given)
+    give_template(chat_run / "runs/chat", CHAT_TEMPLATE.replace("messages", "messages if m.role != 'system'", 1))
+    assert "no place for a system's message" in refused(chat_run, *CHAT, *given)
+    assert not scored
+    config = chat_run / "runs/chat/config.yaml"
+    text = yaml.safe_load(config.read_text())
+    text["eval"]["tasks"] = [{"name": "quickstart_choices", "system_instruction": "Be brief."}]
+    config.write_text(yaml.safe_dump(text))
+    assert "set `apply_chat_template: true` too" in refused(chat_run)
+
+
 def test_what_cannot_be_done_with_a_template_is_refused(chat_run: Path) -> None:
     no = "in plain text, without a chat template"
     assert no in refused(chat_run, *CHOICES, "--chat-template", "own.jinja")

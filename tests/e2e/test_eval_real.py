@@ -86,6 +86,7 @@ def directly(
     return lm_eval.simple_evaluate(
         apply_chat_template=task.apply_chat_template,
         fewshot_as_multiturn=task.apply_chat_template,
+        system_instruction=task.system_instruction,
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
         tasks=[task.name],
         task_manager=lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False),
@@ -111,11 +112,17 @@ def test_prompts_and_scores_are_those_of_lm_eval(
         assert ours["configs"][task.name].get(key) == theirs["configs"][task.name].get(key), key
 
 
+@pytest.mark.parametrize("system", [None, "Answer briefly."], ids=["", "with system"])
 @pytest.mark.parametrize("task", [GSM8K, ANATOMY], ids=lambda task: task.name)
 def test_in_the_chat_template_too_they_are_those_of_lm_eval(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, test_data: Path, tmp_path: Path, task: EvalTask
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test_data: Path,
+    tmp_path: Path,
+    task: EvalTask,
+    system: str | None,
 ) -> None:
-    task = task.model_copy(update=IN_CHAT)
+    task = task.model_copy(update={**IN_CHAT, "system_instruction": system})
     tokenizer.chat_template = TEMPLATE
     ours = evaluate(model, tokenizer, EvalRequest((task,), data_dir=test_data))
     assert tokenizer.chat_template == TEMPLATE
@@ -124,7 +131,7 @@ def test_in_the_chat_template_too_they_are_those_of_lm_eval(
     theirs = directly(model, tokenizer, test_data, tmp_path, task)
 
     prompt = ours["prompt_examples"][task.name]
-    assert prompt.startswith("<s>26 Jul 2024\n<")
+    assert prompt.startswith("<s>26 Jul 2024\n<" + (f"system>{system}" if system else ""))
     assert prompt.endswith("<assistant>")
     assert prompt.count("</assistant>") == 1  # the example's answer is a turn
     assert ours["results"] == theirs["results"]
