@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,23 +28,35 @@ def folder_cache(folder: Path) -> Path:
     """The folder for what `datasets` makes of the files of a local one.
 
     It takes two folders of one name and layout for the same data set, and would answer from its cache. So each
-    content has a cache of its own, by the names, sizes and times of its files.
+    content has a cache of its own, by the names, sizes and times of its files. Those of earlier contents are pruned.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = hashlib.sha256(json.dumps([str(folder.absolute()), facts]).encode()).hexdigest()
-    return cache_dir("datasets") / key[:32]
+    path = cache_dir("datasets") / key[:32]
+    with suppress(OSError):  # `datasets` says what is wrong with the place
+        path.mkdir(parents=True, exist_ok=True)
+        os.utime(path)  # the time of the last use
+        prune(path.parent)
+    return path
 
 
 def prune(folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
-    """Delete the files of `folder` that were used least recently until `limit_bytes` are enough; the newest stays."""
+    """Delete what was used least recently in `folder` until `limit_bytes` are enough; the newest stays."""
     used = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another process prunes too
-            used.append((path.stat().st_mtime_ns, path, path.stat().st_size))
+            used.append((path.stat().st_mtime_ns, path, _size(path)))
     excess = sum(size for _, _, size in used) - limit_bytes
     for _, path, size in sorted(used)[:-1]:
         if excess <= 0:
             return
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         excess -= size
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")])

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dude_cli.config import DataSource
 from dude_cli.data.columns import Columns
 from dude_cli.data.rows import read_source, read_sources
 from dude_cli.errors import DataError
+from dude_cli.system import cache_dir
 
 ROWS = [{"question": f"What is {i}?", "answer": str(i), "extra": i} for i in range(20)]
 COLUMNS = Columns(("question", "answer"))
@@ -118,6 +120,20 @@ def test_a_folder_is_read_as_it_is_now(tmp_path):
     assert read(tmp_path / "two/data", name="main") == KEPT[2:4]
     write(tmp_path / "one/data/train.jsonl", ROWS[4:7])
     assert read(tmp_path / "one/data", name="main") == KEPT[4:7]
+
+
+def test_of_what_a_folder_was_the_copies_used_least_recently_go(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUDE_CACHE_DIR", str(tmp_path / "cache"))
+    folder, copies = tmp_path / "data", tmp_path / "cache/datasets"
+    folder.mkdir()
+    for count in (1, 2, 3):
+        write(folder / "train.jsonl", ROWS[:count])
+        assert read(folder) == KEPT[:count]
+    assert len(list(copies.iterdir())) == 3
+    monkeypatch.setattr(cache_dir, "prune", partial(cache_dir.prune, limit_bytes=1))
+    assert read(folder) == KEPT[:3]
+    assert list(copies.iterdir()) == [cache_dir.folder_cache(folder)]
+    assert read(folder) == KEPT[:3]
 
 
 def test_the_packages_own_problems_slice_like_any_split(monkeypatch):
