@@ -143,17 +143,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise UsageError, naming `where` one is asked for, if the tokenizer has no chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(
-            "the tokenizer has no chat template",
-            where=where,
-            fix="ask in plain text, without `apply_chat_template`, or give a template: in a config with "
-            "`data.chat_template`, to `dude eval` with --chat-template",
-        )
-
-
 def _quantization_options(config: ModelConfig) -> dict[str, BitsAndBytesConfig]:
     """What transformers calls `config.quantization`; its defaults leave `lm_head` and what is tied as they are.
 

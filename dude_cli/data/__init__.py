@@ -1,7 +1,7 @@
 """From the rows of a data set to the batches of a step: read, encode, pack, order, collate."""
 
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, EncodedRows, collate
-from dude_cli.data.chat_template import set_chat_template
+from dude_cli.data.chat_template import default_template, set_chat_template
 from dude_cli.data.messages import Message
 from dude_cli.data.order import StepOrder, longest_first, steps_per_epoch
 from dude_cli.data.packing import check_packing
@@ -20,6 +20,7 @@ __all__ = [
     "StepOrder",
     "check_packing",
     "collate",
+    "default_template",
     "longest_first",
     "prepare_data",
     "prompt_form",

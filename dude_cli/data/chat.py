@@ -9,6 +9,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
+from dude_cli.data.chat_template import default_template
 from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
 from dude_cli.data.left_out import check_written
 from dude_cli.data.messages import Conversation, Message, conversation_of
@@ -48,14 +49,13 @@ class ChatEncoder:
 
     def __init__(self, encoder: TextEncoder, moment: datetime | None = None) -> None:
         tokenizer = encoder.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                "the tokenizer has no chat template",
-                where=f"data.format: chat, with {tokenizer.name_or_path or 'this tokenizer'}",
-                fix="give one with `data.chat_template`, or use an instruction-tuned model",
-            )
+        template = default_template(
+            tokenizer,
+            f"data.format: chat, with {tokenizer.name_or_path or 'this tokenizer'}",
+            "give one with `data.chat_template`, or use an instruction-tuned model",
+        )
         self.encoder, self.tokenizer = encoder, tokenizer
-        self.template = told_at(tokenizer.get_chat_template(), moment or datetime.now())
+        self.template = told_at(template, moment or datetime.now())
         self.marks_turns = bool(_GENERATION.search(self.template))
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)

@@ -20,6 +20,10 @@ from dude_cli.errors import UsageError, nearest
 DATA_KEYS = ("data.chat_template", "data.chat_template_kwargs")  # where the two are given: in a config
 OPTIONS = ("--chat-template", "--chat-template-kwargs")  # on the command line
 
+_FOR_QUESTIONS = (
+    "ask in plain text, without `apply_chat_template`, or give a template: in a config with `data.chat_template`, to "
+    "`dude eval` with --chat-template"
+)
 # What transformers gives a template in any case.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt"}
 _CONTROL_TOKEN = re.compile(r"<[|｜][\w ▁]+[|｜]>|<\w+_of_\w+>")
@@ -43,7 +47,24 @@ def set_chat_template(
         tokenizer.chat_template = _read(path, keys[0])
         _tell_of_unknown_tokens(tokenizer, path, say)
     if values:
-        tokenizer.chat_template = _assigned(_own_template(tokenizer, keys[1]), values, keys[1])
+        template = default_template(tokenizer, keys[1], "give a template too")
+        tokenizer.chat_template = _assigned(template, values, keys[1])
+
+
+def default_template(tokenizer: Any, where: str, fix: str = _FOR_QUESTIONS) -> str:
+    """The chat template that `tokenizer` takes if none is named.
+
+    Raises UsageError, with `where` and `fix`, if it has none, or several and none of them is the default.
+    """
+    found: str | dict[str, str] | None = getattr(tokenizer, "chat_template", None)
+    if not found:
+        raise UsageError("the tokenizer has no chat template", where=where, fix=fix)
+    if isinstance(found, str):
+        return found
+    if "default" not in found:
+        what = f"the tokenizer has several chat templates ({', '.join(found)}), and none has the name `default`"
+        raise UsageError(what, where=where, fix=fix)
+    return found["default"]
 
 
 def parse_values(text: str | None) -> dict[str, Any]:
@@ -99,18 +120,6 @@ def _tell_of_unknown_tokens(tokenizer: Any, path: str, say: Callable[[str], None
     unknown = [token for token in tokens if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
     if unknown:
         say(f"note: {path} writes {', '.join(unknown)}, which this model's tokenizer takes for ordinary text")
-
-
-def _own_template(tokenizer: Any, key: str) -> str:
-    try:
-        template: str = tokenizer.get_chat_template()
-    except ValueError as error:  # there is none, or several and no default
-        raise UsageError(
-            f"there is no chat template to give values to: {str(error).splitlines()[0]}",
-            where=key,
-            fix="give a template too",
-        ) from error
-    return template
 
 
 def _assigned(template: str, values: Mapping[str, Any], key: str) -> str:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from dude_cli.config import EvalTask
+from dude_cli.data.chat_template import default_template
 from dude_cli.data.row_files import first_line
 from dude_cli.data.told_time import told_at
 from dude_cli.errors import UsageError
-from dude_cli.model import check_chat_template
 
 # What a template that asks for the date is told, so that a score does not depend on the day: the date that Llama 3's
 # templates write where they cannot ask.
@@ -46,13 +46,7 @@ def chat_renderer(tokenizer: Any) -> Callable[..., str]:
 
 def chat_template(tokenizer: Any) -> str:
     """The template of `tokenizer`, told `TOLD_DAY`. Raises UsageError if it has none, or several and no default."""
-    check_chat_template(tokenizer, _where(tokenizer))
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        fix = "give one of its chat templates the name `default`"
-        raise UsageError(first_line(error), where=_where(tokenizer), fix=fix) from error
-    return told_at(template, TOLD_DAY)
+    return told_at(default_template(tokenizer, _where(tokenizer)), TOLD_DAY)
 
 
 def check_system_instruction(tokenizer: Any, task: EvalTask) -> None:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import Config, ModelConfig, dump_config
 from dude_cli.console import Counter, no_counter
-from dude_cli.data import DataReport, PreparedData, check_packing, prepare_data, set_chat_template
+from dude_cli.data import DataReport, PreparedData, check_packing, default_template, prepare_data, set_chat_template
 from dude_cli.model import (
-    check_chat_template,
     check_quantization,
     check_vocabulary,
     hub_commit,
@@ -136,7 +135,7 @@ def prepare(
         say(note)
     for task in config.eval.tasks:
         if task.apply_chat_template:  # after hours of training it would be a pity
-            check_chat_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
+            default_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))

@@ -601,7 +601,7 @@ def test_a_template_that_cannot_be_used_is_no_bug(chat_run: Path) -> None:
 def test_of_several_chat_templates_one_has_to_be_the_default() -> None:
     tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL_DIR)
     tokenizer.chat_template = {"one": CHAT_TEMPLATE, "two": CHAT_TEMPLATE}
-    with pytest.raises(UsageError, match="give one of its chat templates the name `default`"):
+    with pytest.raises(UsageError, match=r"several chat templates \(one, two\), and none has the name `default`"):
         chat_template(tokenizer)
 
 

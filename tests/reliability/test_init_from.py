@@ -16,7 +16,7 @@ from dude_cli.commands import training
 from dude_cli.config import ADAPTER_FIXED as FIXED
 from dude_cli.config import load_config
 from dude_cli.console import Output
-from dude_cli.errors import AdapterError, DataError, StoppedError, UsageError
+from dude_cli.errors import AdapterError, StoppedError, UsageError
 from dude_cli.training import prepare, start
 from dude_cli.training.init_from import resolve_init_from
 from dude_cli.training.metrics import read_metrics
@@ -123,7 +123,7 @@ def test_a_chat_template_that_is_not_taken_over_is_told(tmp_path):
     saved = tmp_path / "run/adapter/chat_template.jinja"
     again = [*chat, f"adapter.init_from={tmp_path}/run", f"output_dir={tmp_path}/second"]
     said: list[str] = []
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(UsageError, match="no chat template"):
         init_here(config, *again, say=said.append)
     assert any(f"data.chat_template={saved} takes that one" in line for line in said)
     said.clear()

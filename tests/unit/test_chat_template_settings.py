@@ -115,7 +115,7 @@ def test_a_name_that_the_template_does_not_ask_for_is_refused(chat_tokenizer, na
 
 
 def test_values_for_no_template_are_refused(make_tokenizer):
-    with pytest.raises(UsageError, match="no chat template to give values to") as caught:
+    with pytest.raises(UsageError, match="the tokenizer has no chat template") as caught:
         set_chat_template(make_tokenizer(None), None, {"enable_thinking": False})
     assert caught.value.where == "data.chat_template_kwargs"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dude_cli.data.chat import ChatEncoder
 from dude_cli.data.encode import TextEncoder
 from dude_cli.data.truncation import truncate
-from dude_cli.errors import DataError
+from dude_cli.errors import DataError, UsageError
 
 HEAD = "<|im_start|>{{ m.role }}\n"
 CHATML = (
@@ -253,8 +253,14 @@ def error_of(tokenizer, conversation=CONVERSATION) -> DataError:
     return caught.value
 
 
-def test_tokenizer_without_a_chat_template(plain_tokenizer):
-    assert "no chat template" in error_of(plain_tokenizer).what
+def test_tokenizer_without_a_chat_template(plain_tokenizer, chat_tokenizer):
+    several = chat_tokenizer({"one": CHATML, "two": CHATML})
+    for tokenizer, what in ((plain_tokenizer, "no chat template"), (several, r"several chat templates \(one, two\)")):
+        with pytest.raises(UsageError, match=what) as caught:
+            encode(tokenizer)
+        assert "`data.chat_template`" in caught.value.fix
+    several.chat_template["default"] = TEMPLATES["no marks"]
+    assert encode(several) == encode(chat_tokenizer(CHATML))
 
 
 def test_a_template_that_writes_the_last_turn_otherwise_still_shows_each_turn(chat_tokenizer):
