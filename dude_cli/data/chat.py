@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from typing import Any
 
+from dude_cli.data.borders import BorderedText, BorderEncoder
 from dude_cli.data.chat_template import default_template
-from dude_cli.data.encode import Encoded, TextEncoder, common_prefix
+from dude_cli.data.encode import Encoded, TextEncoder
 from dude_cli.data.left_out import check_written
 from dude_cli.data.messages import Conversation, Message, conversation_of
 from dude_cli.data.told_time import told_at
@@ -33,9 +33,9 @@ class Rendered:
     learned: list[bool]
     ends_with_a_turn: bool
 
-    def beginnings(self) -> list[str]:
-        """The whole text, its head, and the text up to each border of a turn."""
-        return [self.text, self.text[: self.head], *(self.text[:border] for turn in self.turns for border in turn)]
+    def bordered(self) -> BorderedText:
+        """The text with the end of the head and both borders of each turn."""
+        return BorderedText(self.text, [self.head, *(border for turn in self.turns for border in turn)])
 
 
 class ChatEncoder:
@@ -55,6 +55,7 @@ class ChatEncoder:
             "give one with `data.chat_template`, or use an instruction-tuned model",
         )
         self.encoder, self.tokenizer = encoder, tokenizer
+        self.borders = BorderEncoder(encoder)
         self.template = told_at(template, moment or datetime.now())
         self.marks_turns = bool(_GENERATION.search(self.template))
         added = tokenizer.added_tokens_decoder.items()
@@ -78,18 +79,15 @@ class ChatEncoder:
         return Rendered(text, _head(talk, text), turns, learned, talk.messages[-1]["role"] == "assistant")
 
     def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
-        """Return encoded conversations: their texts go to the tokenizer together, which has a thread for each core."""
-        texts = [each.beginnings() for each in conversations]
-        ids = iter(self.encoder.raw([text for group in texts for text in group]))
+        """Return encoded conversations."""
+        encoded = self.borders.encode([each.bordered() for each in conversations])
         return [
-            self._finish(each, list(islice(ids, len(group))), learn_all)
-            for each, group in zip(conversations, texts, strict=True)
+            self._finish(each, ids, cuts, learn_all) for each, (ids, cuts) in zip(conversations, encoded, strict=True)
         ]
 
-    def _finish(self, rendered: Rendered, encoded: list[list[int]], learn_all: bool) -> Encoded:
-        """Make the row; `encoded` are the ids of the text's beginnings."""
-        ids, *prefixes = encoded
-        head, *cuts = (common_prefix(ids, prefix) for prefix in prefixes)
+    def _finish(self, rendered: Rendered, ids: list[int], borders: list[int], learn_all: bool) -> Encoded:
+        """Make the row of the text's ids; `borders` are its own, in tokens."""
+        head, *cuts = borders
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
         turns = [(start, stop, on) for (start, stop), on in zip(spans, rendered.learned, strict=True) if start < stop]
         if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
