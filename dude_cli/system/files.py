@@ -48,17 +48,28 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Within, what safetensors says of a full disk becomes the OSError that other writes raise, of `path`."""
-    from safetensors import SafetensorError
+    """Within, what safetensors or tokenizers say of a full disk becomes the OSError that other writes raise, of `path`.
 
+    Both are written in Rust; the second one raises plain exceptions.
+    """
     try:
         yield
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         code = int(number.group(1))
         raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of `source` into `target`. Raises OSError at the first one that fails; shutil's would go on."""
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

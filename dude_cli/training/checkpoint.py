@@ -26,8 +26,9 @@ from dude_cli.system import files
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BEST = "best"  # the adapter of the lowest evaluation loss so far, with early stopping
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 
@@ -53,6 +54,11 @@ class Origin:
             found.append(f"world size ({self.world_size}, now {now.world_size})")
         return found
 
+    def has_validation_of(self, now: Origin) -> bool:
+        """Whether the evaluation losses are of the rows that they are of now."""
+        before, after = (origin.data_fingerprints.get("data.validation") for origin in (self, now))
+        return before == after
+
 
 @dataclass
 class TrainState:
@@ -66,23 +72,31 @@ class TrainState:
     best_eval_loss: float | None = None
     evaluations_since_best: int = 0
     evaluation_is_due: bool = True  # of this step: none was done, or a signal ended it
+    evaluated_step: int | None = None  # of the last evaluation
+    validation_is_new: bool = False  # the losses so far are of other rows
     loss_scaler: dict[str, float] = field(default_factory=dict)  # of torch's GradScaler; empty but for float16
 
 
 def save_checkpoint(
     run_dir: Path,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     *,
     keep: int,
 ) -> Path:
-    """Write checkpoints/step-N, verify it, and only then delete all but the newest `keep`."""
+    """Write checkpoints/step-N, verify it, and only then delete all but the newest `keep`.
+
+    It has a copy of the best adapter so far, where the run keeps one: what is beside it may be of a later step.
+    """
     from dude_cli.adapter import save_adapter
 
     folder = run_dir / CHECKPOINTS / f"step-{state.step:06d}"
     with files.new_folder(folder) as partial:
-        save_adapter(model, partial / "adapter", base_revision=state.origin.base_revision)
+        save_adapter(model, partial / "adapter", base_revision=state.origin.base_revision, tokenizer=tokenizer)
+        if (run_dir / BEST).is_dir():
+            files.copy_folder(run_dir / BEST, partial / BEST)
         files.save_tensors(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
         files.write_text(partial / "state.json", json.dumps(asdict(state), indent=2) + "\n")
         files.write_text(partial / MANIFEST, _manifest(partial))
@@ -137,6 +151,15 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
     restore_adapter(model, folder / "adapter")
     _restore_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
     return state
+
+
+def restore_best(folder: Path, run_dir: Path) -> None:
+    """Put the best adapter of a valid checkpoint into the run folder, or take away what is there if it has none."""
+    if not (folder / BEST).is_dir():
+        files.delete(run_dir / BEST)
+        return
+    with files.new_folder(run_dir / BEST) as partial:
+        files.copy_folder(folder / BEST, partial)
 
 
 def read_state(folder: Path) -> TrainState:

@@ -67,7 +67,8 @@ def _save(run: Run) -> None:
 def _write_checkpoint(run: Run) -> None:
     if run.metrics is not None:
         run.metrics.sync()  # a checkpoint's steps have their lines, also after a power cut
-    save_checkpoint(run.run_dir, run.model, run.optimizer, run.state, keep=run.config.train.save_total_limit)
+    keep = run.config.train.save_total_limit
+    save_checkpoint(run.run_dir, run.model, run.prepared.tokenizer, run.optimizer, run.state, keep=keep)
 
 
 def _stopped(run: Run, stop: StopSignal) -> StoppedError:

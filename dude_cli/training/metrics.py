@@ -44,13 +44,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def run_summary(config: Config) -> dict[str, Any]:
     """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds.
 
+    The first evaluation loss is that of step 0; all are of the validation rows that the run had at its end.
+
     `first_step_s` is the time from the start of the process to its first step; of the last part of a run in parts.
     `memory` has the most bytes that the training held, predicted and measured.
     `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's.
     """
     records = read_metrics(config.run_dir)
     steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
+    evaluations = _evaluations(records)
     last = steps[-1] if steps else {"step": 0}
     lowest = min(evaluations, key=lambda record: record["eval_loss"], default=None)
     kept = last
@@ -62,13 +64,20 @@ def run_summary(config: Config) -> dict[str, Any]:
         "steps": last["step"],
         "kept_step": kept["step"],
         "loss": last.get("loss"),
-        "first_eval_loss": evaluations[0]["eval_loss"] if evaluations else None,
+        "first_eval_loss": next((record["eval_loss"] for record in evaluations if record["step"] == 0), None),
         "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
         "lowest_eval_loss": lowest["eval_loss"] if lowest else None,
         "elapsed_s": last.get("elapsed_s"),
         "first_step_s": next((record["first_step_s"] for record in reversed(steps) if "first_step_s" in record), None),
         "memory": _read_memory(config.run_dir),
     }
+
+
+def _evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations on the rows of the last one: a run may have been continued with others."""
+    found = [record for record in records if "eval_loss" in record]
+    start = max((place for place, record in enumerate(found) if record.get("new_rows")), default=0)
+    return found[start:]
 
 
 def _read_memory(run_dir: Path) -> dict[str, Any] | None:
@@ -105,7 +114,9 @@ class MetricsLog:
     def log(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        values = {key: value for key, value in record.items() if key not in ("step", "kept") and value is not None}
+        values = {
+            key: value for key, value in record.items() if key not in ("step", "kept", "new_rows") and value is not None
+        }
         self._trackers.log(record["step"], values)
 
     def sync(self) -> None:

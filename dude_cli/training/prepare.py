@@ -195,7 +195,7 @@ def _load_base(
     check_positions(model, data, config.data.max_length, say)
     if config.train.distributed == "fsdp":
         blocks_of(model)
-    on_main_rank(accelerator, lambda: check_disk_space(config, model))
+    on_main_rank(accelerator, lambda: check_disk_space(config, model, tokenizer))
     if config.data.packing:
         check_packing(model, flatten=packs_flat(config))
     return model

@@ -8,10 +8,11 @@ from typing import Any
 
 from dude_cli.system import files
 from dude_cli.system.ranks import on_main_rank
+from dude_cli.training.checkpoint import BEST
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, run_summary
 from dude_cli.training.model_card import model_card
 from dude_cli.training.run import Run
-from dude_cli.training.run_dir import BEST, RESULT
+from dude_cli.training.run_dir import RESULT
 
 
 def finish(run: Run) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import Config
 from dude_cli.data import StepOrder, collate
-from dude_cli.training.checkpoint import TrainState, load_checkpoint
+from dude_cli.system.ranks import on_main_rank
+from dude_cli.training.checkpoint import BEST, TrainState, load_checkpoint, restore_best
 from dude_cli.training.gradients import MakeBatch
 from dude_cli.training.loss import SummedLoss, with_targets
 from dude_cli.training.metrics import MetricsLog, TrainDisplay
 from dude_cli.training.optimizer import make_loss_scaler, make_optimizer
 from dude_cli.training.plan import packs_flat
 from dude_cli.training.prepare import Prepared
-from dude_cli.training.run_dir import BEST
 from dude_cli.training.sharding import share_model
 from dude_cli.training.trackers import Trackers
 
@@ -100,7 +100,7 @@ def open_run(prepared: Prepared, accelerator: Accelerator, console: Console) -> 
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(model, config.train)
     scaler = make_loss_scaler(accelerator.device, config.model.dtype)
-    state = _state(prepared, optimizer, scaler, console)
+    state = _state(prepared, accelerator, optimizer, scaler, console)
     prepared.peak_memory.restart()
     summed_loss = SummedLoss(model)
     shared_loss = share_model(summed_loss, accelerator, config.train.distributed)
@@ -150,17 +150,26 @@ def _batches_on(device: torch.device, prepared: Prepared) -> MakeBatch:
 
 
 def _state(
-    prepared: Prepared, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, console: Console
+    prepared: Prepared,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    console: Console,
 ) -> TrainState:
     """Where the run stands; what the tensors were at its checkpoint, if there is one, is put back."""
     train, plan, folder = prepared.config.train, prepared.plan, prepared.checkpoint
     if folder is None:
         return TrainState(prepared.origin, per_device_batch_size=plan.per_device_batch_size)
     state = load_checkpoint(folder, prepared.model, optimizer)
+    on_main_rank(accelerator, lambda: restore_best(folder, prepared.config.run_dir))
+    state.validation_is_new = not state.origin.has_validation_of(prepared.origin)
     state.origin = prepared.origin
-    if train.early_stopping_patience is not None and not (prepared.config.run_dir / BEST).is_dir():
-        # It had no patience so far, and kept no adapter: this step's is the first to compare with.
-        state.best_eval_loss, state.evaluations_since_best, state.evaluation_is_due = None, 0, True
+    is_at_the_end = state.step >= plan.total_steps and state.evaluated_step != state.step
+    # It had no patience so far, and kept no adapter: this step's is the first to compare with.
+    is_without_best = train.early_stopping_patience is not None and not (folder / BEST).is_dir()
+    if state.validation_is_new or is_without_best:
+        state.best_eval_loss, state.evaluations_since_best = None, 0
+    state.evaluation_is_due |= state.validation_is_new or is_without_best or is_at_the_end
     console.print(f"continuing after step {state.step}, from {folder}", highlight=False)
     if train.per_device_batch_size != "auto":
         state.per_device_batch_size = plan.per_device_batch_size

@@ -14,13 +14,13 @@ from dude_cli.errors import UsageError
 from dude_cli.system import files
 from dude_cli.system.lock import locked
 from dude_cli.system.ranks import on_main_rank
-from dude_cli.training.checkpoint import CHECKPOINTS, checkpoints
+from dude_cli.training.checkpoint import BEST, CHECKPOINTS, checkpoints
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-INITIAL, RESULT, BEST = "initial", "adapter", "best"
+INITIAL, RESULT = "initial", "adapter"
 LOCK_FILE = ".lock"
 REPORT_FILES = ("report.html", "report.md")
 FILES = ("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)

@@ -9,11 +9,11 @@ from dude_cli.data import longest_first
 from dude_cli.errors import DivergedError
 from dude_cli.system.ranks import on_main_rank
 from dude_cli.system.runtime import StopSignal
+from dude_cli.training.checkpoint import BEST
 from dude_cli.training.gradients import equal_batches
 from dude_cli.training.plan import evaluation_batch
 from dude_cli.training.result import write_adapter
 from dude_cli.training.run import Run
-from dude_cli.training.run_dir import BEST
 
 if TYPE_CHECKING:
     from dude_cli.data.batches import EncodedRows
@@ -40,7 +40,9 @@ def evaluate(run: Run, stop: StopSignal) -> bool:
         )
     is_best = state.best_eval_loss is None or loss < state.best_eval_loss
     is_kept = is_best and run.config.train.early_stopping_patience is not None
-    run.log({"eval_loss": loss} | ({"kept": True} if is_kept else {}))
+    marks = {"kept": is_kept, "new_rows": state.validation_is_new}
+    run.log({"eval_loss": loss} | {name: True for name, is_set in marks.items() if is_set})
+    state.evaluated_step, state.validation_is_new = state.step, False
     run.display.message(f"step {state.step}  eval_loss {loss:.4f}")
     if is_best:
         state.best_eval_loss, state.evaluations_since_best = loss, 0

@@ -21,6 +21,8 @@ RESULT = "adapter/adapter.safetensors"
 FILES = [
     "adapter/adapter.safetensors",
     "adapter/adapter_config.json",
+    "adapter/tokenizer.json",
+    "adapter/tokenizer_config.json",
     "manifest.json",
     "optimizer.safetensors",
     "state.json",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from quickstart_config import quickstart_config
@@ -13,6 +15,7 @@ from dude_cli.data import collate, prepare_data
 from dude_cli.errors import StoppedError
 from dude_cli.model import load_model, load_tokenizer
 from dude_cli.system.files import delete
+from dude_cli.training.checkpoint import checkpoints
 from dude_cli.training.loss import SummedLoss, with_targets
 from dude_cli.training.metrics import read_metrics
 
@@ -57,3 +60,83 @@ def test_a_run_that_gets_patience_on_its_way_keeps_the_best_from_there(steps, tm
     assert summary["kept_step"] == step
     assert validation_loss(load_config(path), tmp_path / "run/adapter") == pytest.approx(loss, rel=1e-5)
     assert f"of step {step}, the lowest" in (tmp_path / "run/adapter/README.md").read_text()
+
+
+SPARE = "  eval_steps: 5\n  save_steps: 10\n  early_stopping_patience: 2\n  warmup_ratio: 0.0"
+
+
+@pytest.fixture(scope="module")
+def beyond_its_checkpoint(tmp_path_factory):
+    """A run whose best adapter is that of step 15, after its checkpoint of step 10, from which it goes on."""
+    folder = tmp_path_factory.mktemp("beyond")
+    path = quickstart_config(folder, extra=SPARE, max_steps="100")
+    with pytest.raises(StoppedError):
+        train_here(path, "train.learning_rate=1e-3", stop=StopAfter(16))
+    delete(folder / "run/checkpoints/step-000016")
+    return folder
+
+
+@pytest.fixture
+def killed(beyond_its_checkpoint, tmp_path):
+    shutil.copytree(beyond_its_checkpoint / "run", tmp_path / "run")
+    before = tmp_path / "run/config.yaml"
+    before.write_text(before.read_text().replace(str(beyond_its_checkpoint), str(tmp_path)))
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-000010"]
+    return quickstart_config(tmp_path, extra=SPARE, max_steps="100")
+
+
+# The loss rises from the first step with it.
+TOO_HIGH = "train.learning_rate=0.5"
+
+
+def test_the_best_adapter_is_one_of_the_steps_that_the_run_has_taken(killed, tmp_path):
+    summary = train_here(killed, TOO_HIGH, allow_changes=True)
+    assert summary["kept_step"] == 10
+    kept = validation_loss(load_config(killed), tmp_path / "run/adapter")
+    assert kept == pytest.approx(summary["lowest_eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_the_best_adapter_is_that_of_the_checkpoint_whatever_became_of_the_other(damage, killed, tmp_path):
+    file = tmp_path / "run/best/adapter.safetensors"
+    if damage == "gone":
+        delete(file.parent)
+    else:
+        file.write_bytes(b"\0" + file.read_bytes()[1:])
+    summary = train_here(killed, TOO_HIGH, allow_changes=True)
+    kept = validation_loss(load_config(killed), tmp_path / "run/adapter")
+    assert kept == pytest.approx(summary["lowest_eval_loss"], rel=1e-5)
+
+
+def test_losses_on_other_validation_rows_are_not_compared(killed, tmp_path):
+    others = "data.validation=[{path: 'embedded:quickstart', split: 'dev[16:30]'}]"
+    summary = train_here(killed, TOO_HIGH, others, allow_changes=True)
+    losses = {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / "run") if "eval_loss" in line}
+    assert list(losses) == [0, 5, 10, 15, 20]
+    assert summary["kept_step"] == 10
+    assert summary["lowest_eval_loss"] == min(losses[step] for step in (10, 15, 20))
+    assert summary["first_eval_loss"] is None  # of these rows there is none before the training
+    assert "before, after, lowest | -," in (tmp_path / "run/adapter/README.md").read_text()
+    now = load_config(killed, [others])
+    assert validation_loss(now, tmp_path / "run/adapter") == pytest.approx(summary["lowest_eval_loss"], rel=1e-5)
+
+
+def test_a_run_that_has_more_steps_than_it_is_to_have_now_is_evaluated(tmp_path):
+    path = quickstart_config(tmp_path, extra="  save_steps: 2", max_steps="50")
+    with pytest.raises(StoppedError):
+        train_here(path, stop=StopAfter(4))
+    summary = train_here(path, "train.max_steps=4", allow_changes=True)
+    assert summary["steps"] == 4
+    assert summary["last_eval_loss"] < summary["first_eval_loss"]
+    last = [record for record in read_metrics(tmp_path / "run") if "eval_loss" in record][-1]
+    assert (last["step"], last["eval_loss"]) == (4, summary["last_eval_loss"])
+
+
+def test_a_run_that_goes_on_keeps_the_best_adapter_of_before(tmp_path):
+    path = quickstart_config(tmp_path, extra="  eval_steps: 1\n  early_stopping_patience: 4\n  warmup_ratio: 0.0")
+    with pytest.raises(StoppedError):
+        train_here(path, TOO_HIGH, stop=StopAfter(3))
+    summary = train_here(path, TOO_HIGH)
+    assert (summary["kept_step"], summary["steps"]) == (0, 4)
+    kept = validation_loss(load_config(path), tmp_path / "run/adapter")
+    assert kept == pytest.approx(summary["first_eval_loss"], rel=1e-5)

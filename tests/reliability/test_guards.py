@@ -197,13 +197,14 @@ def test_a_disk_without_room_is_noticed_before_anything_is_decomposed(tmp_path, 
 def test_what_the_run_has_written_already_needs_no_more_room(tmp_path, monkeypatch):
     prepared = init_here(quickstart_config(tmp_path))
     model = unpatch_model(prepared.model)
-    room = disk.run_bytes(prepared.config, model) - files.size_bytes(tmp_path / "run/initial")
+    tokenizer, held = prepared.tokenizer, files.size_bytes(tmp_path / "run/initial")
+    room = disk.run_bytes(prepared.config, model, disk.tokenizer_bytes(tokenizer)) - held
     usage = disk.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=room))
-    disk.check_disk_space(prepared.config, model)
+    disk.check_disk_space(prepared.config, model, tokenizer)
     room -= 1
     with pytest.raises(ResourceError, match="are free"):
-        disk.check_disk_space(prepared.config, model)
+        disk.check_disk_space(prepared.config, model, tokenizer)
 
 
 BEST = "  save_steps: 1\n  save_total_limit: 1\n  eval_steps: 1\n  early_stopping_patience: 5"
@@ -216,11 +217,11 @@ def test_the_bytes_that_a_run_takes_are_foreseen(method, extra, tmp_path, monkey
     config = quickstart_config(tmp_path, max_steps="3", adapter=f"{{method: {method}, rank: 16}}", extra=extra)
     prepared = init_here(config)
     model = unpatch_model(prepared.model)
-    needed = disk.run_bytes(load_config(config), model)
+    needed = disk.run_bytes(load_config(config), model, disk.tokenizer_bytes(prepared.tokenizer))
     train_here(config)
     run_dir = tmp_path / "run"
     taken, one = (
-        sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+        sum(file.stat().st_size for pattern in ("*.safetensors", "tokenizer.json") for file in folder.rglob(pattern))
         for folder in (run_dir, checkpoints(run_dir)[0])
     )
     assert taken + one == pytest.approx(needed, rel=0.1)
@@ -260,7 +261,7 @@ def test_files_and_folders_are_synced_before_the_rename(tmp_path, monkeypatch):
     optimizer = make_optimizer(prepared.model, prepared.config.train)
     synced.clear()
     state = TrainState(prepared.origin, step=7)
-    save_checkpoint(tmp_path / "run", prepared.model, optimizer, state, keep=1)
+    save_checkpoint(tmp_path / "run", prepared.model, prepared.tokenizer, optimizer, state, keep=1)
     last = len(synced) - 1 - synced[::-1].index("rename")
     partial = tmp_path / "run/checkpoints/.step-000007.partial"
     names = ("adapter/adapter.safetensors", "adapter/adapter_config.json", "optimizer.safetensors", "state.json")

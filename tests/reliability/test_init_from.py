@@ -118,9 +118,11 @@ def test_a_chat_template_that_is_not_taken_over_is_told(tmp_path):
     row = {"messages": [{"role": "user", "content": "Ann"}, {"role": "assistant", "content": "12"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     chat = [f"data.train=[{{path: '{tmp_path}/rows.jsonl'}}]", "data.validation=null", "data.format=chat"]
-    config = quickstart_config(tmp_path, max_steps="1")
+    config = quickstart_config(tmp_path, max_steps="1", extra="  save_steps: 1")
     train_here(config, *chat, f"data.chat_template={tmp_path}/chat.jinja")
     saved = tmp_path / "run/adapter/chat_template.jinja"
+    checkpoint = tmp_path / "run/checkpoints/step-000001/adapter"  # an adapter like any other
+    assert (checkpoint / "chat_template.jinja").read_text() == saved.read_text()
     again = [*chat, f"adapter.init_from={tmp_path}/run", f"output_dir={tmp_path}/second"]
     said: list[str] = []
     with pytest.raises(UsageError, match="no chat template"):
