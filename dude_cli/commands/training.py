@@ -94,7 +94,7 @@ def train(
     from dude_cli.system.runtime import make_accelerator, part_ranks, stop_signals
     from dude_cli.training.init_report import init_report, memory_line
     from dude_cli.training.loop import train as run_training
-    from dude_cli.training.metrics import run_summary
+    from dude_cli.training.metrics import run_summary, summary_lines
     from dude_cli.training.prepare import prepare
     from dude_cli.training.run_dir import alone_in_run_dir, changed_settings, check_run_dir, is_finished_run
 
@@ -127,7 +127,8 @@ def train(
             if accelerator.is_main_process:
                 write_report_if_possible([config.run_dir], config.run_dir / "report.html", output.say)
     if accelerator.is_main_process:
-        shown = [f"adapter: {config.run_dir / 'adapter'}", f"score it: dude eval {config.output_dir}"]
+        shown = summary_lines(summary)
+        shown += [f"adapter: {config.run_dir / 'adapter'}", f"score it: dude eval {config.output_dir}"]
         if (config.run_dir / "report.html").exists():
             shown.append(f"report: {config.run_dir / 'report.html'}")
         output.result("\n".join([*shown, *memory_line(summary)]), summary)

@@ -50,6 +50,12 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
                 _save(run)
             if stops and (state.evaluation_is_due or state.step < plan.total_steps):
                 raise _stopped(run, stop)
+        if state.step < plan.total_steps:
+            patience = config.early_stopping_patience
+            run.display.message(
+                f"stopped early after step {state.step} of {plan.total_steps}: no lower evaluation loss in the last "
+                f"{patience} evaluations"
+            )
         return finish(run)
 
 

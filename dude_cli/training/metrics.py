@@ -73,6 +73,22 @@ def run_summary(config: Config) -> dict[str, Any]:
     }
 
 
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """What became of a run, for a person: how far the losses fell, which step's adapter it is, and if it is worse."""
+    if summary["loss"] is None:
+        return []
+    lines = [f"{summary['steps']:,} steps, the last one's loss {summary['loss']:.4f}"]
+    first, last, lowest = (summary[f"{which}_eval_loss"] for which in ("first", "last", "lowest"))
+    if last is not None:
+        before = "" if first is None else f"{first:.4f} before, "
+        lines.append(f"evaluation loss {before}{last:.4f} at the end, {lowest:.4f} at the lowest")
+    if summary["kept_step"] != summary["steps"]:
+        lines.append(f"the adapter is that of step {summary['kept_step']:,}, with the lowest evaluation loss")
+    elif first is not None and last > first:
+        lines.append("warning: the evaluation loss is higher than before the training: lower train.learning_rate")
+    return lines
+
+
 def _evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations on the rows of the last one: a run may have been continued with others."""
     found = [record for record in records if "eval_loss" in record]

@@ -69,6 +69,11 @@ class Run:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
+    def or_wider_dtype(self) -> str:
+        """What may help too where values become infinite, as a part of a sentence: nothing but float16 overflows."""
+        return ", use model.dtype: bfloat16 or float32" if self.config.model.dtype == "float16" else ""
+
+    @property
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started_s
 

@@ -104,12 +104,14 @@ def is_finished_run(config: Config, *, allow_changes: bool = False) -> bool:
     changed = changed_settings(config)
     refused = changed if is_finished or not allow_changes else [key for key in changed if key in FIXED_SETTINGS]
     if refused:
-        may_be_allowed = not is_finished and not FIXED_SETTINGS.intersection(changed)
         fix = "choose another output_dir, or start anew with --overwrite"
-        if may_be_allowed:
+        if is_finished:
+            fix += f"; a new run continues from this one's adapter with adapter.init_from={folder}"
+        elif not FIXED_SETTINGS.intersection(changed):
             fix += "; --allow-changes continues all the same, and the result is then that of no single training"
         raise UsageError(
-            f"{folder} holds a run of another config; different are: {', '.join(refused)}",
+            f"{folder} holds a {'finished ' if is_finished else ''}run of another config; different are: "
+            f"{', '.join(refused)}",
             where=f"output_dir: {folder}",
             fix=fix,
         )

@@ -156,6 +156,5 @@ def _check_finite(run: Run, loss: float, grad_norm: float, batch: npt.NDArray[np
         f"step {run.state.step + 1} has loss {loss} and gradient norm {grad_norm}; no weight was changed by it",
         where=f"{run.run_dir}, training rows {', '.join(map(str, row_ids[:64]))}"
         + (" ..." if len(row_ids) > 64 else ""),
-        fix="lower train.learning_rate, raise warmup_ratio, look at these rows, "
-        "or use model.dtype: bfloat16 or float32",
+        fix=f"lower train.learning_rate, raise train.warmup_ratio{run.or_wider_dtype}, or look at these rows",
     )

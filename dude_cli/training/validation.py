@@ -36,7 +36,7 @@ def evaluate(run: Run, stop: StopSignal) -> bool:
         raise DivergedError(
             f"the evaluation loss is {loss} after step {state.step}",
             where=str(run.run_dir),
-            fix="lower train.learning_rate, or use model.dtype: bfloat16 or float32",
+            fix=f"lower train.learning_rate, or raise train.warmup_ratio{run.or_wider_dtype}",
         )
     is_best = state.best_eval_loss is None or loss < state.best_eval_loss
     is_kept = is_best and run.config.train.early_stopping_patience is not None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 
 import pytest
 import torch
 from quickstart_config import quickstart_config
-from training import StopAfter, train_here
+from rich.console import Console
+from training import StopAfter, init_here, train_here
 
 from dude_cli.adapter import load_adapter
 from dude_cli.config import load_config
@@ -15,7 +17,9 @@ from dude_cli.data import collate, prepare_data
 from dude_cli.errors import StoppedError
 from dude_cli.model import load_model, load_tokenizer
 from dude_cli.system.files import delete
+from dude_cli.system.runtime import StopSignal, make_accelerator
 from dude_cli.training.checkpoint import checkpoints
+from dude_cli.training.loop import train
 from dude_cli.training.loss import SummedLoss, with_targets
 from dude_cli.training.metrics import read_metrics
 
@@ -32,8 +36,12 @@ def test_early_stopping_keeps_the_lowest_evaluations_adapter(tmp_path):
     """A rate far too high: the loss falls, then rises."""
     extra = "  eval_steps: 1\n  early_stopping_patience: 2\n  warmup_ratio: 0.5\n  logging_steps: 100"
     path = quickstart_config(tmp_path, extra=extra, max_steps="20")
-    summary = train_here(path, "train.learning_rate=0.1", "train.report_to=[tensorboard]")
+    console = Console(file=io.StringIO(), width=200)
+    prepared = init_here(path, "train.learning_rate=0.1", "train.report_to=[tensorboard]")
+    summary = train(prepared, make_accelerator(), console, StopSignal())
     assert 0 < summary["kept_step"] < summary["steps"] < 20
+    told = f"stopped early after step {summary['steps']} of 20: no lower evaluation loss in the last 2 evaluations"
+    assert told in console.file.getvalue()
     assert summary["lowest_eval_loss"] < summary["last_eval_loss"] - 0.01
     kept = validation_loss(load_config(path), tmp_path / "run/adapter")
     assert kept == pytest.approx(summary["lowest_eval_loss"], rel=1e-5)

@@ -75,7 +75,8 @@ def test_a_finished_run_says_so_and_is_not_changed(trained, tmp_path):
         "train", tmp_path / "run/config.yaml", f"output_dir={tmp_path / 'run'}", "seed=9", "--allow-changes"
     )
     assert refused.returncode == 2
-    assert "different are: seed" in refused.stderr
+    assert "holds a finished run of another config; different are: seed" in refused.stderr
+    assert f"adapter.init_from={tmp_path / 'run'}" in refused.stderr
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
