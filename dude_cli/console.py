@@ -40,11 +40,20 @@ class Output:
 
     def on_rank(self, is_main_process: bool) -> Output:
         """The same, or a silent one: of several ranks only the main one talks."""
-        return self if is_main_process else Output(is_quiet=True, out=_console(quiet=True))
+        return (
+            self
+            if is_main_process
+            else Output(is_quiet=True, out=_console(quiet=True), err=_console(stderr=True, quiet=True))
+        )
 
     def say(self, *lines: str) -> None:
         for line in lines:
             self.progress.print(line, highlight=False, soft_wrap=True)
+
+    def warn(self, *lines: str) -> None:
+        """The same for what may spoil the result: when quiet too."""
+        for line in lines:
+            self.err.print(line, highlight=False, soft_wrap=True)
 
     def result(self, shown: RenderableType, document: object) -> None:
         """The command's result: `shown` for a person, `document` for a machine."""

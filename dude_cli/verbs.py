@@ -99,7 +99,7 @@ def _common(
     json: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result, warnings and errors.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """The options of every verb."""

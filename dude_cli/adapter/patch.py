@@ -329,6 +329,9 @@ def _no_such_layer(pattern: str, linear: list[str], tied: set[str], excluded: se
 
 def _matches_nothing(pattern: str, linear: list[str], where: str) -> UsageError:
     short_names = sorted({name.rpartition(".")[2] for name in linear})
+    parts = [part.strip() for part in pattern.split(",")]
+    if len(parts) > 1 and set(parts) <= set(short_names):
+        return UsageError(f"`{pattern}` is one name", where=where, fix=f"write a list: [{', '.join(parts)}]")
     close = nearest(pattern, short_names) or short_names[:12]
     return UsageError(
         f"`{pattern}` matches no linear layer of the model", where=where, fix=f"nearest names: {', '.join(close)}"

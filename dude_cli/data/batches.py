@@ -66,6 +66,17 @@ class EncodedRows(Sequence[EncodedRow]):
         """The tokens of the longest row, however rows are put into sequences."""
         return int(self._table.lengths[self._rows].max())
 
+    def row_hashes(self) -> list[int]:
+        """A hash of each row's tokens, however rows are put into sequences; equal in this process alone."""
+        table = self._table
+        starts, stops = table.offsets[self._rows].tolist(), table.offsets[self._rows + 1].tolist()
+        return [hash(table.input_ids[start:stop].tobytes()) for start, stop in zip(starts, stops, strict=True)]
+
+    def shared_with(self, others: EncodedRows) -> int:
+        """How many of the rows are among `others` too."""
+        known = set(others.row_hashes())
+        return sum(row in known for row in self.row_hashes())
+
     def packed(self, groups: Sequence[Sequence[int]]) -> EncodedRows:
         """Return the same rows with those of each group in one sequence."""
         return EncodedRows(self._table, self._rows, groups)

@@ -25,6 +25,14 @@ class Columns:
         """The names that a column may have: that of conversations is `conversations` in ShareGPT's files."""
         return (column, "conversations") if column == "messages" and not self.are_texts else (column,)
 
+    def read(self) -> list[str]:
+        """All names of the columns that are read."""
+        return [name for column in (*self.required, *self.optional) for name in self.names(column)]
+
+    def unread(self, there: list[str]) -> list[str]:
+        """Those of the columns that are there of which nothing is taken."""
+        return [name for name in there if name not in self.read()]
+
 
 # The format of data that has such a column.
 _FORMATS = {"messages": "chat", "conversations": "chat", "instruction": "alpaca", "text": "text"}

@@ -20,11 +20,12 @@ from dude_cli.data.encode import Encoded, TextEncoder, format_columns, is_docume
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
 from dude_cli.data.row_files import Row
-from dude_cli.data.rows import read_sources
+from dude_cli.data.rows import Seen, read_sources
 from dude_cli.data.table import TokenTable
 from dude_cli.data.token_cache import encoded_once, token_key
 from dude_cli.errors import DataError
 
+_GLUED_ROWS = 100  # looked at for a border without a space
 _CHUNK_ROWS = 1000  # rows given to the tokenizer at once
 
 
@@ -33,6 +34,7 @@ class DataReport:
     """What became of a data set's rows.
 
     `rows` counts the rows to learn from; `rows_without_target` those left out because nothing of them is learned.
+    Of `empty_answers` of them it is only the end of an answer, which then has no words.
     A document of more than `max_length` tokens is several rows; `split_documents` counts such.
     `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of an answer, with
     its EOS, and `shortened_chats` one or more turns at their end that would be learned, `lost_turns` in all.
@@ -44,6 +46,7 @@ class DataReport:
     rows: int
     tokens: int
     target_tokens: int
+    empty_answers: int
     truncated_rows: int
     cut_answers: int
     shortened_chats: int
@@ -57,12 +60,19 @@ class DataReport:
 
     def notes(self) -> list[str]:
         """What a user may not expect and need not change, a line each."""
-        if not self.split_documents:
-            return []
-        return [
-            f"texts longer than data.max_length ({self.max_length}): {self.split_documents:,}, split into rows of at "
-            f"most that length; {self.rows:,} rows in all"
-        ]
+        found = []
+        if self.split_documents:
+            found.append(
+                f"texts longer than data.max_length ({self.max_length}): {self.split_documents:,}, split into rows of "
+                f"at most that length; {self.rows:,} rows in all"
+            )
+        without_start = self.truncated_rows - self.shortened_chats - self.cut_answers
+        if without_start > 0:
+            found.append(
+                f"rows longer than data.max_length ({self.max_length}): {without_start:,}; they lose the start of "
+                "their prompt"
+            )
+        return found
 
     def warnings(self) -> list[str]:
         """What a user should know before training on these rows, a line each."""
@@ -76,6 +86,10 @@ class DataReport:
             found.append(
                 f"{self.shortened_chats:,} of {self.rows:,} conversations lose their last messages, with "
                 f"{self.lost_turns:,} turns of the assistant's, to {limit}"
+            )
+        if self.empty_answers:
+            found.append(
+                f"{self.empty_answers:,} of {self.rows:,} rows have an empty answer: only its end is learned of them"
             )
         return found
 
@@ -107,7 +121,15 @@ class PreparedData:
     def warnings(self) -> list[str]:
         """Those of the training rows, then those of the validation rows."""
         reports = {"data.train": self.train_report, "data.validation": self.validation_report}
-        return [f"warning: {name}: {line}" for name, report in reports.items() if report for line in report.warnings()]
+        found = [f"{name}: {line}" for name, report in reports.items() if report for line in report.warnings()]
+        if self.validation is not None:
+            shared = self.validation.shared_with(self.train)
+            if shared:
+                found.append(
+                    f"data.validation: {shared:,} of {len(self.validation.row_hashes()):,} rows are in data.train too: "
+                    "the evaluation loss does not tell of them what the model makes of new rows"
+                )
+        return [f"warning: {line}" for line in found]
 
 
 def prepare_data(
@@ -157,10 +179,18 @@ class _RowEncoder:
 
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
         """Read and encode all rows of `sources`; `name` is for messages."""
-        rows = read_sources(sources, format_columns(self.config), self.revisions)
+        seen = Seen()
+        rows = read_sources(sources, format_columns(self.config), seen)
+        self.revisions |= seen.revisions
+        for path, unread in seen.unread.items():
+            if unread:
+                say(f"note: {path}: columns that are not read: {', '.join(unread)}")
         texts = self.texts(rows.values)
         template = None if self.chat is None else self.chat.template
         key = token_key(self.tokenizer, texts, self.config, template)
+        if self.chat is None and all(map(_is_glued, texts[:_GLUED_ROWS])):
+            (prompt, completion), fix = texts[0], "begin the completion with a space or a line break"
+            say(f"note: {name}: prompt and completion meet in a word, as {(prompt[-10:] + completion[:10])!r}: {fix}")
 
         def encode() -> TokenTable:
             encoded = self.encode(texts, rows.places, name)
@@ -212,6 +242,7 @@ class _RowEncoder:
             rows=len(kept),
             tokens=int(encoded.lengths.sum()),
             target_tokens=int(encoded.target_tokens.sum()),
+            empty_answers=0 if is_documents(config) else int((encoded.target_tokens == 1).sum()),
             truncated_rows=int((table.full_lengths[rows] > config.max_length).sum()),
             cut_answers=int(table.cut_answers[kept].sum()),
             shortened_chats=int((table.lost_turns[kept] > 0).sum()),
@@ -227,6 +258,12 @@ class _RowEncoder:
             return encoded, report
         packed = encoded.packed(pack(encoded.lengths.tolist(), config.max_length))
         return packed, replace(report, packed_sequences=len(packed))
+
+
+def _is_glued(pair: tuple[str, str]) -> bool:
+    """Whether the last word of a prompt goes on in the completion; scripts without spaces aside."""
+    border = pair[0][-1:] + pair[1][:1]
+    return len(border) == 2 and border.isascii() and border.isalnum()
 
 
 def _nothing_to_learn(name: str, rows: int, max_length: int) -> DataError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,29 @@ if TYPE_CHECKING:
 EMBEDDED_SPLITS = ("train", "dev", "test")
 
 
-def read_sources(sources: Sequence[DataSource], columns: Columns, revisions: dict[str, str] | None = None) -> Rows:
+@dataclass
+class Seen:
+    """What reading sources shows beside their rows.
+
+    `revisions` has the commits of those from the Hub, by path and the revision asked for, and `unread` the columns that
+    are not read, by path.
+    """
+
+    revisions: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, list[str]] = field(default_factory=dict)
+
+
+def read_sources(sources: Sequence[DataSource], columns: Columns, seen: Seen | None = None) -> Rows:
     """Return the rows of `sources`, one source after the other, each row with just the columns asked for.
 
-    The commits of those from the Hub are added to `revisions`, by path and the revision asked for.
+    What else there is to know of them is added to `seen`.
     Raises DataError where a source cannot be read, lacks a required column, or has a null in one.
     """
-    found = {} if revisions is None else revisions
+    found = seen or Seen()
     return _joined([read_source(source, columns, found) for source in sources])
 
 
-def read_source(source: DataSource, columns: Columns, revisions: dict[str, str]) -> Rows:
+def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     """Return the rows of one source; see `read_sources`."""
     path = _local_path(source)
     if source.path == quickstart.NAME:
@@ -39,11 +52,12 @@ def read_source(source: DataSource, columns: Columns, revisions: dict[str, str])
     elif path.is_file():
         rows = _read_file(source, path)
     elif path.is_dir() or not _looks_like_a_path(source.path):
-        return _read_dataset(source, columns, revisions)
+        return _read_dataset(source, columns, seen)
     else:
         raise _missing_path(source)
     there = list(rows.values[0]) if rows.values else []
     check_columns(source, there, columns, empty=not rows.values)
+    seen.unread[source.path] = columns.unread(there)
     return keep_columns(source, rows, columns)
 
 
@@ -119,7 +133,7 @@ def _read_embedded(source: DataSource) -> Rows:
     return _slice_rows(source, {split: reader(split) for split in EMBEDDED_SPLITS})
 
 
-def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str]) -> Rows:
+def _read_dataset(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     try:
         dataset = _open_dataset(source)
     except DataError:
@@ -129,11 +143,11 @@ def _read_dataset(source: DataSource, columns: Columns, revisions: dict[str, str
     commits = _commits(dataset)
     if commits:
         asked = source.path if source.revision is None else f"{source.path}@{source.revision}"
-        revisions[asked] = ", ".join(commits)
+        seen.revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     check_columns(source, there, columns, empty=len(dataset) == 0)
-    read = [name for column in (*columns.required, *columns.optional) for name in columns.names(column)]
-    kept = [name for name in read if name in there]
+    seen.unread[source.path] = columns.unread(there)
+    kept = [name for name in columns.read() if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
     return keep_columns(source, numbered(without_fillers(rows), f"{source.path}, split {source.split}"), columns)

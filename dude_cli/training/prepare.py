@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from dude_cli.config import Config, ModelConfig, dump_config
 from dude_cli.console import Counter, no_counter
 from dude_cli.data import DataReport, PreparedData, check_packing, default_template, prepare_data, set_chat_template
+from dude_cli.errors import UsageError
 from dude_cli.model import (
     check_quantization,
     check_vocabulary,
     hub_commit,
     load_model,
+    load_shape,
     load_tokenizer,
 )
 from dude_cli.system import files
@@ -129,6 +131,7 @@ def prepare(
     base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
     moment = on_main_rank(accelerator, lambda: _moment(config, overwrite=overwrite).isoformat())
     tokenizer = load_tokenizer(base)
+    on_main_rank(accelerator, lambda: _check_fit(config, base, tokenizer))
     set_chat_template(tokenizer, config.data.chat_template, config.data.chat_template_kwargs, say)
     note = template_note(config, tokenizer)
     if note:
@@ -175,6 +178,22 @@ def prepare(
         origin=origin,
         checkpoint=checkpoint,
     )
+
+
+def _check_fit(config: Config, base: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UsageError for targets, a rank or a vocabulary that do not fit the base, by its config: before any reading.
+
+    A model that cannot be made without its weights is looked at when it is loaded.
+    """
+    from dude_cli.adapter import find_targets
+    from dude_cli.adapter.patch import check_ranks
+
+    try:
+        model, _ = load_shape(base)
+    except UsageError:
+        return
+    check_vocabulary(model, tokenizer)
+    check_ranks(find_targets(model, config.adapter), config.adapter.rank)
 
 
 def _load_base(

@@ -276,6 +276,17 @@ def test_a_quiet_evaluation_prints_the_scores_alone(tmp_path):
     assert done.stderr == ""
 
 
+def test_quiet_leaves_warnings(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "How many?", "completion": ""}\n' * 2)
+    done = dude_here(
+        "init", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", "--quiet", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("warning: data.train: 2 of 2 rows have an empty answer")
+    assert done.stderr.count("\n") == 1
+
+
 def test_quiet_prints_the_result_alone(tmp_path, rows):
     done = dude(
         "init", config(tmp_path, "embedded:quickstart", str(rows)), "adapter.rank=2", "--quiet", "--json", cwd=tmp_path

@@ -16,6 +16,7 @@ from training import StopAfter, init_here, train_here
 from dude_cli import quickstart, target
 from dude_cli.config import load_config
 from dude_cli.errors import StoppedError, UsageError
+from dude_cli.model import load_tokenizer
 from dude_cli.training import prepare
 from dude_cli.training.checkpoint import Origin, checkpoints, read_state
 from dude_cli.training.metrics import read_metrics
@@ -96,6 +97,35 @@ def test_each_thing_that_a_run_depends_on_is_named():
     assert chat.differences(Origin(1, None, {"data.train": "z", "data.chat_template": "y"})) == [
         "data.train (other rows)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("adapter.target_modules=[q_porj]", "`q_porj` matches no linear layer"),
+        (
+            "adapter.target_modules='q_proj,v_proj'",
+            r"`q_proj,v_proj` is one name[\s\S]*write a list: \[q_proj, v_proj\]",
+        ),
+        ("adapter.rank=500", "rank 500 is larger than"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_told_before_the_data_are_read(change, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "prepare_data", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(UsageError, match=what):
+        init_here(quickstart_config(tmp_path), change)
+
+
+def test_a_vocabulary_that_is_too_small_is_told_before_the_data_are_read(tmp_path, monkeypatch):
+    def with_more_tokens(config):
+        tokenizer = load_tokenizer(config)
+        tokenizer.add_tokens([f"<{number}>" for number in range(100)])
+        return tokenizer
+
+    monkeypatch.setattr(prepare, "load_tokenizer", with_more_tokens)
+    monkeypatch.setattr(prepare, "prepare_data", lambda *_: pytest.fail("the data were read"))
+    with pytest.raises(UsageError, match=r"the tokenizer has \d+ tokens and the model embeddings for"):
+        init_here(quickstart_config(tmp_path))
 
 
 def test_a_template_file_that_was_edited_meanwhile_is_named(tmp_path):

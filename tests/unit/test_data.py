@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,15 @@ def prepare(tmp_path, bos_tokenizer):
     def run(
         rows: list[dict], *, tokenizer=bos_tokenizer, seed: int = 0, say=lambda line: None, **fields: object
     ) -> PreparedData:
-        path = tmp_path / "rows.jsonl"
+        validation = fields.get("validation")
+        if isinstance(validation, list) and isinstance(validation[0], dict):
+            fields["validation"] = [write("validation", validation)]
+        return prepare_data(DataConfig(train=[write("rows", rows)], **fields), tokenizer, seed, say)
+
+    def write(name: str, rows: list[dict]) -> DataSource:
+        path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return prepare_data(DataConfig(train=[DataSource(path=str(path))], **fields), tokenizer, seed, say)
+        return DataSource(path=str(path))
 
     return run
 
@@ -57,6 +64,63 @@ def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepar
         f"the longest row has {report.longest_row} tokens"
     ]
     assert prepare([long_prompt, *numbered(2)], max_length=40).warnings() == []
+
+
+def test_prompts_that_lose_their_start_are_told(prepare):
+    said: list[str] = []
+    prepare(
+        [{"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}, *numbered(2)],
+        max_length=40,
+        say=said.append,
+    )
+    assert said[-1] == "data.train: rows longer than data.max_length (40): 1; they lose the start of their prompt"
+
+
+def test_empty_answers_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):
+    told = "warning: data.train: 2 of 4 rows have an empty answer: only its end is learned of them"
+    empty = [{"prompt": "How many?", "completion": ""}] * 2
+    assert prepare([*empty, *numbered(2)]).warnings() == [told]
+    assert prepare(numbered(2)).warnings() == []
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    talks = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]}
+        for answer in ("", "46", "", "12")
+    ]
+    assert prepare(talks, format="chat", tokenizer=tokenizer).warnings() == [told]
+
+
+def test_a_prompt_that_goes_on_in_the_answer_without_a_space_is_told(prepare):
+    rows = [{"prompt": f"How many is {number}", "completion": "apples"} for number in range(3)]
+    said: list[str] = []
+    prepare(rows, say=said.append)
+    assert any("prompt and completion meet in a word, as ' many is 0apples': begin the" in line for line in said)
+    for other in ({"prompt": "How many?", "completion": "46"}, {"prompt": "多少", "completion": "四"}):
+        said.clear()
+        prepare([*rows, other], say=said.append)
+        assert not any("meet in a word" in line for line in said)
+
+
+def test_columns_that_are_not_read_are_named(prepare):
+    said: list[str] = []
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": []}
+    prepare([row], format="alpaca", say=said.append)
+    assert any(line.endswith("columns that are not read: system, history") for line in said)
+    said.clear()
+    prepare(numbered(2), say=said.append)
+    assert not any("not read" in line for line in said)
+
+
+def test_validation_rows_that_are_trained_on_are_counted(prepare):
+    rows = numbered(10)
+    told = "warning: data.validation: 10 of 10 rows are in data.train too: the evaluation loss does not tell of them "
+    (warning,) = prepare(rows, validation=rows).warnings()
+    assert warning.startswith(told)
+    assert prepare(rows, validation=numbered(12)[10:]).warnings() == []
+    (warning,) = prepare(rows * 2, validation=0.5, packing=True).warnings()
+    assert re.match(r"warning: data.validation: \d+ of 10 rows are in data.train too", warning)
 
 
 def test_turns_that_a_long_conversation_loses_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):

@@ -12,7 +12,7 @@ import pytest
 from dude_cli import quickstart
 from dude_cli.config import DataSource
 from dude_cli.data.columns import Columns
-from dude_cli.data.rows import read_source, read_sources
+from dude_cli.data.rows import Seen, read_source, read_sources
 from dude_cli.errors import DataError
 from dude_cli.system import cache_dir
 
@@ -49,7 +49,7 @@ def write(path: Path, rows: list[dict] = ROWS) -> Path:
 
 
 def read(path: object, columns: Columns = COLUMNS, **fields: object) -> list[dict]:
-    return read_source(DataSource(path=str(path), **fields), columns, {}).values
+    return read_source(DataSource(path=str(path), **fields), columns, Seen()).values
 
 
 def error_of(path: object, columns: Columns = COLUMNS, **fields: object) -> DataError:
@@ -435,7 +435,7 @@ def test_the_commit_of_a_data_set_from_the_hub_is_found(monkeypatch):
     addresses = {f"hf://datasets/owner/data@{'c' * 40}/{name}.parquet": {} for name in ("one", "two")}
     dataset = datasets.Dataset.from_list(ROWS, info=datasets.DatasetInfo(download_checksums=addresses))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: dataset)
-    revisions: dict[str, str] = {}
+    seen = Seen()
     for revision in (None, "v1"):  # of one data set, two revisions may be in one config
-        read_source(DataSource(path="owner/data", revision=revision), COLUMNS, revisions)
-    assert revisions == {"owner/data": "c" * 40, "owner/data@v1": "c" * 40}
+        read_source(DataSource(path="owner/data", revision=revision), COLUMNS, seen)
+    assert seen.revisions == {"owner/data": "c" * 40, "owner/data@v1": "c" * 40}
