@@ -24,7 +24,7 @@ from measure import record
 from dude_cli.config import DataConfig, DataSource, ModelConfig
 from dude_cli.data import prepare_data
 from dude_cli.data.encode import TextEncoder, format_columns, row_texts
-from dude_cli.data.rows import read_sources
+from dude_cli.data.rows import Seen, read_source
 from dude_cli.data.table import TokenTable
 from dude_cli.model import load_tokenizer
 
@@ -47,7 +47,8 @@ def by_threads(config: DataConfig, tokenizer: Any) -> float:
 
 
 def by_processes(config: DataConfig, model: str, processes: int) -> float:
-    texts = [row_texts(config, row) for row in read_sources(config.train, format_columns(config)).values]
+    form = config.form(config.train[0])
+    texts = [row_texts(form, row) for row in read_source(config.train[0], format_columns(form), Seen()).values]
     chunks = [texts[start : start + CHUNK_ROWS] for start in range(0, len(texts), CHUNK_ROWS)]
     os.environ["RAYON_NUM_THREADS"] = "1"
     started = time.perf_counter()

@@ -290,7 +290,7 @@ def _score(
         output.say("note: the results are not kept; --output FOLDER keeps them")
     data = data_config(target)
     plain = [task.name for task in tasks if not task.apply_chat_template]
-    if data is not None and data.format == "chat" and plain:
+    if data is not None and data.has_chats and plain:
         output.say(
             f"note: trained on conversations, and {', '.join(plain)} scored on lm-eval's plain prompts; "
             "--apply-chat-template asks in the chat template"

@@ -64,7 +64,7 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "dataset_name": ("TRL's", "data.train", " (a list of entries with `path`)"),
     "data_path": ("several scripts'", "data.train", " (a list of entries with `path`)"),
     "data_files": ("datasets'", "data.train", " (one entry per file, each with `path`)"),
-    "data.train.type": ("axolotl's", "data.format", " (of all entries)"),
+    "data.train.type": ("axolotl's", "data.train.format", ""),
     "max_samples": ("LLaMA-Factory's", "", _FIRST_ROWS),
     "max_train_samples": ("several scripts'", "", _FIRST_ROWS),
     "val_set_size": ("axolotl's", "data.validation", ""),

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -169,6 +170,27 @@ def plain_values(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class RowForm:
+    """How rows become text: a format, or templates in place of its columns."""
+
+    format: DataFormat
+    prompt: str | None
+    completion: str | None
+
+
+def _form_contradictions(
+    form: DataFormat | None, prompt: str | None, completion: str | None
+) -> Iterator[Contradiction]:
+    if prompt is not None and completion is None:
+        yield "`prompt` needs `completion` beside it: the text to learn", ("prompt", "completion")
+    if completion is not None and form in ("alpaca", "chat"):
+        yield (
+            f"`prompt` and `completion` replace `format: {form}`: give one or the other",
+            ("completion", "format"),
+        )
+
+
 class DataSource(Section):
     path: str = Field(
         min_length=1,
@@ -181,6 +203,29 @@ class DataSource(Section):
     name: str | None = Field(None, description="Configuration (subset) of a hub data set or folder.")
     split: str = Field("train", description='Split, with slices as in `datasets`: "train[:1000]", "train[10%:]".')
     revision: str | None = Field(None, description="Hub revision of the data set.")
+    format: DataFormat | None = Field(
+        None,
+        description=(
+            "This data set's format; with `prompt` and `completion` here it takes the place of all three of `data`; "
+            "null: theirs."
+        ),
+    )
+    prompt: str | None = Field(None, description="This data set's template of the prompt.")
+    completion: str | None = Field(None, description="This data set's template of the completion.")
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _template_is_well_formed(cls, template: str | None) -> str | None:
+        return _well_formed(template)
+
+    def contradictions(self) -> Iterator[Contradiction]:
+        yield from _form_contradictions(self.format, self.prompt, self.completion)
+
+
+def _well_formed(template: str | None) -> str | None:
+    if template is not None:
+        parse_template(template)
+    return template
 
 
 class DataConfig(Section):
@@ -241,20 +286,27 @@ class DataConfig(Section):
     @field_validator("prompt", "completion")
     @classmethod
     def _template_is_well_formed(cls, template: str | None) -> str | None:
-        if template is not None:
-            parse_template(template)
-        return template
+        return _well_formed(template)
+
+    def form(self, source: DataSource) -> RowForm:
+        """How the rows of `source` become text."""
+        if source.format is None and source.completion is None:
+            return RowForm(self.format, self.prompt, self.completion)
+        return RowForm(source.format or "prompt_completion", source.prompt, source.completion)
+
+    def forms(self) -> list[RowForm]:
+        """Those of all training and validation data sets, each once."""
+        validation = self.validation if isinstance(self.validation, list) else []
+        return list(dict.fromkeys(self.form(source) for source in (*self.train, *validation)))
+
+    @property
+    def has_chats(self) -> bool:
+        return any(form.format == "chat" for form in self.forms())
 
     def contradictions(self) -> Iterator[Contradiction]:
-        if self.prompt is not None and self.completion is None:
-            yield "`data.prompt` needs `data.completion` beside it: the text to learn", ("prompt", "completion")
-        if self.completion is not None and self.format in ("alpaca", "chat"):
-            yield (
-                f"`data.prompt` and `data.completion` replace `data.format: {self.format}`: give one or the other",
-                ("completion", "format"),
-            )
+        yield from _form_contradictions(self.format, self.prompt, self.completion)
         for key in ("chat_template", "chat_template_kwargs"):
-            if getattr(self, key) and self.format != "chat":
+            if getattr(self, key) and not self.has_chats:
                 yield f"`data.{key}` is for conversations: it needs `data.format: chat`", (key, "format")
         if self.group_by_length and not self.shuffle:
             yield (

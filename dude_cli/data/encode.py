@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dude_cli.config import DataConfig
+from dude_cli.config import RowForm
 from dude_cli.data.columns import Columns
 from dude_cli.data.row_files import Row
 from dude_cli.errors import DataError
@@ -42,7 +42,7 @@ class Encoded:
 
     `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
     In a conversation, `head` counts those in front of the first user's words, and `stops` says behind how many tokens
-    each learned turn ends.
+    each learned turn ends. A document is split where it is too long, and not cut.
     """
 
     ids: list[int]
@@ -51,41 +51,42 @@ class Encoded:
     context: int
     head: int = 0
     stops: tuple[int, ...] = ()
+    is_document: bool = False
 
 
-def format_columns(config: DataConfig) -> Columns:
+def format_columns(form: RowForm) -> Columns:
     """Return the columns that a format and its templates read."""
-    if config.format == "alpaca":
+    if form.format == "alpaca":
         return Columns(("instruction", "output"), ("input",))
-    if config.format == "chat":
+    if form.format == "chat":
         return Columns(("messages",), ("tools", "system"), are_texts=False)
-    return Columns(tuple(dict.fromkeys(name for text in _templates(config) for name in parse_template(text))))
+    return Columns(tuple(dict.fromkeys(name for text in _templates(form) for name in parse_template(text))))
 
 
-def _templates(config: DataConfig) -> tuple[str, str]:
+def _templates(form: RowForm) -> tuple[str, str]:
     """The templates of prompt and completion; plain text is a completion without a prompt."""
-    if is_documents(config):
-        return "", "{text}" if config.completion is None else config.completion
-    prompt = "{prompt}" if config.prompt is None else config.prompt
-    return prompt, "{completion}" if config.completion is None else config.completion
+    if is_documents(form):
+        return "", "{text}" if form.completion is None else form.completion
+    prompt = "{prompt}" if form.prompt is None else form.prompt
+    return prompt, "{completion}" if form.completion is None else form.completion
 
 
-def is_documents(config: DataConfig) -> bool:
+def is_documents(form: RowForm) -> bool:
     """Whether rows are documents: text without a prompt, of which what is too long is split and not cut."""
-    return config.format == "text" and config.prompt is None
+    return form.format == "text" and form.prompt is None
 
 
-def prompt_template(config: DataConfig) -> str:
+def prompt_template(form: RowForm) -> str:
     """The template in front of what is learned, in any format but chat; Alpaca's is the one without an input."""
-    return ALPACA_WITHOUT_INPUT if config.format == "alpaca" else _templates(config)[0]
+    return ALPACA_WITHOUT_INPUT if form.format == "alpaca" else _templates(form)[0]
 
 
-def row_texts(config: DataConfig, row: Row) -> tuple[str, str]:
+def row_texts(form: RowForm, row: Row) -> tuple[str, str]:
     """Return (prompt, completion) of a row in any format but chat."""
-    if config.format == "alpaca":
+    if form.format == "alpaca":
         template = ALPACA_WITH_INPUT if str(row["input"]) else ALPACA_WITHOUT_INPUT
         return render(template, row), str(row["output"])
-    prompt, completion = _templates(config)
+    prompt, completion = _templates(form)
     return render(prompt, row), render(completion, row)
 
 
@@ -149,23 +150,27 @@ class TextEncoder:
                 ids.pop()
         return rows
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, learn_all: bool) -> list[Encoded]:
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, learn_all: bool, are_documents: bool = False
+    ) -> list[Encoded]:
         """Return the encoding of (prompt, completion) pairs, the completion and one EOS learned.
 
         An EOS inside the text is data, not the end of the row, and is not learned.
         """
         wholes = self._encode_wholes([prompt + completion for prompt, completion in pairs])
         prompts = self.encode_prompts([prompt for prompt, _ in pairs])
-        return [self._finish(whole, prompt, learn_all) for whole, prompt in zip(wholes, prompts, strict=True)]
+        return [
+            self._finish(whole, prompt, learn_all, are_documents) for whole, prompt in zip(wholes, prompts, strict=True)
+        ]
 
-    def _finish(self, whole: list[int], prompt: list[int], learn_all: bool) -> Encoded:
+    def _finish(self, whole: list[int], prompt: list[int], learn_all: bool, is_document: bool) -> Encoded:
         leading = len(self.leading)
         context = max(common_prefix(whole, prompt), leading)
         first = leading if learn_all else context
         learned = [False] * first + [True] * (len(whole) - first)
         if self.eos_id in whole:
             learned = [on and token != self.eos_id for on, token in zip(learned, whole, strict=True)]
-        return Encoded([*whole, self.eos_id], [*learned, True], leading, context)
+        return Encoded([*whole, self.eos_id], [*learned, True], leading, context, is_document=is_document)
 
 
 def common_prefix(left: Tokens | str, right: Tokens | str) -> int:

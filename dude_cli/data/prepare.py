@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dude_cli.config import DataConfig, DataSource
+from dude_cli.config import DataConfig, DataSource, RowForm
 from dude_cli.data.bad_rows import BadRows
 from dude_cli.data.batches import EncodedRow, EncodedRows
 from dude_cli.data.chat import ChatEncoder
@@ -19,8 +20,7 @@ from dude_cli.data.chat_template import DATA_KEYS
 from dude_cli.data.encode import Encoded, TextEncoder, format_columns, is_documents, row_texts
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
-from dude_cli.data.row_files import Row
-from dude_cli.data.rows import Seen, read_sources
+from dude_cli.data.rows import Seen, read_source
 from dude_cli.data.table import TokenTable
 from dude_cli.data.token_cache import encoded_once, token_key
 from dude_cli.errors import DataError
@@ -168,6 +168,24 @@ def prepare_data(
     )
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one data set, as they are encoded: pairs of prompt and completion, or conversations."""
+
+    form: RowForm
+    rows: list[Any]
+    places: list[str]
+
+    @property
+    def is_chat(self) -> bool:
+        return self.form.format == "chat"
+
+    def key(self) -> Iterator[Any]:
+        """What its encoding depends on."""
+        yield self.is_chat, is_documents(self.form)
+        yield from self.rows
+
+
 class _RowEncoder:
     """Encodes rows by one config and one tokenizer."""
 
@@ -175,61 +193,62 @@ class _RowEncoder:
         self.config, self.tokenizer = config, tokenizer
         self.revisions: dict[str, str] = {}
         self.text = TextEncoder(tokenizer)
-        self.chat = ChatEncoder(self.text, moment) if config.format == "chat" else None
+        self.chat = ChatEncoder(self.text, moment) if config.has_chats else None
 
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
-        """Read and encode all rows of `sources`; `name` is for messages."""
+        """Read and encode all rows of `sources`, one after the other; `name` is for messages."""
         seen = Seen()
-        rows = read_sources(sources, format_columns(self.config), seen)
+        parts = [self._part(source, seen) for source in sources]
         self.revisions |= seen.revisions
         for path, unread in seen.unread.items():
             if unread:
                 say(f"note: {path}: columns that are not read: {', '.join(unread)}")
-        texts = self.texts(rows.values)
         template = None if self.chat is None else self.chat.template
-        key = token_key(self.tokenizer, texts, self.config, template)
-        if self.chat is None and all(map(_is_glued, texts[:_GLUED_ROWS])):
-            (prompt, completion), fix = texts[0], "begin the completion with a space or a line break"
-            say(f"note: {name}: prompt and completion meet in a word, as {(prompt[-10:] + completion[:10])!r}: {fix}")
-
-        def encode() -> TokenTable:
-            encoded = self.encode(texts, rows.places, name)
-            return TokenTable.of(encoded, self.config.max_length, are_documents=is_documents(self.config))
-
-        table = encoded_once(key, encode, say)
-        prompt = self.chat and self.chat.other_prompt(rows.values[0], rows.places[0])
-        if prompt:
-            say(
-                f"note: {name}: the chat template asks for an answer with {prompt!r}, and the first row has another "
-                "text in front of its answer: asked in the template, the model gets a prompt that it was not trained "
-                "on; `data.chat_template_kwargs` or another template can change that"
-            )
+        key = token_key(self.tokenizer, chain.from_iterable(map(_Part.key, parts)), self.config, template)
+        table = encoded_once(key, lambda: TokenTable.of(self._encode(parts, name), self.config.max_length), say)
+        for part in parts:
+            for note in filter(None, [self._other_prompt(part) if part.is_chat else _glued(part)]):
+                say(f"note: {name}: {note}")
         return table
 
-    def texts(self, rows: Sequence[Row]) -> list[Any]:
-        """Return what is encoded of each row: (prompt, completion), or in chat format the row itself."""
-        if self.chat is not None:
-            return list(rows)
-        return [row_texts(self.config, row) for row in rows]
+    def _part(self, source: DataSource, seen: Seen) -> _Part:
+        form = self.config.form(source)
+        rows = read_source(source, format_columns(form), seen)
+        texts = rows.values if form.format == "chat" else [row_texts(form, row) for row in rows.values]
+        return _Part(form, texts, rows.places)
 
-    def encode(self, texts: Sequence[Any], places: Sequence[str], name: str) -> Iterator[Encoded]:
-        """Encode what `texts` gives, in chunks that the tokenizer divides among threads of its own.
+    def _other_prompt(self, part: _Part) -> str | None:
+        assert self.chat is not None
+        prompt = self.chat.other_prompt(part.rows[0], part.places[0])
+        return prompt and (
+            f"the chat template asks for an answer with {prompt!r}, and the first row has another text in front of its "
+            "answer: asked in the template, the model gets a prompt that it was not trained on; "
+            "`data.chat_template_kwargs` or another template can change that"
+        )
+
+    def _encode(self, parts: Sequence[_Part], name: str) -> Iterator[Encoded]:
+        """Encode rows in chunks that the tokenizer divides among threads of its own.
 
         On two cores two processes are no faster: they have to start, and to send what they did.
         """
-        learn_all, bad = self.config.train_on_inputs, BadRows()
-        for start in range(0, len(texts), _CHUNK_ROWS):
-            chunk = texts[start : start + _CHUNK_ROWS]
-            if self.chat is None:
-                yield from self.text.encode_pairs(chunk, learn_all=learn_all)
-                continue
-            rendered = []
-            for row, where in zip(chunk, places[start : start + _CHUNK_ROWS], strict=True):
-                with bad.collected():
-                    rendered.append(self.chat.render(row, where))
-            if not bad.count:
-                yield from self.chat.encode_all(rendered, learn_all=learn_all)
-        bad.check(len(texts), name)
+        bad = BadRows()
+        for part in parts:
+            for start in range(0, len(part.rows), _CHUNK_ROWS):
+                chunk = slice(start, start + _CHUNK_ROWS)
+                yield from self._encode_chunk(replace(part, rows=part.rows[chunk], places=part.places[chunk]), bad)
+        bad.check(sum(len(part.rows) for part in parts), name)
+
+    def _encode_chunk(self, part: _Part, bad: BadRows) -> list[Encoded]:
+        """The encoded rows of a part; none once there is a bad one."""
+        learn_all = self.config.train_on_inputs
+        if not part.is_chat:
+            return self.text.encode_pairs(part.rows, learn_all=learn_all, are_documents=is_documents(part.form))
+        assert self.chat is not None
+        rendered = []
+        for row, where in zip(part.rows, part.places, strict=True):
+            with bad.collected():
+                rendered.append(self.chat.render(row, where))
+        return [] if bad.count else self.chat.encode_all(rendered, learn_all=learn_all)
 
     def sequences(self, table: TokenTable, rows: npt.NDArray[np.int64], name: str) -> tuple[EncodedRows, DataReport]:
         """Take those of `rows` of a table that there is something to learn of, packed if asked; `name` for messages."""
@@ -242,7 +261,7 @@ class _RowEncoder:
             rows=len(kept),
             tokens=int(encoded.lengths.sum()),
             target_tokens=int(encoded.target_tokens.sum()),
-            empty_answers=0 if is_documents(config) else int((encoded.target_tokens == 1).sum()),
+            empty_answers=int(((table.target_tokens[kept] == 1) & ~table.documents[kept]).sum()),
             truncated_rows=int((table.full_lengths[rows] > config.max_length).sum()),
             cut_answers=int(table.cut_answers[kept].sum()),
             shortened_chats=int((table.lost_turns[kept] > 0).sum()),
@@ -260,10 +279,17 @@ class _RowEncoder:
         return packed, replace(report, packed_sequences=len(packed))
 
 
-def _is_glued(pair: tuple[str, str]) -> bool:
-    """Whether the last word of a prompt goes on in the completion; scripts without spaces aside."""
-    border = pair[0][-1:] + pair[1][:1]
-    return len(border) == 2 and border.isascii() and border.isalnum()
+def _glued(part: _Part) -> str | None:
+    """What to say where the last words of prompts go on in the completions; scripts without spaces aside."""
+    for prompt, completion in part.rows[:_GLUED_ROWS]:
+        border = prompt[-1:] + completion[:1]
+        if len(border) < 2 or not border.isascii() or not border.isalnum():
+            return None
+    prompt, completion = part.rows[0]
+    return (
+        f"prompt and completion meet in a word, as {(prompt[-10:] + completion[:10])!r}: begin the completion with a "
+        "space or a line break"
+    )
 
 
 def _nothing_to_learn(name: str, rows: int, max_length: int) -> DataError:

@@ -66,6 +66,7 @@ class PromptForm:
 def prompt_form(tokenizer: Any, data: DataConfig | None, *, raw: bool) -> PromptForm:
     """The form of the training that `data` describes; without one the chat template, where the tokenizer has one.
 
+    Of a training on several forms of rows it is the chat, else that of the first data set.
     `raw`, or a training whose template has not exactly one column to fill: the text as it is.
     """
     encoder = TextEncoder(tokenizer)
@@ -73,9 +74,10 @@ def prompt_form(tokenizer: Any, data: DataConfig | None, *, raw: bool) -> Prompt
         return PromptForm("the text as it is", encoder)
     if data is None and not getattr(tokenizer, "chat_template", None):
         return PromptForm("the text as it is, for the tokenizer has no chat template", encoder)
-    if data is None or data.format == "chat":
+    if data is None or data.has_chats:
         return PromptForm("the tokenizer's chat template", encoder, chat=ChatEncoder(encoder))
-    template = prompt_template(data)
+    form = data.form(data.train[0])
+    template = prompt_template(form)
     columns = parse_template(template)
     if len(columns) > 1:
         why = f"the training's template has {len(columns)} columns: {json.dumps(template, ensure_ascii=False)}"
@@ -84,5 +86,5 @@ def prompt_form(tokenizer: Any, data: DataConfig | None, *, raw: bool) -> Prompt
         return PromptForm("the text as it is, for the training's prompts have no column", encoder)
     if template == f"{{{columns[0]}}}":
         return PromptForm(f"the text as it is, as the training's column {columns[0]}", encoder)
-    name = "Alpaca's" if data.format == "alpaca" else json.dumps(template, ensure_ascii=False)
+    name = "Alpaca's" if form.format == "alpaca" else json.dumps(template, ensure_ascii=False)
     return PromptForm(f"the training's template, {name}", encoder, template=template)

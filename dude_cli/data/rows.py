@@ -34,18 +34,11 @@ class Seen:
     unread: dict[str, list[str]] = field(default_factory=dict)
 
 
-def read_sources(sources: Sequence[DataSource], columns: Columns, seen: Seen | None = None) -> Rows:
-    """Return the rows of `sources`, one source after the other, each row with just the columns asked for.
-
-    What else there is to know of them is added to `seen`.
-    Raises DataError where a source cannot be read, lacks a required column, or has a null in one.
-    """
-    found = seen or Seen()
-    return _joined([read_source(source, columns, found) for source in sources])
-
-
 def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
-    """Return the rows of one source; see `read_sources`."""
+    """Return the rows of a source, each with just the columns asked for; what else there is to know goes to `seen`.
+
+    Raises DataError where it cannot be read, lacks a required column, or has a null in one.
+    """
     path = _local_path(source)
     if source.path == quickstart.NAME:
         rows = _read_embedded(source)

@@ -28,6 +28,7 @@ class TokenTable:
     - `cut_answers` (rows, bool): whether truncation took the end of an answer
     - `lost_turns` (rows, int64): how many turns of a conversation, that would be learned, it left out
     - `sources` (rows, int64): which row of the data it is, or is a part of
+    - `documents` (rows, bool): whether it is a document, or a part of one
     """
 
     offsets: npt.NDArray[np.int64]
@@ -37,15 +38,16 @@ class TokenTable:
     cut_answers: npt.NDArray[np.bool_]
     lost_turns: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.bool_]
 
     @classmethod
-    def of(cls, rows: Iterable[Encoded], max_length: int, *, are_documents: bool = False) -> TokenTable:
-        """Store `rows`, each truncated to `max_length` tokens, or split into rows of so many."""
+    def of(cls, rows: Iterable[Encoded], max_length: int) -> TokenTable:
+        """Store `rows`, each truncated to `max_length` tokens, documents split into rows of so many."""
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         learned: list[npt.NDArray[np.bool_]] = [np.empty(0, np.bool_)]
-        full_lengths, cut_answers, lost_turns, sources = [], [], [], []
+        full_lengths, cut_answers, lost_turns, sources, documents = [], [], [], [], []
         for source, whole in enumerate(rows):
-            for row in split(whole, max_length) if are_documents else [whole]:
+            for row in split(whole, max_length) if whole.is_document else [whole]:
                 kept = truncate(row, max_length)
                 ids.append(np.array(kept.ids, np.int32))
                 learned.append(np.array(kept.learned, np.bool_))
@@ -54,6 +56,7 @@ class TokenTable:
                 cut_answers.append(kept.is_answer_cut)
                 lost_turns.append(kept.lost_turns)
                 sources.append(source)
+                documents.append(row.is_document)
         return cls(
             offsets=np.cumsum([len(row_ids) for row_ids in ids], dtype=np.int64),
             input_ids=np.concatenate(ids),
@@ -62,6 +65,7 @@ class TokenTable:
             cut_answers=np.array(cut_answers, np.bool_),
             lost_turns=np.array(lost_turns, np.int64),
             sources=np.array(sources, np.int64),
+            documents=np.array(documents, np.bool_),
         )
 
     def __len__(self) -> int:

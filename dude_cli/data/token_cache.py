@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from dude_cli.config import DataConfig
-from dude_cli.data.encode import is_documents
 from dude_cli.data.row_files import first_line
 from dude_cli.data.table import TokenTable
 from dude_cli.system.cache_dir import cache_dir, prune
@@ -58,15 +57,15 @@ def encoded_once(key: str | None, encode: Callable[[], TokenTable], say: Say) ->
 
 
 def token_key(tokenizer: Any, inputs: Iterable[Any], config: DataConfig, template: str | None) -> str | None:
-    """Return what the encoding of `inputs` depends on, as a SHA-256: pairs of texts, or conversations in chat format.
+    """Return what the encoding of `inputs` depends on, as a SHA-256: pairs of texts, conversations, of which kind.
 
-    These go through `template`, which is None in other formats.
+    Conversations go through `template`, which is None where there are none.
     None for a tokenizer with code of its own, whose result may depend on anything.
     """
     content = _tokenizer_content(tokenizer, template)
     if content is None:
         return None
-    settings = [config.format == "chat", is_documents(config), config.max_length, config.train_on_inputs]
+    settings = [config.max_length, config.train_on_inputs]
     digest = hashlib.sha256()
     for value in (_code(), content, settings, *inputs):
         digest.update(repr(value).encode())  # quotes and escapes: two inputs never look like one

@@ -58,8 +58,9 @@ def split(row: Encoded, max_length: int) -> Iterator[Encoded]:
     if len(row.ids) <= max_length or max_length <= repeated:
         yield row
         return
-    yield Encoded(row.ids[:max_length], row.learned[:max_length], row.leading, row.context)
+    yield replace(row, ids=row.ids[:max_length], learned=row.learned[:max_length])
     for start in range(max_length, len(row.ids), max_length - repeated):
         stop = start + max_length - repeated
         ids = row.ids[: row.leading] + row.ids[start - 1 : stop]
-        yield Encoded(ids, [False] * repeated + row.learned[start:stop], row.leading, repeated)
+        learned = [False] * repeated + row.learned[start:stop]
+        yield replace(row, ids=ids, learned=learned, context=repeated)

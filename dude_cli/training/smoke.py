@@ -10,11 +10,12 @@ import importlib.util
 import json
 import logging
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.config import Config, DataConfig, ModelConfig, resolved
+from dude_cli.config import Config, ModelConfig, RowForm, resolved
 from dude_cli.model import is_flash
 from dude_cli.template import parse_template
 
@@ -64,9 +65,9 @@ def smoke_config(config: Config) -> Config:
     alpha = None if adapter["alpha"] is None else adapter["alpha"] * rank / adapter["rank"]
     adapter |= {"rank": rank, "alpha": alpha, "init_from": None}
 
-    data |= {"train": [{"path": str(folder / "train.jsonl")}], "max_length": min(data["max_length"], MAX_LENGTH)}
+    data |= {"train": _sources(config, folder, "train"), "max_length": min(data["max_length"], MAX_LENGTH)}
     if isinstance(data["validation"], list):
-        data["validation"] = [{"path": str(folder / "validation.jsonl")}]
+        data["validation"] = _sources(config, folder, "validation")
     elif data["validation"] is not None:
         data["validation"] = 0.25  # of so few rows, a smaller share may be none
     if data["chat_template"] is None:
@@ -96,8 +97,15 @@ def write_smoke_inputs(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     smoke_model(config, tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    _write_rows(folder / "train.jsonl", generated_rows(config.data, TRAIN_ROWS, config.seed))
-    _write_rows(folder / "validation.jsonl", generated_rows(config.data, VALIDATION_ROWS, config.seed + 1))
+    for number, form in enumerate(config.data.forms()):
+        _write_rows(folder / f"train-{number}.jsonl", generated_rows(form, TRAIN_ROWS, config.seed))
+        _write_rows(folder / f"validation-{number}.jsonl", generated_rows(form, VALIDATION_ROWS, config.seed + 1))
+
+
+def _sources(config: Config, folder: Path, name: str) -> list[dict[str, Any]]:
+    """An entry for each form of rows in the config."""
+    forms = enumerate(config.data.forms())
+    return [{"path": str(folder / f"{name}-{number}.jsonl")} | asdict(form) for number, form in forms]
 
 
 def smoke_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -135,22 +143,22 @@ def _takes(architecture: object, name: str) -> bool:
     return hasattr(architecture, name) and not isinstance(getattr(type(architecture), name, None), property)
 
 
-def generated_rows(data: DataConfig, count: int, seed: int) -> list[dict[str, Any]]:
-    """Return `count` rows of small sums, a function of `seed` alone, in the columns that the data section reads."""
+def generated_rows(form: RowForm, count: int, seed: int) -> list[dict[str, Any]]:
+    """Return `count` rows of small sums, a function of `seed` alone, in the columns that a form of rows reads."""
     generator = random.Random(seed)
     sums = [(generator.randint(2, 99), generator.randint(2, 99)) for _ in range(count)]
-    return [_row(data, f"What is {one} plus {two}?", str(one + two)) for one, two in sums]
+    return [_row(form, f"What is {one} plus {two}?", str(one + two)) for one, two in sums]
 
 
-def _row(data: DataConfig, question: str, answer: str) -> dict[str, Any]:
-    if data.completion is not None:
-        learned = dict.fromkeys(parse_template(data.completion), answer)
-        return {**learned, **dict.fromkeys(parse_template(data.prompt or ""), question)}
-    if data.format == "chat":
+def _row(form: RowForm, question: str, answer: str) -> dict[str, Any]:
+    if form.completion is not None:
+        learned = dict.fromkeys(parse_template(form.completion), answer)
+        return {**learned, **dict.fromkeys(parse_template(form.prompt or ""), question)}
+    if form.format == "chat":
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-    if data.format == "alpaca":
+    if form.format == "alpaca":
         return {"instruction": question, "input": "", "output": answer}
-    if data.format == "text":
+    if form.format == "text":
         return {"text": f"{question} {answer}"}
     return {"prompt": f"{question} ", "completion": answer}
 

@@ -177,7 +177,7 @@ def test_a_wrong_value_says_what_is_wanted(load: Load, override: str, expected: 
         ("train.fp16=true", "here: `model.dtype` (`float16`)"),
         ("train.resume_from_checkpoint=a", "the same `dude train` command goes on with an interrupted run"),
         ("overwrite_output_dir=true", "`dude train --overwrite` starts anew"),
-        ("data.train.0.type=alpaca", "it is axolotl's name; here: `data.format`"),
+        ("data.train.0.type=alpaca", "it is axolotl's name; here: `data.train.format`"),
         ("data.train.0.max_samples=9", '`split: "train[:1000]"` in an entry of `data.train`'),
         ("data.max_samples=9", '`split: "train[:1000]"` in an entry of `data.train`'),
         ("model.use_flash_attention=true", "here: `model.attn_implementation` (`flash_attention_2`)"),
@@ -220,8 +220,8 @@ def test_values_that_contradict_each_other(load: Load, text: str, expected: str)
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ("prompt: a", "`data.prompt` needs `data.completion` beside it"),
-        ("completion: a, format: chat", "replace `data.format: chat`: give one or the other"),
+        ("prompt: a", "`prompt` needs `completion` beside it"),
+        ("completion: a, format: chat", "replace `format: chat`: give one or the other"),
         ("chat_template: a.jinja", "`data.chat_template` is for conversations: it needs `data.format: chat`"),
         ("chat_template_kwargs: {a: 1}", "`data.chat_template_kwargs` is for conversations: it needs `data.format"),
         ("format: chat, chat_template_kwargs: [a]", "is a list; wanted names with their values"),
@@ -237,6 +237,26 @@ def test_templates_are_checked_without_data(load: Load, keys: str, expected: str
     found = problems(load, MINIMAL.replace("]}", f"], {keys}}}"))
     assert len(found) == 1
     assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("prompt: a", "x.yaml:2:32: `prompt` needs `completion` beside it"),
+        ("format: chat, completion: a", "replace `format: chat`: give one or the other"),
+        ('completion: "{a"', "`data.train.0.completion`: `{` at character 1 has no partner"),
+        ("format: chats", '`data.train.0.format` is "chats"; wanted one of'),
+    ],
+)
+def test_so_are_those_of_a_data_set(load: Load, keys: str, expected: str) -> None:
+    found = problems(load, MINIMAL.replace("}]", f", {keys}}}]"))
+    assert len(found) == 1
+    assert expected in found[0]
+
+
+def test_a_data_set_of_conversations_is_what_a_chat_template_is_for(load: Load) -> None:
+    given = MINIMAL.replace("}]", ", format: chat}], chat_template: a.jinja")
+    assert load(given).data.has_chats
 
 
 def test_required_keys_come_with_an_example(load: Load) -> None:

@@ -103,6 +103,63 @@ def test_a_prompt_that_goes_on_in_the_answer_without_a_space_is_told(prepare):
         assert not any("meet in a word" in line for line in said)
 
 
+@pytest.fixture
+def mixed(tmp_path, chat_tokenizer):
+    """Four data sets, each in a form of its own."""
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " there"}]
+    sets = {
+        "plain": ([{"prompt": "How many?", "completion": " 46"}], {}),
+        "alpaca": ([{"instruction": "Add.", "input": "", "output": "3"}], {"format": "alpaca"}),
+        "chat": ([{"messages": talk}], {"format": "chat"}),
+        "own": ([{"q": "12", "a": "34"}], {"prompt": "Q: {q}\nA:", "completion": " {a}"}),
+        "texts": ([{"text": "The cat sat on the mat. " * 40}], {"format": "text"}),
+    }
+    for name, (rows, _) in sets.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [DataSource(path=str(tmp_path / f"{name}.jsonl"), **form) for name, (_, form) in sets.items()]
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return sources, tokenizer
+
+
+def test_each_data_set_may_have_a_form_of_its_own(mixed):
+    sources, tokenizer = mixed
+    config = DataConfig(train=sources, max_length=250)
+    prepared = prepare_data(config, tokenizer, 0)
+    # As one by itself, one after the other.
+    alone = [
+        row
+        for source in sources
+        for row in prepare_data(DataConfig(train=[source], max_length=250), tokenizer, 0).train
+    ]
+    assert [row.input_ids for row in prepared.train] == [row.input_ids for row in alone]
+    assert [row.labels for row in prepared.train] == [row.labels for row in alone]
+    assert [row.source_rows[0] for row in prepared.train][:5] == [0, 1, 2, 3, 4]
+    report = prepared.train_report
+    assert report.rows > 5
+    assert (report.split_documents, report.truncated_rows, report.empty_answers) == (1, 0, 0)
+    learned = ["".join(text for text, on in pieces(tokenizer, row) if on) for row in prepared.train]
+    assert learned[:4] == [" 46<|im_end|>", "3<|im_end|>", " there<|im_end|>", " 34<|im_end|>"]
+
+
+def pieces(tokenizer, row):
+    return [(tokenizer.decode([token]), label >= 0) for token, label in zip(row.input_ids, row.labels, strict=True)]
+
+
+def test_the_form_of_the_data_section_is_that_of_the_data_sets_without_one(mixed):
+    sources, tokenizer = mixed
+    chat, own = sources[2], sources[3]
+    bare = DataSource(path=chat.path)
+    config = DataConfig(train=[bare, own], validation=[bare], format="chat", chat_template_kwargs={})
+    same = DataConfig(train=[chat, own], validation=[chat])
+    assert prepare_data(config, tokenizer, 0).fingerprints() == prepare_data(same, tokenizer, 0).fingerprints()
+    assert [form.format for form in config.forms()] == ["chat", "prompt_completion"]
+    assert DataConfig(train=[own], validation=[chat]).has_chats
+    assert not DataConfig(train=[own]).has_chats
+
+
 def test_columns_that_are_not_read_are_named(prepare):
     said: list[str] = []
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": []}
@@ -205,12 +262,12 @@ def test_rows_without_target_do_not_shift_the_others(prepare, make_tokenizer):
 
 def test_held_out_share_is_apart_and_repeats(prepare):
     rows = numbered(50)
-    prepared = prepare(rows, validation=0.1, packing=True, max_length=64)
+    prepared = prepare(rows, validation=0.1, packing=True, max_length=250)
     train = [row for sequence in prepared.train for row in sequence.source_rows]
     held_out = [row for sequence in prepared.validation for row in sequence.source_rows]
     assert sorted(train + held_out) == list(range(50))
     assert len(held_out) == prepared.validation_report.rows == 5
-    again = prepare(rows, validation=0.1, packing=True, max_length=64)
+    again = prepare(rows, validation=0.1, packing=True, max_length=250)
     assert again.fingerprint == prepared.fingerprint
     other = prepare(rows, validation=0.1, packing=True, max_length=64, seed=1)
     assert other.fingerprint != prepared.fingerprint

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dude_cli.config import DataConfig, DataSource
+from dude_cli.config import DataConfig, DataSource, RowForm
 from dude_cli.data.encode import Encoded, TextEncoder, format_columns, row_texts
 from dude_cli.data.truncation import split, truncate
 from dude_cli.errors import DataError
@@ -19,8 +19,9 @@ texts = st.one_of(
 )
 
 
-def config(**fields: object) -> DataConfig:
-    return DataConfig(train=[DataSource(path="rows.jsonl")], **fields)
+def form(**fields: object) -> RowForm:
+    source = DataSource(path="rows.jsonl")
+    return DataConfig(train=[source], **fields).form(source)
 
 
 def encode(tokenizer, prompt: str, completion: str, *, learn_all: bool = False) -> Encoded:
@@ -189,26 +190,26 @@ def test_train_on_inputs_learns_the_prompt_too(bos_tokenizer):
 
 def test_alpaca_prompts_are_stanfords():
     row = {"instruction": "Add.", "input": "1 2", "output": "3"}
-    assert row_texts(config(format="alpaca"), row) == (
+    assert row_texts(form(format="alpaca"), row) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:",
         "3",
     )
-    assert row_texts(config(format="alpaca"), {**row, "input": ""})[0] == (
+    assert row_texts(form(format="alpaca"), {**row, "input": ""})[0] == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:"
     )
 
 
 def test_formats_read_their_columns_and_templates_replace_them():
-    assert format_columns(config()).required == ("prompt", "completion")
-    assert format_columns(config(format="text")).required == ("text",)
-    assert format_columns(config(format="alpaca")).optional == ("input",)
-    templates = config(prompt="Q: {q} {{x}}", completion=" {a} {q}")
+    assert format_columns(form()).required == ("prompt", "completion")
+    assert format_columns(form(format="text")).required == ("text",)
+    assert format_columns(form(format="alpaca")).optional == ("input",)
+    templates = form(prompt="Q: {q} {{x}}", completion=" {a} {q}")
     assert format_columns(templates).required == ("q", "a")
     assert row_texts(templates, {"q": 1.5, "a": "b"}) == ("Q: 1.5 {x}", " b 1.5")
-    assert row_texts(config(format="text", completion="{q}!"), {"q": "hi"}) == ("", "hi!")
+    assert row_texts(form(format="text", completion="{q}!"), {"q": "hi"}) == ("", "hi!")
 
 
 def test_a_tokenizer_without_eos_is_an_error(make_tokenizer):

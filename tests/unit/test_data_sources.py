@@ -12,7 +12,7 @@ import pytest
 from dude_cli import quickstart
 from dude_cli.config import DataSource
 from dude_cli.data.columns import Columns
-from dude_cli.data.rows import Seen, read_source, read_sources
+from dude_cli.data.rows import Seen, read_source
 from dude_cli.errors import DataError
 from dude_cli.system import cache_dir
 
@@ -143,15 +143,6 @@ def test_the_packages_own_problems_slice_like_any_split(monkeypatch):
     columns = Columns(("prompt", "completion"))
     assert [row["prompt"] for row in read("embedded:quickstart", columns, split="dev[:20%]")] == ["dev 0", "dev 1"]
     assert "train, dev, test" in error_of("embedded:quickstart", columns, split="nope").fix
-
-
-def test_sources_are_read_one_after_the_other(tmp_path):
-    first = write(tmp_path / "a.jsonl", ROWS[:2])
-    second = write(tmp_path / "b.csv", [dict(reversed(row.items())) for row in ROWS[2:4]])
-    sources = [DataSource(path=str(first)), DataSource(path=str(second))]
-    rows = read_sources(sources, COLUMNS)
-    assert rows.values == KEPT[:4]
-    assert rows.places == [f"{first}:1", f"{first}:2", f"{second}:2", f"{second}:3"]
 
 
 def test_csv_cells_stay_text(tmp_path):

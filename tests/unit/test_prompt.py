@@ -9,7 +9,8 @@ from test_data_chat import CHATML, CONVERSATION, HEAD, TEMPLATES
 
 from dude_cli.config import DataConfig, DataSource
 from dude_cli.data import prepare, prompt_form
-from dude_cli.data.encode import ALPACA_WITHOUT_INPUT
+from dude_cli.data.bad_rows import BadRows
+from dude_cli.data.encode import ALPACA_WITHOUT_INPUT, Encoded, row_texts
 from dude_cli.errors import DataError
 
 TEXT = "The cat has 12 pears, it's fine?"
@@ -32,10 +33,17 @@ def config(**fields: object) -> DataConfig:
     return DataConfig(train=[DataSource(path="rows.jsonl")], **fields)
 
 
+def trained(tokenizer, data: DataConfig, row: dict[str, object]) -> Encoded:
+    """The row as the training encodes it."""
+    form = data.form(data.train[0])
+    part = prepare._Part(form, [row if form.format == "chat" else row_texts(form, row)], ["row 1"])
+    (encoded,) = prepare._RowEncoder(data, tokenizer)._encode_chunk(part, BadRows())
+    return encoded
+
+
 def trained_context(tokenizer, data: DataConfig, row: dict[str, object]) -> list[int]:
-    """The tokens in front of the answer, as the training encodes the row."""
-    encoder = prepare._RowEncoder(data, tokenizer)
-    (encoded,) = encoder.encode(encoder.texts([row]), ["row 1"], "data.train")
+    """The tokens in front of the answer."""
+    encoded = trained(tokenizer, data, row)
     return encoded.ids[: encoded.learned.index(True)]
 
 
@@ -59,10 +67,9 @@ def test_a_chat_prompts_tokens_are_those_of_the_training(template, turns, chat_t
     conversation = CONVERSATION[:turns]
     row = {"messages": [*conversation, {"role": "assistant", "content": "46"}], "tools": ""}
     prompt = prompt_form(tokenizer, config(format="chat"), raw=False).prompt(conversation)
-    encoder = prepare._RowEncoder(config(format="chat"), tokenizer)
-    (trained,) = encoder.encode(encoder.texts([row]), ["row 1"], "data.train")
-    last_turn = max(i for i, on in enumerate(trained.learned) if on and not trained.learned[i - 1])
-    assert prompt.ids == trained.ids[:last_turn]
+    encoded = trained(tokenizer, config(format="chat"), row)
+    last_turn = max(i for i, on in enumerate(encoded.learned) if on and not encoded.learned[i - 1])
+    assert prompt.ids == encoded.ids[:last_turn]
     assert prompt.text.endswith("assistant\n")
 
 

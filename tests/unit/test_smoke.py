@@ -88,7 +88,7 @@ def test_quantisation_is_kept_where_it_can_be_done(
     ],
 )
 def test_rows_have_the_columns_of_the_config(data: dict[str, Any], columns: set[str]) -> None:
-    rows = smoke.generated_rows(config_of(**data).data, 5, seed=1)
+    rows = smoke.generated_rows(config_of(**data).data.forms()[0], 5, seed=1)
     assert len(rows) == 5
     assert all(set(row) == columns for row in rows)
 
@@ -100,9 +100,9 @@ def test_rows_and_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
         before = torch.get_rng_state()
         smoke.write_smoke_inputs(config_of(output_dir=str(tmp_path / name)))
         assert torch.equal(torch.get_rng_state(), before)
-    for file in ("train.jsonl", "validation.jsonl", "model/model.safetensors"):
+    for file in ("train-0.jsonl", "validation-0.jsonl", "model/model.safetensors"):
         assert (one / file).read_bytes() == (two / file).read_bytes()
-    assert (one / "train.jsonl").read_bytes() != (one / "validation.jsonl").read_bytes()
+    assert (one / "train-0.jsonl").read_bytes() != (one / "validation-0.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,22 @@ def test_values_for_the_models_own_template_are_not_given_to_another(
     assert smoke.smoke_config(config).data.chat_template_kwargs == kept
 
 
+def test_each_form_of_rows_has_a_file(tmp_path: Path) -> None:
+    chat = {"path": "talks.jsonl", "format": "chat"}
+    config = config_of(
+        str(tmp_path / "run"), train=[{"path": "a"}, chat, {"path": "b"}], format="alpaca", validation=[chat]
+    )
+    small = smoke_inputs(config)
+    assert small.data.forms() == config.data.forms()
+    assert [source.format for source in small.data.train] == ["alpaca", "chat"]
+    columns = [set(json.loads(Path(source.path).read_text().splitlines()[0])) for source in small.data.train]
+    assert columns == [{"instruction", "input", "output"}, {"messages"}]
+
+
 def test_chat_gets_a_template_and_a_share_stays_a_share(tmp_path: Path) -> None:
     small = smoke_inputs(config_of(str(tmp_path / "run"), format="chat", validation=0.01))
     tokenizer = AutoTokenizer.from_pretrained(small.model.name_or_path)
-    row = smoke.generated_rows(small.data, 1, seed=1)[0]
+    row = smoke.generated_rows(small.data.forms()[0], 1, seed=1)[0]
     text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
     assert text.startswith("user: What is ")
     assert small.data.validation == 0.25

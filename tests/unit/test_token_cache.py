@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dude_cli.config import DataConfig, DataSource
+from dude_cli.config import DataConfig, DataSource, RowForm
 from dude_cli.data import PreparedData, prepare_data, token_cache
+from dude_cli.data import prepare as prepare_module
 from dude_cli.data.encode import Encoded, TextEncoder
 from dude_cli.data.table import TokenTable
 from dude_cli.data.token_cache import encoded_once, token_key
@@ -67,7 +68,7 @@ def test_the_next_run_finds_the_rows_whatever_it_is_called_and_however_it_takes_
     said: list[str] = []
     again, none = prepare(rows, said, max_length=40)
     assert (count, none) == (22, 0)
-    assert said == [f"these rows were encoded before: {files(folder)[0]}"]
+    assert said[0] == f"these rows were encoded before: {files(folder)[0]}"
     assert again.fingerprint == first.fingerprint
     assert again.train_report == first.train_report
     assert list(again.train) == list(first.train)
@@ -91,7 +92,6 @@ KEYS = {
     "max_length": lambda given: given | {"max_length": 13},
     "train_on_inputs": lambda given: given | {"train_on_inputs": True},
     "the format": lambda given: given | {"format": "chat"},
-    "whether texts are split": lambda given: given | {"format": "text"},
     "a special token": lambda given: given | {"special": {"eos_token": "<|im_end|>", "bos_token": "<s>"}},
     "what the tokenizer adds": lambda given: given | {"template": None},
     "a new token": lambda given: given | {"added": ["cat"]},
@@ -115,6 +115,15 @@ def key_of(make_tokenizer, change=lambda given: given, chat_template=CHAT) -> st
 def test_another_key_for_whatever_changes_the_result(what, make_tokenizer):
     assert key_of(make_tokenizer, KEYS[what]) != key_of(make_tokenizer)
     assert key_of(make_tokenizer) == key_of(make_tokenizer)
+
+
+def test_the_key_says_what_kind_the_rows_are(make_tokenizer):
+    """The same pairs are cut as answers, and split as texts."""
+    keys = set()
+    for form in ("prompt_completion", "text", "chat"):
+        part = prepare_module._Part(RowForm(form, None, None), [("", "a")], ["row 1"])
+        keys.add(key_of(make_tokenizer, lambda given, part=part: given | {"inputs": part.key()}))
+    assert len(keys) == 3
 
 
 def test_the_key_of_a_conversation_has_the_template_and_the_date_that_it_tells(make_tokenizer, monkeypatch):
