@@ -52,7 +52,7 @@ def init(
                 fix="choose another, or `dude train --overwrite`",
             )
         prepared = prepare(config, accelerator, output.say, counter=output.counter, continues=False)
-        output.warn(*prepared.data.warnings())
+        output.warn(*prepared.warnings)
         if accelerator.is_main_process:
             checked = [] if config.adapter.init_from is not None else check_decompositions(prepared.model)
             document = prepared.report() | {"checked_decompositions": [asdict(layer) for layer in checked]}
@@ -119,7 +119,7 @@ def train(
                 overwrite=overwrite,
                 allow_changes=allow_changes,
             )
-            output.warn(*prepared.data.warnings())
+            output.warn(*prepared.warnings)
             if not prepared.reused:
                 output.progress.print(init_report(prepared))
             with stop_signals() as stop:

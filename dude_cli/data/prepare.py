@@ -129,7 +129,7 @@ class PreparedData:
                     f"data.validation: {shared:,} of {len(self.validation.row_hashes()):,} rows are in data.train too: "
                     "the evaluation loss does not tell of them what the model makes of new rows"
                 )
-        return [f"warning: {line}" for line in found]
+        return found
 
 
 def prepare_data(

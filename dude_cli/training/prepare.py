@@ -37,6 +37,7 @@ from dude_cli.training.run_dir import begun_at, begun_base_revision, check_writa
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
 from dude_cli.training.trackers import check_trackers
+from dude_cli.training.untrained import untrained_ends
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,6 +78,7 @@ class Prepared:
     peak_memory: PeakMemory
     origin: Origin
     checkpoint: Path | None  # to continue from
+    warnings: list[str]  # what may spoil the result
 
     @property
     def trainable_parameters(self) -> int:
@@ -156,6 +158,7 @@ def prepare(
         memory = forecast(config, plan, int(data.train.lengths.max()), say)
     peak_memory = PeakMemory(accelerator.device)
     model = _load_base(config, base, tokenizer, data, accelerator, say)
+    ends = untrained_ends(model, tokenizer, config.adapter, data.train)
     first = data.train[0]
     row = first.input_ids[: first.segment_lengths[0]]  # a packed sequence may be longer than the model takes
     start = Start(config, model, row, model_revision, say, counter)
@@ -177,6 +180,7 @@ def prepare(
         peak_memory=peak_memory,
         origin=origin,
         checkpoint=checkpoint,
+        warnings=[f"warning: {line}" for line in (*data.warnings(), *ends)],
     )
 
 

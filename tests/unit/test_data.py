@@ -59,7 +59,7 @@ def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepar
     report = prepared.train_report
     assert (report.rows, report.truncated_rows, report.cut_answers) == (4, 2, 1)
     assert prepared.warnings() == [
-        "warning: data.train: 1 of 4 rows lose their whole prompt and the end of their answer, with its EOS, "
+        "data.train: 1 of 4 rows lose their whole prompt and the end of their answer, with its EOS, "
         "to data.max_length (40); "
         f"the longest row has {report.longest_row} tokens"
     ]
@@ -77,7 +77,7 @@ def test_prompts_that_lose_their_start_are_told(prepare):
 
 
 def test_empty_answers_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):
-    told = "warning: data.train: 2 of 4 rows have an empty answer: only its end is learned of them"
+    told = "data.train: 2 of 4 rows have an empty answer: only its end is learned of them"
     empty = [{"prompt": "How many?", "completion": ""}] * 2
     assert prepare([*empty, *numbered(2)]).warnings() == [told]
     assert prepare(numbered(2)).warnings() == []
@@ -172,12 +172,12 @@ def test_columns_that_are_not_read_are_named(prepare):
 
 def test_validation_rows_that_are_trained_on_are_counted(prepare):
     rows = numbered(10)
-    told = "warning: data.validation: 10 of 10 rows are in data.train too: the evaluation loss does not tell of them "
+    told = "data.validation: 10 of 10 rows are in data.train too: the evaluation loss does not tell of them "
     (warning,) = prepare(rows, validation=rows).warnings()
     assert warning.startswith(told)
     assert prepare(rows, validation=numbered(12)[10:]).warnings() == []
     (warning,) = prepare(rows * 2, validation=0.5, packing=True).warnings()
-    assert re.match(r"warning: data.validation: \d+ of 10 rows are in data.train too", warning)
+    assert re.match(r"data.validation: \d+ of 10 rows are in data.train too", warning)
 
 
 def test_turns_that_a_long_conversation_loses_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):
@@ -190,7 +190,7 @@ def test_turns_that_a_long_conversation_loses_are_counted_and_a_warning_names_th
     assert (report.rows, report.truncated_rows, report.cut_answers) == (3, 2, 0)
     assert (report.shortened_chats, report.lost_turns) == (2, 3)
     assert prepared.warnings() == [
-        "warning: data.train: 2 of 3 conversations lose their last messages, with 3 turns of the assistant's, "
+        "data.train: 2 of 3 conversations lose their last messages, with 3 turns of the assistant's, "
         f"to data.max_length ({length}); the longest row has {report.longest_row} tokens"
     ]
 
