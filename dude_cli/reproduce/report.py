@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.reproduce.execute import Failures
-from dude_cli.reproduce.plan import Plan, Run, Setting, estimate_hours
+from dude_cli.reproduce.plan import Plan, Setting, estimate_hours
 from dude_cli.reproduce.recipe import EVAL_LOSS
 from dude_cli.reproduce.verdict import Choice, OverSeeds, Verdict
 
@@ -38,7 +38,7 @@ class Result:
     @property
     def finished(self) -> list[Path]:
         """The folders of the runs that are there, those of the search too, each once."""
-        return [run.folder for setting in self.plan.settings for run in _all_runs(setting) if run.is_finished]
+        return [run.folder for setting in self.plan.settings for run in setting.runs if run.is_finished]
 
     def document(self) -> dict[str, Any]:
         """The result for machines."""
@@ -237,15 +237,10 @@ def _setting_plan(plan: Plan, setting: Setting) -> dict[str, Any]:
         "learning_rates": setting.rates,
         "seeds": [run.seed for run in final],
         "runs": count,
-        "finished": min(count, sum(run.is_finished for run in _all_runs(setting))),
+        "finished": min(count, sum(run.is_finished for run in setting.runs)),
         "training_hours": None if hours.training is None else count * hours.training,
         "evaluation_hours": len(final) * hours.evaluation,
     }
-
-
-def _all_runs(setting: Setting) -> list[Run]:
-    runs = [*setting.search, *(run for runs in setting.final.values() for run in runs)]
-    return list({run.name: run for run in runs}.values())
 
 
 def _hours(hours: float | None) -> str:

@@ -231,6 +231,16 @@ def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_o
     reported = dude_here("reproduce", wrong, "--output", tmp_path / "killed", "--json")
     assert reported.returncode == 0, reported.stderr
     assert [number["verdict"] for number in json.loads(reported.stdout)["numbers"]] == ["differs", "reproduced"]
+    # Of a recipe with other settings these runs are none: it is refused, and nothing of them is touched.
+    edited = recipe_file(tmp_path)
+    edited.write_text(edited.read_text() + "set: [train.max_steps=30]\n")
+    before = tables(tmp_path / "killed")
+    for plan in ([], ["--plan"]):
+        refused = dude_here("reproduce", edited, "--output", tmp_path / "killed", *plan)
+        assert refused.returncode == 2
+        assert "dude-r4-lr0.001-seed1: train.max_steps" in refused.stderr
+        assert "--output" in refused.stderr
+    assert tables(tmp_path / "killed") == before
 
 
 SHIPPED = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
