@@ -36,6 +36,21 @@ class Result:
         return [verdict for verdict in self.verdicts if verdict.number.required and not verdict.is_met]
 
     @property
+    def failed(self) -> dict[str, str]:
+        """What has not succeeded, by name, with why.
+
+        A rate of a search that diverged is a result; a run outside of it is not, nor is a setting that has no other.
+        """
+        searched = {run.name for setting in self.plan.settings for run in setting.search}
+        diverged = dict.fromkeys(self.failures.diverged - searched, "diverged, and is not tried again with this config")
+        without_rate = {
+            name: "diverged at each learning rate of its search"
+            for name, choice in self.choices.items()
+            if choice.values and choice.diverged == choice.values.keys()
+        }
+        return dict(sorted((self.failures.messages | diverged | without_rate).items()))
+
+    @property
     def finished(self) -> list[Path]:
         """The folders of the runs that are there, those of the search too, each once."""
         return [run.folder for setting in self.plan.settings for run in setting.runs if run.is_finished]
@@ -48,7 +63,7 @@ class Result:
             "notes": self.plan.recipe.notes,
             "numbers": [_verdict_document(verdict) for verdict in self.verdicts],
             "settings": [self._setting_document(setting) for setting in self.plan.settings],
-            "failed": dict(sorted(self.failures.messages.items())),
+            "failed": self.failed,
             "diverged": sorted(self.failures.diverged),
         }
 
@@ -89,9 +104,9 @@ class Result:
             parts += [f"## Learning rates, by development {what} (seed {seed})", ""]
             parts += [*_markdown_table(*self._rates(searched)), ""]
         parts += ["## Scores at the chosen rate", "", *_markdown_table(*self.score_rows()), ""]
-        if self.failures.messages:
+        if self.failed:
             parts += ["## Failed runs", ""]
-            parts += [f"- {name}: {message}" for name, message in sorted(self.failures.messages.items())] + [""]
+            parts += [f"- {name}: {message}" for name, message in self.failed.items()] + [""]
         if recipe.notes:
             parts += ["## Notes", "", *(f"- {note}" for note in recipe.notes), ""]
         return "\n".join(parts)

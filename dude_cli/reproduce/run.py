@@ -91,7 +91,7 @@ def check_result(result: Result) -> None:
         + (f" ({verdict.why})" if verdict.why else "")
         for verdict in rows
     ]
-    lines += [f"{name}: failed, {message}" for name, message in sorted(result.failures.messages.items())]
+    lines += [f"{name}: failed, {message}" for name, message in result.failed.items()]
     if lines:
         raise NumberNotMetError(
             "not every required number was met:\n" + "\n".join(f"  {line}" for line in lines),
