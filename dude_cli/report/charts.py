@@ -70,7 +70,7 @@ def sweep_charts(settings: Sequence[Setting], key: str) -> tuple[list[Chart], di
         for label, members in groups.items()
     }
     measures: dict[str, tuple[str, Callable[[Run], float | None], float | None]] = {
-        "Evaluation loss": ("loss, nats per token", lambda run: run.last("eval_loss"), None)
+        "Evaluation loss": ("loss, nats per token", lambda run: run.eval_loss, None)
     }
     for score_key, name in first_names(settings).items():
         factor, unit = _unit(score_key[2])

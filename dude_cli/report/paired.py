@@ -56,7 +56,7 @@ def chosen_settings(settings: Sequence[Setting]) -> list[Setting]:
         losses = {
             setting.label: summary.mean
             for setting in settings
-            if setting.method == method and (summary := setting.summary(lambda run: run.last("eval_loss"))) is not None
+            if setting.method == method and (summary := setting.summary(lambda run: run.eval_loss)) is not None
         }
         best += [setting for setting in settings if losses and setting.label == min(losses, key=losses.__getitem__)]
     return best

@@ -68,7 +68,7 @@ def stability_table(settings: Sequence[Setting]) -> Table:
             {
                 "setting": setting.label,
                 "runs": len(setting.runs),
-                "eval_loss_sd": _sd(setting.summary(lambda run: run.last("eval_loss"))),
+                "eval_loss_sd": _sd(setting.summary(lambda run: run.eval_loss)),
                 "loss_sd": _sd(setting.summary(last_smoothed_loss)),
                 "norm": summarize([statistics.median(values) for values in norms if values]),
                 "norm_max": max((max(values) for values in norms if values), default=None),
@@ -83,7 +83,7 @@ def stability_table(settings: Sequence[Setting]) -> Table:
         [
             SETTING,
             RUNS,
-            Column("eval_loss_sd", "sd of the last evaluation loss", number(3)),
+            Column("eval_loss_sd", "sd of the evaluation loss", number(3)),
             Column("loss_sd", "sd of the last training loss", number(3)),
             Column("norm", "median gradient norm", mean_and_sd(number(3))),
             Column("norm_max", "largest gradient norm", number(3)),

@@ -65,6 +65,12 @@ def numbers(folders: Sequence[Path], *, losses: Sequence[float] = ()) -> dict[st
     return build_report([read_run(folder) for folder in folders], title="runs", losses=losses).record()
 
 
+def change_config(run: Path, old: str, new: str) -> None:
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new))
+
+
 def rows(document: dict[str, Any], table: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(json.dumps(document["tables"][table]["rows"]))
     return found
@@ -215,6 +221,25 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(runs: list[Path], tmp_pa
     write_report(runs[2:0:-1], tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert (tmp_path / "a.md").read_bytes() == (tmp_path / "b.md").read_bytes()
+
+
+def test_with_early_stopping_the_loss_is_that_of_the_adapter_that_is_kept(tmp_path: Path) -> None:
+    """Not the last one's: the adapter, its scores and its layers are those of the kept step."""
+    folders = [write_run(tmp_path / "stopped"), write_run(tmp_path / "all", method="lora")]
+    change_config(folders[0], "train: {", "train: {eval_steps: 10, early_stopping_patience: 2, ")
+    change_config(folders[0], "data: {", "data: {validation: 0.1, ")
+    losses = {0: 3.0, 10: 1.5, 20: 1.0, 30: 1.25, 40: 1.75}
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "eval_loss" in line:
+            line |= {"eval_loss": losses[line["step"]]} | ({"kept": True} if line["step"] <= 20 else {})
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    document = numbers(folders)
+    assert rows(document, "headline")[1]["eval_loss"]["mean"] == 1.0
+    plain, stopped = rows(document, "runs")
+    assert (stopped["eval_loss"], stopped["steps"], stopped["kept"]) == (1.0, 40, 20)
+    assert plain["kept"] is None
+    assert "kept" not in rows(numbers(folders[1:]), "runs")[0]
 
 
 def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
