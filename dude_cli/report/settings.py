@@ -86,6 +86,8 @@ def setting_label(method: str, values: Mapping[str, Any], *, without: str | None
 def _in_label(key: str, value: Any) -> Any:
     if key == "train.learning_rate":
         return short_rate(value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return shown_sources(value) if is_sources(key, value) else value
 
 
@@ -111,6 +113,7 @@ def flat_config(run: Run) -> dict[str, Any]:
                 flat |= {f"{section}.{key}.{inner}": item for inner, item in value.items()}
             elif key not in FREE_SETTINGS:
                 flat[f"{section}.{key}"] = value
+    flat["adapter.alpha"] = float(flat["adapter.alpha"] or flat["adapter.rank"])  # the default is the rank
     return flat
 
 

@@ -242,6 +242,16 @@ def test_with_early_stopping_the_loss_is_that_of_the_adapter_that_is_kept(tmp_pa
     assert "kept" not in rows(numbers(folders[1:]), "runs")[0]
 
 
+def test_an_alpha_that_is_the_rank_is_the_same_written_out(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
+    for folder, alpha in zip(folders[1:], ("4", "8"), strict=True):
+        change_config(folder, "rank: 4", f"rank: 4, alpha: {alpha}")
+    found = [(setting.label, len(setting.runs)) for setting in group_runs([read_run(folder) for folder in folders])]
+    assert found == [("DuDe, alpha 4", 2), ("DuDe, alpha 8", 1)]
+    (alone,) = group_runs([read_run(folder) for folder in folders[:2]])
+    assert alone.label == "DuDe"
+
+
 def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", right=RIGHT["dude", 1])
     again = write_run(tmp_path / "again", right=RIGHT["dude", 2], prompt_hashes={"sums": "q" * 64})
