@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dude_cli.evaluation import write_results
 from dude_cli.report import write_report
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
-from dude_cli.report.content import Style
+from dude_cli.report.content import Section, Style
 from dude_cli.report.figures import Line, line_chart, thinned
 from dude_cli.report.numbers import running_mean, spikes
 from dude_cli.report.settings import group_runs
@@ -250,6 +251,41 @@ def test_an_alpha_that_is_the_rank_is_the_same_written_out(tmp_path: Path) -> No
     assert found == [("DuDe, alpha 4", 2), ("DuDe, alpha 8", 1)]
     (alone,) = group_runs([read_run(folder) for folder in folders[:2]])
     assert alone.label == "DuDe"
+
+
+def without_evaluations(run: Path) -> Path:
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "eval_loss" not in line]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return run
+
+
+def paired_section(folders: Sequence[Path]) -> Section | None:
+    sections = build_report([read_run(folder) for folder in folders], title="").sections
+    return next((section for section in sections if section.name == "pairs"), None)
+
+
+def test_of_many_settings_none_is_said_to_be_chosen_that_is_not(tmp_path: Path) -> None:
+    rates = [rate * 1e-4 for rate in range(1, 8)]
+    many = [
+        without_evaluations(write_run(tmp_path / f"{rate:g}", learning_rate=rate, right=RIGHT["dude", 1]))
+        for rate in rates
+    ]
+    section = paired_section(many)
+    assert section is not None
+    assert section.text == (
+        "7 settings are too many to compare all of them: of each method the one with the lowest mean evaluation loss "
+        "is, and no test score chooses. Of DuDe none could be chosen, without an evaluation loss."
+    )
+    # A method's only setting needs no choice.
+    lora = without_evaluations(write_run(tmp_path / "lora", method="lora", right=RIGHT["lora", 1], base_right=BASE))
+    section = paired_section([*many, lora])
+    assert section is not None
+    assert "Of DuDe none could be chosen" in section.text
+    assert [(row["a"], row["b"]) for row in section.tables[0].rows] == [("base", "LoRA, lr 1e-3")]
+    # Without scores there is nothing to choose for.
+    for run in many:
+        shutil.rmtree(run / "eval")
+    assert paired_section(many) is None
 
 
 def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
