@@ -165,7 +165,7 @@ def cost_table(settings: Sequence[Setting]) -> Table:
                 "runs": len(setting.runs),
                 "parameters": setting.summary(trainable_parameters),
                 "share": setting.summary(_trainable_share),
-                "steps": setting.summary(lambda run: run.last("loss") and float(run.steps[-1]["step"])),
+                "steps": setting.summary(lambda run: float(run.steps[-1]["step"]) if run.steps else None),
                 "elapsed_s": setting.summary(lambda run: run.last("elapsed_s")),
                 "speed": setting.summary(lambda run: numbers.median_after_first(run.series("tokens_per_s")[1])),
                 "first_step_s": setting.summary(lambda run: run.last("first_step_s")),

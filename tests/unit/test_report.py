@@ -204,7 +204,7 @@ def test_charts_have_axes_with_units_and_the_pages_colours(written: tuple[dict[s
 
 
 def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "<b>run", right=RIGHT["dude", 1], base_right=BASE)
+    run = write_run(tmp_path / "<b>run a&$b$", right=RIGHT["dude", 1], base_right=BASE)
     for samples in (run / "eval").glob("samples*"):
         samples.write_text(samples.read_text().replace("1 + 1?", "<script>alert(1)</script> | # x"))
     write_report([run], tmp_path / "r.html")
@@ -213,6 +213,7 @@ def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
     assert "<b>run" not in page
     assert "\\<script>" in markdown
+    assert markdown.startswith("# \\<b>run a\\&\\$b\\$\n")
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in lines)
 
