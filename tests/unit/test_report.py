@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -287,6 +288,65 @@ def test_of_many_settings_none_is_said_to_be_chosen_that_is_not(tmp_path: Path) 
     for run in many:
         shutil.rmtree(run / "eval")
     assert paired_section(many) is None
+
+
+def test_a_dollar_is_a_dollar_in_a_figure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", right=RIGHT["dude", 1])
+    change_config(run, "rank: 4", "rank: 4, target_modules: '.*q_proj$'")
+    change_config(run, "data: {", "data: {prompt: 'Cost $5 {prompt}', completion: '{completion}', ")
+    write_report([run, write_run(tmp_path / "other", right=RIGHT["dude", 2])], tmp_path / "r.html")
+    texts = " ".join(re.findall(r"<text[^>]*>(.*?)</text>", (tmp_path / "r.html").read_text()))
+    assert ".*q_proj$" in texts
+    assert "Cost $5 {prompt}" in " ".join(texts.split())
+
+
+UNLIKE = {
+    "plain": ("", ""),
+    "long": (
+        "data: {validation: 0.1, completion: '{answer}', prompt: \"Answer the\\nquestion below in one word, and in "
+        'no other form than that which was asked for: {question}", ',
+        "train: {eval_steps: 10, early_stopping_patience: 3, ",
+    ),
+    "twin": (
+        "data: {validation: 0.1, completion: '{answer}', prompt: \"Answer the\\nquestion below in two words, and in "
+        'no other form than that which was asked for: {question}", ',
+        "train: {eval_steps: 10, early_stopping_patience: 3, lr_scheduler_type: constant, ",
+    ),
+    "glyphs": ("data: {completion: '答 {answer}', prompt: '問題 कि {question}', ", "train: {"),
+}
+
+
+def test_unlike_runs_have_readable_labels_and_nothing_warns(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, right=RIGHT["dude", 1]) for name in UNLIKE]
+    for run, (data, train) in zip(runs[1:], list(UNLIKE.values())[1:], strict=True):
+        change_config(run, "data: {", data)
+        change_config(run, "train: {", train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        document = write_report(runs, tmp_path / "r.html")
+    labels = [row["setting"] for row in rows(document, "headline")]
+    assert len(set(labels)) == 4
+    assert "DuDe, lr_scheduler_type cosine" in labels
+    assert not [label for label in labels if "None" in label or "\n" in label]
+    (first, second) = [label for label in labels if "early_stopping_patience 3" in label]
+    assert "prompt Answer the question below…as asked for: {question} (1)" in first
+    assert "prompt Answer the question below…as asked for: {question} (2)" in second
+    charts = re.findall(r"<svg.*?</svg>", (tmp_path / "r.html").read_text(), re.DOTALL)
+    chart = next(chart for chart in charts if "acc, %" in chart)
+    drawn = " ".join(" ".join(ElementTree.fromstring(chart).itertext()).split())
+    for label in labels:
+        assert label in drawn
+
+
+def test_gradients_and_a_loss_of_zero_are_drawn_and_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"loss": 0.0, "grad_norm": 0.0} if "loss" in line else {}) for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        document = write_report([run], tmp_path / "r.html")
+    assert rows(document, "cost")[0]["steps"]["mean"] == 40
 
 
 def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
