@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import dude_here, environment
+from command import dude, dude_here, environment
 from report_runs import scored, write_run
 
 from dude_cli.errors import UsageError
@@ -422,6 +422,13 @@ def test_a_report_needs_neither_torch_nor_the_network(runs: list[Path], tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == "[]"
+
+
+def test_where_matplotlib_can_keep_nothing_it_says_nothing(runs: list[Path], tmp_path: Path) -> None:
+    """As in a container without a home: it has words about its cache, and about the fonts that it looks for."""
+    (tmp_path / "file").touch()
+    done = dude("report", runs[0], "--out", tmp_path / "r.html", MPLCONFIGDIR=str(tmp_path / "file" / "cache"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_small_numbers_on_an_axis_keep_their_digits() -> None:
