@@ -94,7 +94,7 @@ def check_result(result: Result) -> None:
     lines += [f"{name}: failed, {message}" for name, message in result.failed.items()]
     if lines:
         raise NumberNotMetError(
-            "not every required number was met:\n" + "\n".join(f"  {line}" for line in lines),
+            "a run has failed, or a required number is not met:\n" + "\n".join(f"  {line}" for line in lines),
             where=str(result.plan.folder / "report.md"),
             fix="the runs' logs are in logs/ beside it; the same command runs again only what is missing",
         )
