@@ -32,6 +32,7 @@ def reproduce(
     if smoke:
         recipe, folder = recipes.smoke_recipe(recipe), folder.with_name(f"{folder.name}-smoke")
     plan = recipes.make_plan(recipe, file, folder, smoke=smoke)
+    recipes.check_runs(plan)
     if plan_only:
         from rich.console import Group
 

@@ -181,8 +181,11 @@ def _is_empty_allowed(metadata: tuple[Any, ...]) -> bool:
 
 
 def _plural(annotation: Any) -> str:
-    if annotation is str:
-        return "texts"
+    if get_origin(annotation) is Annotated:
+        return _plural(get_args(annotation)[0])
+    plain = {str: "texts", int: "whole numbers", float: "numbers"}
+    if annotation in plain:
+        return plain[annotation]
     if get_origin(annotation) is Literal:
         return " and ".join(f"`{choice}`" for choice in get_args(annotation))
     return "entries with " + ", ".join(f"`{key}`" for key in annotation.model_fields)

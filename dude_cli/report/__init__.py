@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
 from dude_cli.report.page import html_page, markdown
 from dude_cli.system.files import write_text
@@ -21,6 +21,9 @@ def write_report(folders: Sequence[Path], html: Path, *, losses: Sequence[float]
     numbers, and the paths that were written. The same run folders give the same bytes. Raises UsageError for a folder
     that is no run.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it cannot keep a cache, it says so
+    from dude_cli.report.build import build_report  # only here: it imports matplotlib
+
     runs = [read_run(folder) for folder in folders]
     report = build_report(runs, title=_title(folders), losses=losses)
     markdown_path = html.with_suffix(".md")

@@ -106,11 +106,22 @@ def _kept(settings: Sequence[Setting]) -> Section:
 
 def _paired(settings: Sequence[Setting]) -> Section:
     chosen = chosen_settings(settings)
-    text = ""
-    if len(chosen) < len(settings):
-        text = "Of each method the setting with the lowest mean evaluation loss; no test score chose it."
     changes = {heading: lines for changed in changed_answers(chosen) for heading, lines in _change_lists(changed)}
-    return Section("pairs", "Same questions", text, tables=[score_tables.pairs_table(pairs(chosen))], lists=changes)
+    tables = [score_tables.pairs_table(pairs(chosen))]
+    return Section("pairs", "Same questions", _how_chosen(settings, chosen), tables=tables, lists=changes)
+
+
+def _how_chosen(settings: Sequence[Setting], chosen: Sequence[Setting]) -> str:
+    """What is to be said where not all settings are compared."""
+    if len(chosen) == len(settings) or not score_tables.all_scores(settings):
+        return ""
+    has_choice = {setting.method for setting in chosen}
+    without = dict.fromkeys(METHODS[setting.method] for setting in settings if setting.method not in has_choice)
+    text = (
+        f"{len(settings)} settings are too many to compare all of them: of each method the one with the lowest mean "
+        "evaluation loss is, and no test score chooses."
+    )
+    return text + (f" Of {', '.join(without)} none could be chosen, without an evaluation loss." if without else "")
 
 
 def _change_lists(changed: Changed) -> list[tuple[str, list[str]]]:

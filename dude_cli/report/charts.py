@@ -61,7 +61,7 @@ def sweep_charts(settings: Sequence[Setting], key: str) -> tuple[list[Chart], di
     """The evaluation loss and each task's first score over a learning rate or a rank; [] if it is the same for all."""
     groups: dict[str, list[Setting]] = {}
     for setting in settings:
-        groups.setdefault(setting_label(setting.method, setting.values, without=key), []).append(setting)
+        groups.setdefault(setting_label(setting.method, setting.parts, without=key), []).append(setting)
     if all(len(members) < 2 for members in groups.values()):
         return [], {}
     is_by_method = len({members[0].method for members in groups.values()}) == len(groups)
@@ -70,7 +70,7 @@ def sweep_charts(settings: Sequence[Setting], key: str) -> tuple[list[Chart], di
         for label, members in groups.items()
     }
     measures: dict[str, tuple[str, Callable[[Run], float | None], float | None]] = {
-        "Evaluation loss": ("loss, nats per token", lambda run: run.last("eval_loss"), None)
+        "Evaluation loss": ("loss, nats per token", lambda run: run.eval_loss, None)
     }
     for score_key, name in first_names(settings).items():
         factor, unit = _unit(score_key[2])

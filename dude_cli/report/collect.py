@@ -14,7 +14,7 @@ from dude_cli.errors import DudeError, UsageError
 from dude_cli.evaluation import form_of, is_of_adapter, other_examples, read_results, requested_task, result_files
 from dude_cli.evaluation.compare import higher_is_better_of
 from dude_cli.evaluation.results import as_number, scores, table_rows
-from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics
+from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics, run_summary
 from dude_cli.training.run_dir import RESULT
 
 
@@ -62,11 +62,19 @@ class Run:
     adapter_sha256: str | None
     scores: Sequence[Score]
     results: Sequence[Mapping[str, Any]]
+    kept_step: int  # the step whose adapter is the result
     left_out: Sequence[str] = ()  # files of results that are not of this adapter
 
     @property
     def seed(self) -> int:
         return self.config.seed
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The last evaluation's, or with early stopping that of the adapter that is kept, as its scores are."""
+        if self.config.train.early_stopping_patience is None:
+            return self.last("eval_loss")
+        return next((line["eval_loss"] for line in self.evaluations if line["step"] == self.kept_step), None)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """The logged steps and values of a metric, where it has one."""
@@ -113,6 +121,7 @@ def read_run(folder: Path) -> Run:
             key=lambda score: not score.is_of_config,
         ),
         results=results,
+        kept_step=run_summary(config.model_copy(update={"output_dir": str(folder)}))["kept_step"],
         left_out=[document["path"].name for document in found if document not in results],
     )
 

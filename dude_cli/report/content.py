@@ -11,6 +11,8 @@ from dude_cli.evaluation.statistics import Summary
 from dude_cli.system.memory import human_bytes
 
 NOTHING = "–"
+# What is longer is shortened in labels.
+LONGEST_LABEL = 50
 Shown = Callable[[Any], str]
 
 
@@ -192,6 +194,13 @@ def short_rate(value: float) -> str:
     """A learning rate: `3e-4`."""
     mantissa, _, exponent = f"{value:.6e}".partition("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def shortened(text: str, length: int = LONGEST_LABEL) -> str:
+    """Text on one line, without its middle if it is long."""
+    text = " ".join(text.split())
+    half = (length - 1) // 2
+    return text if len(text) <= length else f"{text[: length - 1 - half]}…{text[-half:]}"
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from dude_cli.evaluation.statistics import Summary
-from dude_cli.report.content import Style, short_rate
+from dude_cli.report.content import Style, short_rate, shortened
 
 WIDTH_IN, HEIGHT_IN = 4.7, 3.1
+# Labels of rows that are longer are broken into lines, so that the dots have half of the width or more.
+_LABEL_WIDTH, _LINE_HEIGHT_IN = 30, 0.15
+# An axis's own label is as long as the axis at most.
+_AXIS_LABEL_WIDTH = 36
 # More points than this are drawn as the least and greatest of each of so many parts, so that no spike is lost.
 MOST_POINTS = 600
 # Placeholders that `_page_colors` replaces with the page's own.
@@ -42,6 +48,7 @@ _STYLE = {
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "text.color": _INK,
+    "text.parse_math": False,  # a $ in a label is a $
     "xtick.color": _FAINT,
     "ytick.color": _FAINT,
     "xtick.labelcolor": _INK,
@@ -90,8 +97,8 @@ def line_chart(
             axes.axhline(level, color=_FAINT, linewidth=1.0, linestyle=(0, (4, 3)))
         for line in lines:
             _draw_line(axes, line)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(shortened(x_label, _AXIS_LABEL_WIDTH))
+        axes.set_ylabel(shortened(y_label, _AXIS_LABEL_WIDTH))
         _scale(axes, "x", log_x, x_ticks)
         _scale(axes, "y", log_y, ())
         return _svg(figure, name)
@@ -100,7 +107,9 @@ def line_chart(
 def dot_chart(name: str, rows: Sequence[Row], *, x_label: str, level: float | None = None) -> str:
     """One row for each setting: a dot for each run, a diamond at their mean with a bar of one standard deviation."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(0.75 + 0.27 * max(3, len(rows)))
+        labels = [textwrap.wrap(row.label, _LABEL_WIDTH) for row in rows]
+        lines = max(map(len, labels), default=1)
+        figure, axes = _figure(0.75 + max(0.81, (0.12 + _LINE_HEIGHT_IN * lines) * len(rows)))
         if level is not None:
             axes.axvline(level, color=_FAINT, linewidth=1.0, linestyle=(0, (4, 3)))
         for place, row in enumerate(rows):
@@ -117,10 +126,10 @@ def dot_chart(name: str, rows: Sequence[Row], *, x_label: str, level: float | No
                     capsize=3.0,
                     markersize=6.0,
                 )
-        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_yticks(range(len(rows)), ["\n".join(label) for label in labels])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(shortened(x_label, _AXIS_LABEL_WIDTH))
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(_round_steps())
         return _svg(figure, name)
@@ -136,8 +145,8 @@ def scatter_chart(name: str, groups: Sequence[Line], *, x_label: str, y_label: s
             axes.plot(
                 group.x, group.y, marker, color=group.style.color, alpha=0.65, markersize=4.0, markeredgewidth=0.0
             )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_xlabel(shortened(x_label, _AXIS_LABEL_WIDTH))
+        axes.set_ylabel(shortened(y_label, _AXIS_LABEL_WIDTH))
         for axis in "xy":
             _scale(axes, axis, False, ())
         return _svg(figure, name)
@@ -179,7 +188,7 @@ def _draw_line(axes: Axes, line: Line) -> None:
 
 def _scale(axes: Axes, axis: str, is_log: bool, ticks: Sequence[float]) -> None:
     drawn = axes.xaxis if axis == "x" else axes.yaxis
-    if is_log:
+    if is_log and _has_positive(axes, axis):
         (axes.set_xscale if axis == "x" else axes.set_yscale)("log")
         low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
         if ticks:
@@ -204,8 +213,17 @@ def _round_steps(is_integer: bool = False) -> MaxNLocator:
 
 
 def _is_integer(axes: Axes, axis: str) -> bool:
-    lines = [line.get_xdata() if axis == "x" else line.get_ydata() for line in axes.get_lines()]
-    return all(float(value).is_integer() for line in lines for value in np.asarray(line).tolist())
+    return all(float(value).is_integer() for value in _drawn_values(axes, axis))
+
+
+def _has_positive(axes: Axes, axis: str) -> bool:
+    """Without any, such as gradients of zero, there is nothing for a logarithmic axis."""
+    return any(value > 0 for value in _drawn_values(axes, axis))
+
+
+def _drawn_values(axes: Axes, axis: str) -> Iterator[float]:
+    for line in axes.get_lines():
+        yield from np.asarray(line.get_xdata() if axis == "x" else line.get_ydata()).tolist()
 
 
 def _tick(value: float, _: Any) -> str:
@@ -224,7 +242,10 @@ def _small_tick(value: float, _: Any) -> str:
 
 def _svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with warnings.catch_warnings():
+        # Text stays text: the page's fonts draw it, which have what matplotlib's lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing|Matplotlib currently does not support")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)

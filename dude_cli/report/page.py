@@ -23,7 +23,7 @@ def html_page(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The same tables and texts; the charts are on the page alone."""
-    lines = [f"# {report.title}", "", _escaped(report.subtitle), ""]
+    lines = [f"# {_escaped(report.title)}", "", _escaped(report.subtitle), ""]
     for warning in report.warnings:
         lines += [f"> {_escaped(warning)}", ""]
     for section in report.sections:
@@ -64,7 +64,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    for character in "\\|*_<[#":
+    for character in "\\|*_<[#&$":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
 

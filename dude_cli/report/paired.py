@@ -48,18 +48,22 @@ class Changed:
 
 
 def chosen_settings(settings: Sequence[Setting]) -> list[Setting]:
-    """All settings, or of many for each method the one with the lowest mean evaluation loss: no test score chooses."""
+    """All settings, or of many for each method the one with the lowest mean evaluation loss: no test score chooses.
+
+    A method's only setting needs no choice; of several without such a loss there is none.
+    """
     if len(settings) <= MOST_SETTINGS:
         return list(settings)
-    best = []
+    chosen = []
     for method in METHODS:
-        losses = {
-            setting.label: summary.mean
-            for setting in settings
-            if setting.method == method and (summary := setting.summary(lambda run: run.last("eval_loss"))) is not None
-        }
-        best += [setting for setting in settings if losses and setting.label == min(losses, key=losses.__getitem__)]
-    return best
+        members = [setting for setting in settings if setting.method == method]
+        losses = [
+            (summary.mean, place)
+            for place, setting in enumerate(members)
+            if (summary := setting.summary(lambda run: run.eval_loss)) is not None
+        ]
+        chosen += members if len(members) == 1 else [members[place] for _, place in sorted(losses)[:1]]
+    return chosen
 
 
 def pairs(settings: Sequence[Setting]) -> list[Pair]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dude_cli.evaluation.statistics import Summary, summarize
 from dude_cli.report.collect import Run
-from dude_cli.report.content import Style, short_rate
+from dude_cli.report.content import Style, short_rate, shortened
 from dude_cli.training.run_dir import FREE_SETTINGS
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "dude": "DuDe"}
@@ -25,12 +25,19 @@ _SHORT = {"train.learning_rate": "lr", "adapter.rank": "rank", "adapter.alpha": 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs of one setting. `values` has what it does not share with all others, by dotted key of the config."""
+    """Runs of one setting. `values` has what it does not share with all others, by dotted key of the config.
 
-    label: str
+    `parts` has how its label says them, without those that are not set.
+    """
+
     values: Mapping[str, Any]
+    parts: Mapping[str, str]
     runs: Sequence[Run]
     style: Style
+
+    @property
+    def label(self) -> str:
+        return setting_label(self.method, self.parts)
 
     @property
     def method(self) -> str:
@@ -62,30 +69,60 @@ def group_runs(runs: Sequence[Run]) -> list[Setting]:
         ),
     )
     styles = _styles([members[0][1].config.adapter.method for members in ordered])
+    parts = _label_parts([members[0][0] for members in ordered])
     return [
         Setting(
-            label=setting_label(members[0][1].config.adapter.method, members[0][0]),
             values=members[0][0],
+            parts=own_parts,
             runs=sorted((run for _, run in members), key=lambda run: (run.seed, run.folder)),
             style=style,
         )
-        for members, style in zip(ordered, styles, strict=True)
+        for members, own_parts, style in zip(ordered, parts, styles, strict=True)
     ]
 
 
-def setting_label(method: str, values: Mapping[str, Any], *, without: str | None = None) -> str:
+def setting_label(method: str, parts: Mapping[str, str], *, without: str | None = None) -> str:
     """`DuDe, lr 3e-4, rank 8`: the method, and what else is this setting's own; `without` one key."""
-    parts = [METHODS[method]]
-    for key, value in values.items():
-        if key in ("adapter.method", without):
+    return ", ".join([METHODS[method], *(part for key, part in parts.items() if key != without)])
+
+
+def _label_parts(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """How the label of each setting says its values, by key; settings that differ in a value differ in its part."""
+    parts: list[dict[str, str]] = [{} for _ in settings]
+    for key in settings[0]:
+        if key == "adapter.method":
             continue
-        parts.append(f"{_SHORT.get(key, key.partition('.')[2])} {_in_label(key, value)}")
-    return ", ".join(parts)
+        name = _SHORT.get(key, key.partition(".")[2])
+        shown = _shown_values(key, {repr(values[key]): values[key] for values in settings})
+        for values, own in zip(settings, parts, strict=True):
+            text = shown[repr(values[key])]
+            if text is not None:
+                own[key] = f"{name} {text}"
+    return parts
+
+
+def _shown_values(key: str, values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Different values of a key as labels say them; None for what is not set, which goes without saying.
+
+    Those that are equal when they are shortened are numbered.
+    """
+    texts = {name: shortened(str(_in_label(key, value))) for name, value in values.items()}
+    times, seen = Counter(texts.values()), Counter[str]()
+    shown: dict[str, str | None] = {}
+    for name, text in texts.items():
+        seen[text] += 1
+        shown[name] = text if times[text] == 1 else f"{text} ({seen[text]})"
+    unset = [name for name, value in values.items() if value in (None, [], "")]
+    if len(unset) == 1:  # of several no label could leave out its own
+        shown[unset[0]] = None
+    return shown
 
 
 def _in_label(key: str, value: Any) -> Any:
     if key == "train.learning_rate":
         return short_rate(value)
+    if isinstance(value, float):
+        return f"{value:g}"
     return shown_sources(value) if is_sources(key, value) else value
 
 
@@ -111,6 +148,7 @@ def flat_config(run: Run) -> dict[str, Any]:
                 flat |= {f"{section}.{key}.{inner}": item for inner, item in value.items()}
             elif key not in FREE_SETTINGS:
                 flat[f"{section}.{key}"] = value
+    flat["adapter.alpha"] = float(flat["adapter.alpha"] or flat["adapter.rank"])  # the default is the rank
     return flat
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dude_cli.evaluation import form_of
+from dude_cli.report.collect import Run
 from dude_cli.report.content import (
     RUNS,
     SETTING,
@@ -49,14 +50,14 @@ _ASKED = {
 
 
 def headline_table(settings: Sequence[Setting]) -> Table:
-    """One row for each setting: the last evaluation loss, each task's first score, and what it cost."""
+    """One row for each setting: the evaluation loss, each task's first score, and what it cost."""
     names = first_names(settings)
     rows = []
     for setting in settings:
         row: dict[str, Any] = {
             "setting": setting.label,
             "runs": len(setting.runs),
-            "eval_loss": setting.summary(lambda run: run.last("eval_loss")),
+            "eval_loss": setting.summary(lambda run: run.eval_loss),
             "parameters": setting.summary(trainable_parameters),
             "elapsed_s": setting.summary(lambda run: run.last("elapsed_s")),
             "memory": setting.summary(peak_memory),
@@ -77,7 +78,8 @@ def headline_table(settings: Sequence[Setting]) -> Table:
         ],
         rows,
         "Mean ± standard deviation over the runs of a setting (n - 1 in its denominator), which differ in their "
-        "seed; of one run there is no deviation. The loss is the last evaluation's, the memory the training's.",
+        "seed; of one run there is no deviation. The loss is the last evaluation's, or with early stopping that of the "
+        "adapter that is kept; the memory is the training's.",
     )
 
 
@@ -86,9 +88,10 @@ def runs_table(settings: Sequence[Setting]) -> Table:
         {
             "setting": setting.label,
             "seed": run.seed,
-            "steps": run.steps[-1]["step"] if run.steps else 0,
+            "steps": _last_step(run),
+            "kept": None if run.kept_step == _last_step(run) else run.kept_step,
             "loss": last_smoothed_loss(run),
-            "eval_loss": run.last("eval_loss"),
+            "eval_loss": run.eval_loss,
             "adapter": None if run.adapter_sha256 is None else run.adapter_sha256[:12],
             "commit": (run.environment.get("git_commit") or "")[:9] or None,
             "folder": str(run.folder),
@@ -96,6 +99,7 @@ def runs_table(settings: Sequence[Setting]) -> Table:
         for setting in settings
         for run in setting.runs
     ]
+    has_earlier = any(row["kept"] is not None for row in rows)
     return Table(
         "runs",
         "Runs",
@@ -103,6 +107,7 @@ def runs_table(settings: Sequence[Setting]) -> Table:
             SETTING,
             Column("seed", "seed"),
             Column("steps", "steps", count),
+            *([Column("kept", "kept step", count)] if has_earlier else []),
             Column("loss", "training loss", number()),
             Column("eval_loss", "evaluation loss", number()),
             text_column("adapter", "adapter sha256"),
@@ -110,8 +115,13 @@ def runs_table(settings: Sequence[Setting]) -> Table:
             text_column("folder", "folder"),
         ],
         rows,
-        "The training loss is the last value of its running mean.",
+        "The training loss is the last value of its running mean."
+        + (" With early stopping the adapter and the evaluation loss are the kept step's." if has_earlier else ""),
     )
+
+
+def _last_step(run: Run) -> int:
+    return int(run.steps[-1]["step"]) if run.steps else 0
 
 
 def common_table(settings: Sequence[Setting]) -> Table:

@@ -68,7 +68,7 @@ def stability_table(settings: Sequence[Setting]) -> Table:
             {
                 "setting": setting.label,
                 "runs": len(setting.runs),
-                "eval_loss_sd": _sd(setting.summary(lambda run: run.last("eval_loss"))),
+                "eval_loss_sd": _sd(setting.summary(lambda run: run.eval_loss)),
                 "loss_sd": _sd(setting.summary(last_smoothed_loss)),
                 "norm": summarize([statistics.median(values) for values in norms if values]),
                 "norm_max": max((max(values) for values in norms if values), default=None),
@@ -83,7 +83,7 @@ def stability_table(settings: Sequence[Setting]) -> Table:
         [
             SETTING,
             RUNS,
-            Column("eval_loss_sd", "sd of the last evaluation loss", number(3)),
+            Column("eval_loss_sd", "sd of the evaluation loss", number(3)),
             Column("loss_sd", "sd of the last training loss", number(3)),
             Column("norm", "median gradient norm", mean_and_sd(number(3))),
             Column("norm_max", "largest gradient norm", number(3)),
@@ -165,7 +165,7 @@ def cost_table(settings: Sequence[Setting]) -> Table:
                 "runs": len(setting.runs),
                 "parameters": setting.summary(trainable_parameters),
                 "share": setting.summary(_trainable_share),
-                "steps": setting.summary(lambda run: run.last("loss") and float(run.steps[-1]["step"])),
+                "steps": setting.summary(lambda run: float(run.steps[-1]["step"]) if run.steps else None),
                 "elapsed_s": setting.summary(lambda run: run.last("elapsed_s")),
                 "speed": setting.summary(lambda run: numbers.median_after_first(run.series("tokens_per_s")[1])),
                 "first_step_s": setting.summary(lambda run: run.last("first_step_s")),

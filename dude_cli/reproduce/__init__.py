@@ -4,7 +4,7 @@ from dude_cli.reproduce.execute import Job, Slot, slots
 from dude_cli.reproduce.plan import Plan, make_plan
 from dude_cli.reproduce.recipe import Recipe, load_recipe
 from dude_cli.reproduce.report import Result, plan_document, plan_summary, plan_table, result_table
-from dude_cli.reproduce.run import check_result, reproduce
+from dude_cli.reproduce.run import check_result, check_runs, reproduce
 from dude_cli.reproduce.smoke import smoke_recipe
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Result",
     "Slot",
     "check_result",
+    "check_runs",
     "load_recipe",
     "make_plan",
     "plan_document",

@@ -62,6 +62,12 @@ class Setting:
     def rates(self) -> list[float]:
         return list(self.final)
 
+    @property
+    def runs(self) -> list[Run]:
+        """All that may be made, those of the search too, each once."""
+        runs = [*self.search, *itertools.chain.from_iterable(self.final.values())]
+        return list({run.name: run for run in runs}.values())
+
 
 @dataclass(frozen=True)
 class Plan:

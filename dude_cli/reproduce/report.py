@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli.reproduce.execute import Failures
-from dude_cli.reproduce.plan import Plan, Run, Setting, estimate_hours
+from dude_cli.reproduce.plan import Plan, Setting, estimate_hours
 from dude_cli.reproduce.recipe import EVAL_LOSS
 from dude_cli.reproduce.verdict import Choice, OverSeeds, Verdict
 
@@ -36,9 +36,24 @@ class Result:
         return [verdict for verdict in self.verdicts if verdict.number.required and not verdict.is_met]
 
     @property
+    def failed(self) -> dict[str, str]:
+        """What has not succeeded, by name, with why.
+
+        A rate of a search that diverged is a result; a run outside of it is not, nor is a setting that has no other.
+        """
+        searched = {run.name for setting in self.plan.settings for run in setting.search}
+        diverged = dict.fromkeys(self.failures.diverged - searched, "diverged, and is not tried again with this config")
+        without_rate = {
+            name: "diverged at each learning rate of its search"
+            for name, choice in self.choices.items()
+            if choice.values and choice.diverged == choice.values.keys()
+        }
+        return dict(sorted((self.failures.messages | diverged | without_rate).items()))
+
+    @property
     def finished(self) -> list[Path]:
         """The folders of the runs that are there, those of the search too, each once."""
-        return [run.folder for setting in self.plan.settings for run in _all_runs(setting) if run.is_finished]
+        return [run.folder for setting in self.plan.settings for run in setting.runs if run.is_finished]
 
     def document(self) -> dict[str, Any]:
         """The result for machines."""
@@ -48,7 +63,7 @@ class Result:
             "notes": self.plan.recipe.notes,
             "numbers": [_verdict_document(verdict) for verdict in self.verdicts],
             "settings": [self._setting_document(setting) for setting in self.plan.settings],
-            "failed": dict(sorted(self.failures.messages.items())),
+            "failed": self.failed,
             "diverged": sorted(self.failures.diverged),
         }
 
@@ -89,9 +104,9 @@ class Result:
             parts += [f"## Learning rates, by development {what} (seed {seed})", ""]
             parts += [*_markdown_table(*self._rates(searched)), ""]
         parts += ["## Scores at the chosen rate", "", *_markdown_table(*self.score_rows()), ""]
-        if self.failures.messages:
+        if self.failed:
             parts += ["## Failed runs", ""]
-            parts += [f"- {name}: {message}" for name, message in sorted(self.failures.messages.items())] + [""]
+            parts += [f"- {name}: {message}" for name, message in self.failed.items()] + [""]
         if recipe.notes:
             parts += ["## Notes", "", *(f"- {note}" for note in recipe.notes), ""]
         return "\n".join(parts)
@@ -237,15 +252,10 @@ def _setting_plan(plan: Plan, setting: Setting) -> dict[str, Any]:
         "learning_rates": setting.rates,
         "seeds": [run.seed for run in final],
         "runs": count,
-        "finished": min(count, sum(run.is_finished for run in _all_runs(setting))),
+        "finished": min(count, sum(run.is_finished for run in setting.runs)),
         "training_hours": None if hours.training is None else count * hours.training,
         "evaluation_hours": len(final) * hours.evaluation,
     }
-
-
-def _all_runs(setting: Setting) -> list[Run]:
-    runs = [*setting.search, *(run for runs in setting.final.values() for run in runs)]
-    return list({run.name: run for run in runs}.values())
 
 
 def _hours(hours: float | None) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dude_cli.config import EvalTask
-from dude_cli.errors import NumberNotMetError
+from dude_cli.errors import NumberNotMetError, UsageError
 from dude_cli.reproduce.execute import Failures, Job, Slot, Work, run_jobs
 from dude_cli.reproduce.plan import Plan, Run
 from dude_cli.reproduce.report import Result
 from dude_cli.reproduce.verdict import choose_rate, judge, setting_scores
 from dude_cli.system import files
+from dude_cli.training.init_from import resolve_init_from
+from dude_cli.training.run_dir import changed_settings, has_steps
 
 
 def reproduce(
@@ -57,6 +59,25 @@ def reproduce(
     return result
 
 
+def check_runs(plan: Plan) -> None:
+    """Raise UsageError for run folders with steps of another config than `plan` has for them, naming what differs.
+
+    As for `dude train`, settings that touch nothing learned may differ. Small runs are made anew in any case.
+    """
+    if plan.is_smoke:
+        return
+    runs = [run for setting in plan.settings for run in setting.runs if has_steps(run.folder)]
+    changed = {run.name: changed_settings(resolve_init_from(run.config)) for run in runs}
+    lines = [f"  {name}: {', '.join(keys)}" for name, keys in changed.items() if keys]
+    if lines:
+        count = "1 run here is" if len(lines) == 1 else f"{len(lines)} runs here are"
+        raise UsageError(
+            f"{count} of another config than the recipe has now; different are:\n" + "\n".join(lines),
+            where=str(plan.folder),
+            fix="give this recipe a folder of its own with --output, or delete the folders of these runs",
+        )
+
+
 def check_result(result: Result) -> None:
     """Raise NumberNotMetError unless every run has succeeded and every required number is met, naming those not met.
 
@@ -70,10 +91,10 @@ def check_result(result: Result) -> None:
         + (f" ({verdict.why})" if verdict.why else "")
         for verdict in rows
     ]
-    lines += [f"{name}: failed, {message}" for name, message in sorted(result.failures.messages.items())]
+    lines += [f"{name}: failed, {message}" for name, message in result.failed.items()]
     if lines:
         raise NumberNotMetError(
-            "not every required number was met:\n" + "\n".join(f"  {line}" for line in lines),
+            "a run has failed, or a required number is not met:\n" + "\n".join(f"  {line}" for line in lines),
             where=str(result.plan.folder / "report.md"),
             fix="the runs' logs are in logs/ beside it; the same command runs again only what is missing",
         )

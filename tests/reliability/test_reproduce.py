@@ -17,8 +17,8 @@ import pytest
 from command import dude_here, environment
 
 from dude_cli import shipped
-from dude_cli.errors import DivergedError, StoppedError, UsageError
-from dude_cli.reproduce import Job, Plan, Slot, execute, load_recipe, make_plan, slots
+from dude_cli.errors import DivergedError, NumberNotMetError, StoppedError, UsageError
+from dude_cli.reproduce import Job, Plan, Slot, check_result, execute, load_recipe, make_plan, reproduce, slots
 from dude_cli.reproduce.execute import Failures, run_jobs
 
 RECIPE = """\
@@ -108,6 +108,36 @@ def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path: Path) -> None:
     run_jobs(jobs, [Slot()], fail_some, again, said.append)
     assert again.diverged == failures.diverged
     assert [(job.run.folder / "tries").read_text() for job in jobs] == ["xx", "x", "xx", "x"]
+
+
+def diverge(job: Job) -> None:
+    raise DivergedError("step 3 has loss nan")
+
+
+def plan_without_numbers(folder: Path, rates: str) -> Plan:
+    text = recipe_file(folder).read_text().replace("[1e-3, 3e-3]", rates)
+    (folder / "mine.yaml").write_text(text.partition("numbers:")[0] + text[text.index("budget:") :])
+    recipe, file = load_recipe(folder / "mine.yaml")
+    return make_plan(recipe, file, folder / "out")
+
+
+def test_a_run_that_diverges_outside_of_the_search_is_a_failure_each_time(tmp_path: Path) -> None:
+    plan = plan_without_numbers(tmp_path, "[1e-3]")
+    for _ in range(2):
+        result = reproduce(plan, [Slot()], diverge)
+        failed = (tmp_path / "out" / "report.md").read_text().partition("## Failed runs")[2]
+        for seed in (1, 2):
+            assert f"- dude-r4-lr0.001-seed{seed}: diverged" in failed
+        assert set(result.document()["failed"]) == {"dude-r4-lr0.001-seed1", "dude-r4-lr0.001-seed2"}
+        with pytest.raises(NumberNotMetError, match=r"dude-r4-lr0\.001-seed1: failed, diverged"):
+            check_result(result)
+
+
+def test_a_search_that_diverges_at_each_rate_is_a_failure(tmp_path: Path) -> None:
+    result = reproduce(plan_without_numbers(tmp_path, "[1e-3, 3e-3]"), [Slot()], diverge)
+    assert set(result.document()["failed"]) == {"dude-r4"}
+    with pytest.raises(NumberNotMetError, match="dude-r4: failed, diverged at each learning rate of its search"):
+        check_result(result)
 
 
 def test_each_run_is_in_a_process_of_its_own_one_on_each_gpu(tmp_path: Path) -> None:
@@ -231,6 +261,16 @@ def test_killed_halfway_and_started_again_it_gives_the_table_of_an_undisturbed_o
     reported = dude_here("reproduce", wrong, "--output", tmp_path / "killed", "--json")
     assert reported.returncode == 0, reported.stderr
     assert [number["verdict"] for number in json.loads(reported.stdout)["numbers"]] == ["differs", "reproduced"]
+    # Of a recipe with other settings these runs are none: it is refused, and nothing of them is touched.
+    edited = recipe_file(tmp_path)
+    edited.write_text(edited.read_text() + "set: [train.max_steps=30]\n")
+    before = tables(tmp_path / "killed")
+    for plan in ([], ["--plan"]):
+        refused = dude_here("reproduce", edited, "--output", tmp_path / "killed", *plan)
+        assert refused.returncode == 2
+        assert "dude-r4-lr0.001-seed1: train.max_steps" in refused.stderr
+        assert "--output" in refused.stderr
+    assert tables(tmp_path / "killed") == before
 
 
 SHIPPED = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]

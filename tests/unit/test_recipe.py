@@ -12,9 +12,20 @@ from report_runs import scored
 from scipy import stats
 
 from dude_cli import shipped
-from dude_cli.errors import ConfigError, NumberNotMetError
+from dude_cli.config import dump_config
+from dude_cli.errors import ConfigError, NumberNotMetError, UsageError
 from dude_cli.evaluation import write_results
-from dude_cli.reproduce import Plan, Recipe, Result, check_result, load_recipe, make_plan, plan_document, smoke_recipe
+from dude_cli.reproduce import (
+    Plan,
+    Recipe,
+    Result,
+    check_result,
+    check_runs,
+    load_recipe,
+    make_plan,
+    plan_document,
+    smoke_recipe,
+)
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, estimate_hours, number_of_steps
 from dude_cli.reproduce.scores import Measured
@@ -85,6 +96,8 @@ def test_every_problem_of_a_recipe_is_reported_at_once_with_its_line(tmp_path: P
             "a rate is never chosen on what is reported",
         ),
         ("seeds: [1, 2, 3]", "seeds: [1, 1]", "has a value twice"),
+        ("seeds: [1, 2, 3]", "seeds: 3", "`seeds` is 3; wanted a list of one or more whole numbers"),
+        ("[1e-3, 2e-3, 4e-3]", "1e-3", "learning_rate` is 0.001; wanted a list of numbers"),
         ("    task: quickstart_problems", "    task: gsm8k", "the task gsm8k is not in `evaluation.tasks`"),
         ("    tolerance: 1.0\n", "", "needs a `tolerance`"),
         ("    tolerance: 1.0\n", "    protocol: unknown\n", "with `protocol: unknown` a number cannot be met"),
@@ -133,6 +146,21 @@ def test_the_runs_have_their_whole_config_and_names_that_say_what_they_are(tmp_p
     assert (config.adapter.method, config.train.learning_rate, config.seed) == ("dude", 0.002, 3)
     assert [task.name for task in config.eval.tasks] == ["quickstart_problems", "quickstart_choices"]
     assert plan_document(plan)["runs"] == 2 * (3 + 2)  # the seed of the search is one of the three
+
+
+def test_runs_of_another_recipe_are_refused_by_name(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    for run in plan.settings[0].runs:
+        finish(run)
+        (run.folder / "config.yaml").write_text(dump_config(run.config))
+    check_runs(plan)
+    check_runs(plan_of(tmp_path, "set: [train.logging_steps=7, eval.batch_size=3]\n" + TEXT))  # nothing learned
+    other = plan_of(tmp_path, "set: [train.max_steps=30, adapter.alpha=8.0]\n" + TEXT)
+    with pytest.raises(UsageError, match="9 runs here are of another config") as error:
+        check_runs(other)
+    assert "  lora-r16-lr0.002-seed3: adapter.alpha, train.max_steps" in str(error.value)
+    assert "dude-r16" not in str(error.value)
+    check_runs(plan_of(tmp_path, "set: [train.max_steps=30]\n" + TEXT, smoke=True))  # made anew in any case
 
 
 def test_the_estimate_is_tokens_times_operations_over_the_assumed_rate(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import dude_here, environment
+from command import dude, dude_here, environment
 from report_runs import scored, write_run
 
 from dude_cli.errors import UsageError
@@ -22,7 +24,7 @@ from dude_cli.evaluation import write_results
 from dude_cli.report import write_report
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
-from dude_cli.report.content import Style
+from dude_cli.report.content import Section, Style
 from dude_cli.report.figures import Line, line_chart, thinned
 from dude_cli.report.numbers import running_mean, spikes
 from dude_cli.report.settings import group_runs
@@ -63,6 +65,12 @@ def written(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple
 def numbers(folders: Sequence[Path], *, losses: Sequence[float] = ()) -> dict[str, Any]:
     """What a report of these runs says, for machines; nothing is drawn."""
     return build_report([read_run(folder) for folder in folders], title="runs", losses=losses).record()
+
+
+def change_config(run: Path, old: str, new: str) -> None:
+    text = (run / "config.yaml").read_text()
+    assert old in text
+    (run / "config.yaml").write_text(text.replace(old, new))
 
 
 def rows(document: dict[str, Any], table: str) -> list[dict[str, Any]]:
@@ -197,7 +205,7 @@ def test_charts_have_axes_with_units_and_the_pages_colours(written: tuple[dict[s
 
 
 def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "<b>run", right=RIGHT["dude", 1], base_right=BASE)
+    run = write_run(tmp_path / "<b>run a&$b$", right=RIGHT["dude", 1], base_right=BASE)
     for samples in (run / "eval").glob("samples*"):
         samples.write_text(samples.read_text().replace("1 + 1?", "<script>alert(1)</script> | # x"))
     write_report([run], tmp_path / "r.html")
@@ -206,6 +214,7 @@ def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
     assert "<b>run" not in page
     assert "\\<script>" in markdown
+    assert markdown.startswith("# \\<b>run a\\&\\$b\\$\n")
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in lines)
 
@@ -215,6 +224,129 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(runs: list[Path], tmp_pa
     write_report(runs[2:0:-1], tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert (tmp_path / "a.md").read_bytes() == (tmp_path / "b.md").read_bytes()
+
+
+def test_with_early_stopping_the_loss_is_that_of_the_adapter_that_is_kept(tmp_path: Path) -> None:
+    """Not the last one's: the adapter, its scores and its layers are those of the kept step."""
+    folders = [write_run(tmp_path / "stopped"), write_run(tmp_path / "all", method="lora")]
+    change_config(folders[0], "train: {", "train: {eval_steps: 10, early_stopping_patience: 2, ")
+    change_config(folders[0], "data: {", "data: {validation: 0.1, ")
+    losses = {0: 3.0, 10: 1.5, 20: 1.0, 30: 1.25, 40: 1.75}
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "eval_loss" in line:
+            line |= {"eval_loss": losses[line["step"]]} | ({"kept": True} if line["step"] <= 20 else {})
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    document = numbers(folders)
+    assert rows(document, "headline")[1]["eval_loss"]["mean"] == 1.0
+    plain, stopped = rows(document, "runs")
+    assert (stopped["eval_loss"], stopped["steps"], stopped["kept"]) == (1.0, 40, 20)
+    assert plain["kept"] is None
+    assert "kept" not in rows(numbers(folders[1:]), "runs")[0]
+
+
+def test_an_alpha_that_is_the_rank_is_the_same_written_out(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
+    for folder, alpha in zip(folders[1:], ("4", "8"), strict=True):
+        change_config(folder, "rank: 4", f"rank: 4, alpha: {alpha}")
+    found = [(setting.label, len(setting.runs)) for setting in group_runs([read_run(folder) for folder in folders])]
+    assert found == [("DuDe, alpha 4", 2), ("DuDe, alpha 8", 1)]
+    (alone,) = group_runs([read_run(folder) for folder in folders[:2]])
+    assert alone.label == "DuDe"
+
+
+def without_evaluations(run: Path) -> Path:
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "eval_loss" not in line]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return run
+
+
+def paired_section(folders: Sequence[Path]) -> Section | None:
+    sections = build_report([read_run(folder) for folder in folders], title="").sections
+    return next((section for section in sections if section.name == "pairs"), None)
+
+
+def test_of_many_settings_none_is_said_to_be_chosen_that_is_not(tmp_path: Path) -> None:
+    rates = [rate * 1e-4 for rate in range(1, 8)]
+    many = [
+        without_evaluations(write_run(tmp_path / f"{rate:g}", learning_rate=rate, right=RIGHT["dude", 1]))
+        for rate in rates
+    ]
+    section = paired_section(many)
+    assert section is not None
+    assert section.text == (
+        "7 settings are too many to compare all of them: of each method the one with the lowest mean evaluation loss "
+        "is, and no test score chooses. Of DuDe none could be chosen, without an evaluation loss."
+    )
+    # A method's only setting needs no choice.
+    lora = without_evaluations(write_run(tmp_path / "lora", method="lora", right=RIGHT["lora", 1], base_right=BASE))
+    section = paired_section([*many, lora])
+    assert section is not None
+    assert "Of DuDe none could be chosen" in section.text
+    assert [(row["a"], row["b"]) for row in section.tables[0].rows] == [("base", "LoRA, lr 1e-3")]
+    # Without scores there is nothing to choose for.
+    for run in many:
+        shutil.rmtree(run / "eval")
+    assert paired_section(many) is None
+
+
+def test_a_dollar_is_a_dollar_in_a_figure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", right=RIGHT["dude", 1])
+    change_config(run, "rank: 4", "rank: 4, target_modules: '.*q_proj$'")
+    change_config(run, "data: {", "data: {prompt: 'Cost $5 {prompt}', completion: '{completion}', ")
+    write_report([run, write_run(tmp_path / "other", right=RIGHT["dude", 2])], tmp_path / "r.html")
+    texts = " ".join(re.findall(r"<text[^>]*>(.*?)</text>", (tmp_path / "r.html").read_text()))
+    assert ".*q_proj$" in texts
+    assert "Cost $5 {prompt}" in " ".join(texts.split())
+
+
+UNLIKE = {
+    "plain": ("", ""),
+    "long": (
+        "data: {validation: 0.1, completion: '{answer}', prompt: \"Answer the\\nquestion below in one word, and in "
+        'no other form than that which was asked for: {question}", ',
+        "train: {eval_steps: 10, early_stopping_patience: 3, ",
+    ),
+    "twin": (
+        "data: {validation: 0.1, completion: '{answer}', prompt: \"Answer the\\nquestion below in two words, and in "
+        'no other form than that which was asked for: {question}", ',
+        "train: {eval_steps: 10, early_stopping_patience: 3, lr_scheduler_type: constant, ",
+    ),
+    "glyphs": ("data: {completion: '答 {answer}', prompt: '問題 कि {question}', ", "train: {"),
+}
+
+
+def test_unlike_runs_have_readable_labels_and_nothing_warns(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, right=RIGHT["dude", 1]) for name in UNLIKE]
+    for run, (data, train) in zip(runs[1:], list(UNLIKE.values())[1:], strict=True):
+        change_config(run, "data: {", data)
+        change_config(run, "train: {", train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        document = write_report(runs, tmp_path / "r.html")
+    labels = [row["setting"] for row in rows(document, "headline")]
+    assert len(set(labels)) == 4
+    assert "DuDe, lr_scheduler_type cosine" in labels
+    assert not [label for label in labels if "None" in label or "\n" in label]
+    (first, second) = [label for label in labels if "early_stopping_patience 3" in label]
+    assert "prompt Answer the question below…as asked for: {question} (1)" in first
+    assert "prompt Answer the question below…as asked for: {question} (2)" in second
+    charts = re.findall(r"<svg.*?</svg>", (tmp_path / "r.html").read_text(), re.DOTALL)
+    chart = next(chart for chart in charts if "acc, %" in chart)
+    drawn = " ".join(" ".join(ElementTree.fromstring(chart).itertext()).split())
+    for label in labels:
+        assert label in drawn
+
+
+def test_gradients_and_a_loss_of_zero_are_drawn_and_counted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"loss": 0.0, "grad_norm": 0.0} if "loss" in line else {}) for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        document = write_report([run], tmp_path / "r.html")
+    assert rows(document, "cost")[0]["steps"]["mean"] == 40
 
 
 def test_what_the_reader_must_know_comes_first(tmp_path: Path) -> None:
@@ -290,6 +422,13 @@ def test_a_report_needs_neither_torch_nor_the_network(runs: list[Path], tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == "[]"
+
+
+def test_where_matplotlib_can_keep_nothing_it_says_nothing(runs: list[Path], tmp_path: Path) -> None:
+    """As in a container without a home: it has words about its cache, and about the fonts that it looks for."""
+    (tmp_path / "file").touch()
+    done = dude("report", runs[0], "--out", tmp_path / "r.html", MPLCONFIGDIR=str(tmp_path / "file" / "cache"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_small_numbers_on_an_axis_keep_their_digits() -> None:
