@@ -5,8 +5,9 @@ from dude_cli.data.chat_template import default_template, set_chat_template
 from dude_cli.data.messages import Message
 from dude_cli.data.order import StepOrder, longest_first, steps_per_epoch
 from dude_cli.data.packing import check_packing
-from dude_cli.data.prepare import DataReport, PreparedData, prepare_data
+from dude_cli.data.prepare import PreparedData, prepare_data
 from dude_cli.data.prompt import Prompt, PromptForm, prompt_form
+from dude_cli.data.report import DataReport
 
 __all__ = [
     "NOT_LEARNED",

@@ -8,9 +8,10 @@ import pytest
 from test_data_chat import CHATML, CONVERSATION, HEAD, TEMPLATES
 
 from dude_cli.config import DataConfig, DataSource
-from dude_cli.data import prepare, prompt_form
+from dude_cli.data import prompt_form
 from dude_cli.data.bad_rows import BadRows
 from dude_cli.data.encode import ALPACA_WITHOUT_INPUT, Encoded, row_texts
+from dude_cli.data.row_encoder import Part, RowEncoder
 from dude_cli.errors import DataError
 
 TEXT = "The cat has 12 pears, it's fine?"
@@ -36,8 +37,8 @@ def config(**fields: object) -> DataConfig:
 def trained(tokenizer, data: DataConfig, row: dict[str, object]) -> Encoded:
     """The row as the training encodes it."""
     form = data.form(data.train[0])
-    part = prepare._Part(form, [row if form.format == "chat" else row_texts(form, row)], ["row 1"])
-    (encoded,) = prepare._RowEncoder(data, tokenizer)._encode_chunk(part, BadRows())
+    part = Part(form, [row if form.format == "chat" else row_texts(form, row)], ["row 1"])
+    (encoded,) = RowEncoder(data, tokenizer).encode(part, BadRows())
     return encoded
 
 

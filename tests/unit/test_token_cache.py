@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from dude_cli.config import DataConfig, DataSource, RowForm
 from dude_cli.data import PreparedData, prepare_data, token_cache
-from dude_cli.data import prepare as prepare_module
 from dude_cli.data.encode import Encoded, TextEncoder
+from dude_cli.data.row_encoder import Part
 from dude_cli.data.table import TokenTable
 from dude_cli.data.token_cache import encoded_once, token_key
 from dude_cli.errors import DataError
@@ -121,7 +121,7 @@ def test_the_key_says_what_kind_the_rows_are(make_tokenizer):
     """The same pairs are cut as answers, and split as texts."""
     keys = set()
     for form in ("prompt_completion", "text", "chat"):
-        part = prepare_module._Part(RowForm(form, None, None), [("", "a")], ["row 1"])
+        part = Part(RowForm(form, None, None), [("", "a")], ["row 1"])
         keys.add(key_of(make_tokenizer, lambda given, part=part: given | {"inputs": part.key()}))
     assert len(keys) == 3
 

@@ -1,0 +1,70 @@
+"""What became of the rows of a data set, and what is to be said of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a data set's rows.
+
+    `rows` counts the rows to learn from; `rows_without_target` those left out because nothing of them is learned.
+    Of `empty_answers` of them it is only the end of an answer, which then has no words.
+    A document of more than `max_length` tokens is several rows; `split_documents` counts such.
+    `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of an answer, with
+    its EOS, and `shortened_chats` one or more turns at their end that would be learned, `lost_turns` in all.
+    `tokens` and `target_tokens` are over `rows`, after truncation; `longest_row` is in tokens, before it.
+    `packed_sequences` is None without packing. `example` is the first row as pieces of text, each with whether it
+    is learned.
+    """
+
+    rows: int
+    tokens: int
+    target_tokens: int
+    empty_answers: int
+    truncated_rows: int
+    cut_answers: int
+    shortened_chats: int
+    lost_turns: int
+    rows_without_target: int
+    split_documents: int
+    longest_row: int
+    max_length: int
+    packed_sequences: int | None
+    example: list[tuple[str, bool]]
+
+    def notes(self) -> list[str]:
+        """What a user may not expect and need not change, a line each."""
+        found = []
+        if self.split_documents:
+            found.append(
+                f"texts longer than data.max_length ({self.max_length}): {self.split_documents:,}, split into rows of "
+                f"at most that length; {self.rows:,} rows in all"
+            )
+        without_start = self.truncated_rows - self.shortened_chats - self.cut_answers
+        if without_start > 0:
+            found.append(
+                f"rows longer than data.max_length ({self.max_length}): {without_start:,}; they lose the start of "
+                "their prompt"
+            )
+        return found
+
+    def warnings(self) -> list[str]:
+        """What a user should know before training on these rows, a line each."""
+        found, limit = [], f"data.max_length ({self.max_length}); the longest row has {self.longest_row:,} tokens"
+        if self.cut_answers:
+            found.append(
+                f"{self.cut_answers:,} of {self.rows:,} rows lose their whole prompt and the end of their answer, with "
+                f"its EOS, to {limit}"
+            )
+        if self.shortened_chats:
+            found.append(
+                f"{self.shortened_chats:,} of {self.rows:,} conversations lose their last messages, with "
+                f"{self.lost_turns:,} turns of the assistant's, to {limit}"
+            )
+        if self.empty_answers:
+            found.append(
+                f"{self.empty_answers:,} of {self.rows:,} rows have an empty answer: only its end is learned of them"
+            )
+        return found
