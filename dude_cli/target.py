@@ -47,7 +47,7 @@ class Target:
 
 
 def find_target(target: str | None) -> Target:
-    """Say what `target` is; with None, the newest finished run under `runs/`.
+    """Say what `target` is; with None, the newest finished run under `runs/` that is none of `--smoke`.
 
     A run is finished once `adapter/adapter_config.json` exists in it; the newest is the one whose file is youngest.
     Raises UsageError for a folder that is none of the three, an unfinished run, a path that does not exist, and for
@@ -247,22 +247,35 @@ def results_dir(target: Target) -> Path | None:
     return target.path / "eval" if target.kind == "run" and target.path is not None else None
 
 
+def smoke_inputs(output_dir: str) -> Path:
+    """The folder of the model and the rows that `--smoke` generates for a run: beside it, where nothing may be yet."""
+    return Path(f"{output_dir}-inputs")
+
+
 def _newest_run() -> Target:
     finished = {
         config: config.stat().st_mtime_ns
         for config in RUNS_DIR.rglob(f"adapter/{ADAPTER_CONFIG}")
         if (config.parent.parent / "config.yaml").is_file()
     }
-    if not finished:
+    # The path decides between equal times, so that the choice is the same on every machine.
+    newest_first = sorted(finished, key=lambda config: (finished[config], config.as_posix()), reverse=True)
+    run = next((config.parent.parent for config in newest_first if not _is_smoke(config.parent.parent)), None)
+    if run is None:
         raise UsageError(
-            "there is no finished run",
+            f"there is no finished run{', but for those of --smoke' if finished else ''}",
             where=str(RUNS_DIR),
             fix="train one with `dude train CONFIG`, or name a run, an adapter or a model",
         )
-    # The path decides between equal times, so that the choice is the same on every machine.
-    newest = max(finished, key=lambda config: (finished[config], config.as_posix()))
-    run = newest.parent.parent
     return Target("run", str(run), run)
+
+
+def _is_smoke(run: Path) -> bool:
+    """Whether a run is one of `--smoke`: its model is the one that was generated for it."""
+    with suppress(ConfigError):  # what is wrong with the file is told when the run is used
+        config = load_config(run / "config.yaml")
+        return Path(config.model.name_or_path).is_relative_to(smoke_inputs(config.output_dir))
+    return False
 
 
 def _folder_target(name: str, folder: Path) -> Target:
@@ -272,7 +285,7 @@ def _folder_target(name: str, folder: Path) -> Target:
         raise UsageError(
             f"the run `{name}` is not finished: it has no trained adapter yet",
             where=str(folder / "adapter" / ADAPTER_CONFIG),
-            fix=f"finish it with `{_finishing(folder)}`",
+            fix=f"finish it with `{_finishing(folder)}`{_or_a_checkpoint(folder)}",
         )
     if (folder / ADAPTER_CONFIG).is_file():
         return Target("adapter", name, folder)
@@ -297,6 +310,13 @@ def _finishing(folder: Path) -> str:
         if load_config(folder / "config.yaml").run_dir.resolve() != folder.resolve():
             command.append(f"output_dir={folder}")
     return shlex.join(command)
+
+
+def _or_a_checkpoint(run: Path) -> str:
+    """The newest checkpoint of a run without a result, which can be used as it is, in words; nothing without one."""
+    found = [config.parent.parent for config in run.glob(f"checkpoints/step-*/adapter/{ADAPTER_CONFIG}")]
+    steps = {int(number): folder for folder in found if (number := folder.name.removeprefix("step-")).isdecimal()}
+    return f"; or give its newest checkpoint, {steps[max(steps)]}" if steps else ""
 
 
 def _no_such_path(target: str, folder: Path) -> UsageError:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dude_cli.config import Config, dump_config
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.target import find_target, load_target
+from dude_cli.training.smoke import smoke_config
 
 
 def make_run(folder: Path, *, finished_at: int | None) -> Path:
@@ -42,6 +44,24 @@ def test_without_a_target_the_newest_finished_run_is_taken(tmp_path: Path, monke
     assert target.path == Path("runs/sweep/new")
     assert target.adapter_dir == Path("runs/sweep/new/adapter")
     assert "new" in str(target)
+
+
+def make_smoke_run(folder: Path, *, finished_at: int) -> Path:
+    values = {"model": {"name_or_path": "gpt2"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    config = smoke_config(Config.model_validate(values | {"output_dir": str(folder)}))
+    run = make_run(Path(config.output_dir), finished_at=finished_at)
+    (run / "config.yaml").write_text(dump_config(config))
+    return run
+
+
+def test_a_smoke_run_is_taken_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    smoke = make_smoke_run(Path("runs/mine"), finished_at=9_000)
+    with pytest.raises(UsageError, match=r"no finished run, but for those of --smoke"):
+        find_target(None)
+    make_run(Path("runs/real-smoke"), finished_at=1_000)  # a name says nothing
+    assert find_target(None).path == Path("runs/real-smoke")
+    assert find_target(str(smoke)).path == smoke
 
 
 @pytest.mark.parametrize("make", ["nothing", "unfinished"])
@@ -81,6 +101,17 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", finished_at=None)
     with pytest.raises(UsageError, match=r"not finished.*\n.*\n.*dude train"):
         find_target(str(run))
+
+
+def test_an_unfinished_run_has_checkpoints_that_can_be_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished_at=None)
+    for name in ("step-000002", "step-999999", "step-1000000", "step-2000000.broken"):
+        make_adapter(run / "checkpoints" / name / "adapter")
+    newest = run / "checkpoints" / "step-1000000"
+    with pytest.raises(UsageError) as error:
+        find_target(str(run))
+    assert (error.value.fix or "").endswith(f"; or give its newest checkpoint, {newest}")
+    assert find_target(str(newest)).adapter_dir == newest / "adapter"
 
 
 def test_the_advice_to_finish_a_run_leads_to_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
