@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, DType, ModelConfig, Quantization
+from dude_cli.config import DTYPES, HUB_NAME, DType, ModelConfig, Quantization
 from dude_cli.errors import ResourceError, UsageError, is_out_of_memory, nearest
 from dude_cli.system.garbage import collect_as_usual
 
@@ -107,11 +107,31 @@ def hub_commit(config: ModelConfig) -> str | None:
     """
     from huggingface_hub import hf_hub_download
 
-    if _path(config) != config.name_or_path or Path(config.name_or_path).is_dir():
+    if not is_hub_name(config):
         return None
     with _explained(config):
         found = hf_hub_download(config.name_or_path, "config.json", revision=config.revision)
     return Path(found).parent.name
+
+
+def is_hub_name(config: ModelConfig) -> bool:
+    """Whether the model is to be found by its name on the hub. Raises UsageError for a folder that is not there."""
+    return _path(config) == config.name_or_path and not Path(config.name_or_path).is_dir()
+
+
+def refuse_moved_folder(config: ModelConfig, *, where: str, fix: str) -> None:
+    """Raise UsageError for a base that is no folder any more, and not in the hub's cache either.
+
+    It is for a base of which no commit is recorded: it was a folder, and the hub would be asked in vain for a minute.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = config.name_or_path
+    if not is_hub_name(config):
+        return
+    if HUB_NAME.fullmatch(name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    raise UsageError(f"there is no folder `{name}` here, where the adapter's base model was", where=where, fix=fix)
 
 
 def saved_dtype(config: ModelConfig) -> DType:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import ConfigError, UsageError, nearest
-from dude_cli.model import load_model, load_tokenizer, saved_dtype
+from dude_cli.model import load_model, load_tokenizer, refuse_moved_folder, saved_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,7 +208,11 @@ def _parts(target: Target, how: Loading) -> tuple[ModelConfig, SavedAdapter | No
     # The commit that was trained on, not what a branch points to by now.
     moved = {"name_or_path": how.base_model, "revision": None}
     place = moved if how.base_model else {"revision": saved.base_revision}
-    return config.model_copy(update=place), saved
+    config = config.model_copy(update=place)
+    if how.base_model is None and saved.base_revision is None:
+        with _explained(target, how):
+            refuse_moved_folder(config, where=f"{Path.cwd()}: {config.name_or_path}", fix="put it back")
+    return config, saved
 
 
 @contextmanager
@@ -218,7 +222,7 @@ def _explained(target: Target, how: Loading) -> Iterator[None]:
         yield
     except UsageError as error:
         if target.adapter_dir is not None and how.base_model is None:
-            fix = f"{error.fix}; or say where it is: --base-model"
+            fix = f"{error.fix}; or say where it is: --base-model FOLDER, or its name on the hub"
             raise UsageError(error.what, where=error.where, fix=fix) from error
         if target.kind == "model" and target.path is None and "/" not in target.name:
             close = _close_folders(Path(target.name))

@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from exporting import save_base, save_trained
 
+from dude_cli.adapter import AdapterConfig
 from dude_cli.config import Config, dump_config
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.target import find_target, load_target
+from dude_cli.target import AS_TRAINED, Loading, check_target, find_target, load_target, target_tokenizer
 from dude_cli.training.smoke import smoke_config
 
 
@@ -157,3 +159,25 @@ def test_a_mistyped_run_is_not_taken_for_a_hub_name(tmp_path: Path, monkeypatch:
         find_target("runs/gsm8")
     with pytest.raises(UsageError, match="no folder"):
         find_target("./gsm8k")
+
+
+def test_a_base_that_was_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one from the hub the adapter has the commit, or the hub's cache has its files."""
+    monkeypatch.chdir(tmp_path)
+    save_trained(Path("adapter"), save_base(Path("base2"), "llama"), AdapterConfig(rank=2))
+    target = find_target("adapter")
+    check_target(target, AS_TRAINED)
+    Path("base2").rename("moved")
+    asked: list[str] = []
+    for name in ("load_model", "load_tokenizer", "saved_dtype"):
+        monkeypatch.setattr(f"dude_cli.target.{name}", lambda config, *_: asked.append(config.name_or_path))
+    for use in (check_target, load_target, target_tokenizer):
+        with pytest.raises(UsageError, match="there is no folder `base2` here") as error:
+            use(target, AS_TRAINED)
+        assert error.value.where == f"{tmp_path}: base2"
+        assert error.value.fix == "put it back; or say where it is: --base-model FOLDER, or its name on the hub"
+    assert not asked
+    check_target(target, Loading(base_model="moved"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "cache/config.json")
+    check_target(target, AS_TRAINED)
+    assert asked == ["moved", "base2"]
