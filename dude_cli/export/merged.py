@@ -62,7 +62,8 @@ def export_merged(
         written = load_model(loaded.config.model_copy(update=place), device)
         found = difference(probe_logits(written), expected)
         check(found, allowed, f"the merged model in {dtype}")
-        files.write_text(partial / "README.md", merged_card(loaded.saved, dtype, str(found)))
+        card = merged_card(loaded.saved, dtype, str(found), trust_remote_code=loaded.config.trust_remote_code)
+        files.write_text(partial / "README.md", card)
     return ExportReport("merged", out, dtype, found, allowed, loaded.saved.base_quantization)
 
 
