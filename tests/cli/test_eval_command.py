@@ -360,6 +360,40 @@ def test_the_tasks_are_those_of_whichever_run_has_some(runs: Path, tmp_path: Pat
     assert scored == ["quickstart_choices"] * 2
 
 
+def test_without_a_task_what_both_have_stored_is_compared(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    """With the settings that it was scored with, and nothing that only one of them has."""
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    (tmp_path / "drawn.yaml").write_text(DRAWN)
+    evaluated(tmp_path, "runs/a", *CHOICES)
+    said = refused(tmp_path, "--compare", "runs/a", "runs/b")
+    assert "no task to evaluate on" in said
+    assert "runs/a has scores of quickstart_choices (0 examples, first 2), runs/b has scores of none" in said
+    for run in ("runs/a", "runs/b"):
+        evaluated(tmp_path, run, *DRAWN_TASK, "--num-fewshot", "0")
+    evaluated(tmp_path, "runs/a", "--task", "quickstart_problems", "--limit", "1")
+    evaluated(tmp_path, "runs/b", *CHOICES)
+    evaluated(tmp_path, "runs/a", "--task", "quickstart_choices", "--limit", "10")
+    scored.clear()
+    done = evaluated(tmp_path, "--compare", "runs/a", "runs/b", "--json")
+    assert not scored
+    compared = json.loads(done.stdout)["comparisons"]
+    assert {(row["task"], row["test"]["n"]) for row in compared} == {("drawn", 2), ("quickstart_choices", 2)}
+    two = "(0 examples, first 2)"
+    assert f"comparing what both have: drawn {two}, quickstart_choices {two}" in done.stderr
+    # Of a task that both have in several forms it is the one with the most questions.
+    evaluated(tmp_path, "runs/b", "--task", "quickstart_choices", "--limit", "10")
+    done = evaluated(tmp_path, "--compare", "runs/a", "runs/b", "--json")
+    compared = json.loads(done.stdout)["comparisons"]
+    assert {(row["task"], row["test"]["n"]) for row in compared} == {("drawn", 2), ("quickstart_choices", 10)}
+    assert f"left out: quickstart_choices {two}" in done.stderr
+
+
+def test_several_tasks_in_one_word_are_told_how_to_be_written(runs: Path) -> None:
+    said = refused(runs, "runs/a", "--task", "arc_easy,hellaswag")
+    assert "where: --task arc_easy,hellaswag" in said
+    assert "write `--task arc_easy --task hellaswag`" in said
+
+
 @pytest.fixture
 def zero_shot(runs: Path, tmp_path: Path) -> Path:
     """A folder with the two runs, of which `a` is scored with no examples, where the task's own number is another."""
