@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
-from dude_cli.errors import ConfigError, UsageError, nearest
+from dude_cli.errors import AdapterError, ConfigError, UsageError, nearest
 from dude_cli.model import load_model, load_tokenizer, refuse_moved_folder, saved_dtype
 
 if TYPE_CHECKING:
@@ -149,7 +149,11 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
     if how.allow_other_base:
         fingerprint = base_fingerprint(model)
     else:
-        check_base(model, folder, saved)
+        try:
+            check_base(model, folder, saved)
+        except AdapterError as error:
+            fix = f"{error.fix}, or allow another base (--allow-other-base)"
+            raise AdapterError(error.what, where=error.where, fix=fix) from error
         fingerprint = saved.base_fingerprint
     # What was trained on is cast: rounded to float16 from the files, the same base would have another fingerprint.
     if chosen is not None:
