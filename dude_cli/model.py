@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
-from dude_cli.config import DTYPES, DType, ModelConfig, Quantization
+from dude_cli.config import DTYPES, HUB_NAME, DType, ModelConfig, Quantization
 from dude_cli.errors import ResourceError, UsageError, is_out_of_memory, nearest
 from dude_cli.system.garbage import collect_as_usual
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# Either has a vocabulary; there are other names for it beside them.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -97,7 +100,25 @@ def load_tokenizer(config: ModelConfig, adapter_dir: Path | None = None) -> PreT
             revision="main" if has_own else config.revision or "main",
             trust_remote_code=config.trust_remote_code,
         )
+    _check_tokenizer_files(tokenizer, Path(path), config)
     return tokenizer
+
+
+def _check_tokenizer_files(tokenizer: PreTrainedTokenizerBase, folder: Path, config: ModelConfig) -> None:
+    """Raise UsageError for a folder without a vocabulary: for some models transformers makes an empty one of it."""
+    names = [name for name in tokenizer.vocab_files_names.values() if isinstance(name, str)]
+    wanted = {*names, *TOKENIZER_FILES} if names else set()  # a tokenizer of bytes has no files
+    if wanted and folder.is_dir() and not any((folder / name).is_file() for name in wanted):
+        what, fix = _no_tokenizer(config.name_or_path)
+        raise UsageError(what, where=f"model.name_or_path: {config.name_or_path}", fix=fix)
+
+
+def _no_tokenizer(name: str) -> tuple[str, str]:
+    files = ", or ".join(TOKENIZER_FILES)
+    return (
+        f"{name} has no tokenizer files that can be read",
+        f"put those of the model beside its weights: {files}, with tokenizer_config.json",
+    )
 
 
 def hub_commit(config: ModelConfig) -> str | None:
@@ -107,11 +128,31 @@ def hub_commit(config: ModelConfig) -> str | None:
     """
     from huggingface_hub import hf_hub_download
 
-    if _path(config) != config.name_or_path or Path(config.name_or_path).is_dir():
+    if not is_hub_name(config):
         return None
     with _explained(config):
         found = hf_hub_download(config.name_or_path, "config.json", revision=config.revision)
     return Path(found).parent.name
+
+
+def is_hub_name(config: ModelConfig) -> bool:
+    """Whether the model is to be found by its name on the hub. Raises UsageError for a folder that is not there."""
+    return _path(config) == config.name_or_path and not Path(config.name_or_path).is_dir()
+
+
+def refuse_moved_folder(config: ModelConfig, *, where: str, fix: str) -> None:
+    """Raise UsageError for a base that is no folder any more, and not in the hub's cache either.
+
+    It is for a base of which no commit is recorded: it was a folder, and the hub would be asked in vain for a minute.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = config.name_or_path
+    if not is_hub_name(config):
+        return
+    if HUB_NAME.fullmatch(name) and isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    raise UsageError(f"there is no folder `{name}` here, where the adapter's base model was", where=where, fix=fix)
 
 
 def saved_dtype(config: ModelConfig) -> DType:
@@ -211,13 +252,11 @@ def _path(config: ModelConfig) -> str:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
-            raise UsageError(
-                f"{name} is not a model: it has no config.json",
-                where=f"model.name_or_path: {name} (holds {found})",
-                fix="name the folder that save_pretrained wrote, or a hub name",
-            )
+            raise _no_model(name, folder)
         return str(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        what, fix = _gguf(name)
+        raise UsageError(what, where=f"model.name_or_path: {name}", fix=fix)
     if folder.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UsageError(
@@ -226,6 +265,27 @@ def _path(config: ModelConfig) -> str:
             fix="name a folder with config.json and the weights, or a hub name such as meta-llama/Llama-2-7b-hf",
         )
     return name
+
+
+def _no_model(name: str, folder: Path) -> UsageError:
+    """The error for a folder without config.json, which may be something else of use."""
+    what = f"{name} is not a model: it has no config.json"
+    fix = "name the folder that save_pretrained wrote, or a hub name"
+    if any(folder.glob("*.gguf")):
+        what, fix = _gguf(name)
+    for kind, file in (("a run", "adapter/adapter_config.json"), ("an adapter", "adapter_config.json")):
+        if (folder / file).is_file():
+            what = f"{name} is {kind}, not a model"
+            fix = f"name the base model here; a training continues from the adapter with adapter.init_from: {name}"
+    found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+    return UsageError(what, where=f"model.name_or_path: {name} (holds {found})", fix=fix)
+
+
+def _gguf(name: str) -> tuple[str, str]:
+    return (
+        f"{name} has its weights in GGUF, which cannot be trained",
+        "give the original weights that it was made from: a folder with safetensors files, or a hub name",
+    )
 
 
 @contextmanager
@@ -288,6 +348,10 @@ def _reason(error: BaseException, name: str) -> tuple[str, str]:
             f"{name} has no weights in safetensors files, and pickled ones are never read",
             "load it where you trust it, and write it anew with save_pretrained",
         )
+    if "backend tokenizer" in text:
+        return _no_tokenizer(name)
+    if "gguf" in name.lower():
+        return _gguf(name)
     if "trust_remote_code" in text:
         return f"{name} needs Python code of its own to load", "read that code, then set model.trust_remote_code: true"
     return f"{name} cannot be loaded: {text.splitlines()[0] if text else type(error).__name__}", "see --debug"

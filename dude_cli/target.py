@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
-from dude_cli.errors import ConfigError, UsageError, nearest
-from dude_cli.model import load_model, load_tokenizer, saved_dtype
+from dude_cli.errors import AdapterError, ConfigError, UsageError, nearest
+from dude_cli.model import load_model, load_tokenizer, refuse_moved_folder, saved_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ class Target:
 
 
 def find_target(target: str | None) -> Target:
-    """Say what `target` is; with None, the newest finished run under `runs/`.
+    """Say what `target` is; with None, the newest finished run under `runs/` that is none of `--smoke`.
 
     A run is finished once `adapter/adapter_config.json` exists in it; the newest is the one whose file is youngest.
     Raises UsageError for a folder that is none of the three, an unfinished run, a path that does not exist, and for
@@ -149,7 +149,11 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
     if how.allow_other_base:
         fingerprint = base_fingerprint(model)
     else:
-        check_base(model, folder, saved)
+        try:
+            check_base(model, folder, saved)
+        except AdapterError as error:
+            fix = f"{error.fix}, or allow another base (--allow-other-base)"
+            raise AdapterError(error.what, where=error.where, fix=fix) from error
         fingerprint = saved.base_fingerprint
     # What was trained on is cast: rounded to float16 from the files, the same base would have another fingerprint.
     if chosen is not None:
@@ -208,7 +212,11 @@ def _parts(target: Target, how: Loading) -> tuple[ModelConfig, SavedAdapter | No
     # The commit that was trained on, not what a branch points to by now.
     moved = {"name_or_path": how.base_model, "revision": None}
     place = moved if how.base_model else {"revision": saved.base_revision}
-    return config.model_copy(update=place), saved
+    config = config.model_copy(update=place)
+    if how.base_model is None and saved.base_revision is None:
+        with _explained(target, how):
+            refuse_moved_folder(config, where=f"{Path.cwd()}: {config.name_or_path}", fix="put it back")
+    return config, saved
 
 
 @contextmanager
@@ -218,7 +226,7 @@ def _explained(target: Target, how: Loading) -> Iterator[None]:
         yield
     except UsageError as error:
         if target.adapter_dir is not None and how.base_model is None:
-            fix = f"{error.fix}; or say where it is: --base-model"
+            fix = f"{error.fix}; or say where it is: --base-model FOLDER, or its name on the hub"
             raise UsageError(error.what, where=error.where, fix=fix) from error
         if target.kind == "model" and target.path is None and "/" not in target.name:
             close = _close_folders(Path(target.name))
@@ -247,22 +255,35 @@ def results_dir(target: Target) -> Path | None:
     return target.path / "eval" if target.kind == "run" and target.path is not None else None
 
 
+def smoke_inputs(output_dir: str) -> Path:
+    """The folder of the model and the rows that `--smoke` generates for a run: beside it, where nothing may be yet."""
+    return Path(f"{output_dir}-inputs")
+
+
 def _newest_run() -> Target:
     finished = {
         config: config.stat().st_mtime_ns
         for config in RUNS_DIR.rglob(f"adapter/{ADAPTER_CONFIG}")
         if (config.parent.parent / "config.yaml").is_file()
     }
-    if not finished:
+    # The path decides between equal times, so that the choice is the same on every machine.
+    newest_first = sorted(finished, key=lambda config: (finished[config], config.as_posix()), reverse=True)
+    run = next((config.parent.parent for config in newest_first if not _is_smoke(config.parent.parent)), None)
+    if run is None:
         raise UsageError(
-            "there is no finished run",
+            f"there is no finished run{', but for those of --smoke' if finished else ''}",
             where=str(RUNS_DIR),
             fix="train one with `dude train CONFIG`, or name a run, an adapter or a model",
         )
-    # The path decides between equal times, so that the choice is the same on every machine.
-    newest = max(finished, key=lambda config: (finished[config], config.as_posix()))
-    run = newest.parent.parent
     return Target("run", str(run), run)
+
+
+def _is_smoke(run: Path) -> bool:
+    """Whether a run is one of `--smoke`: its model is the one that was generated for it."""
+    with suppress(ConfigError):  # what is wrong with the file is told when the run is used
+        config = load_config(run / "config.yaml")
+        return Path(config.model.name_or_path).is_relative_to(smoke_inputs(config.output_dir))
+    return False
 
 
 def _folder_target(name: str, folder: Path) -> Target:
@@ -272,7 +293,7 @@ def _folder_target(name: str, folder: Path) -> Target:
         raise UsageError(
             f"the run `{name}` is not finished: it has no trained adapter yet",
             where=str(folder / "adapter" / ADAPTER_CONFIG),
-            fix=f"finish it with `{_finishing(folder)}`",
+            fix=f"finish it with `{_finishing(folder)}`{_or_a_checkpoint(folder)}",
         )
     if (folder / ADAPTER_CONFIG).is_file():
         return Target("adapter", name, folder)
@@ -297,6 +318,13 @@ def _finishing(folder: Path) -> str:
         if load_config(folder / "config.yaml").run_dir.resolve() != folder.resolve():
             command.append(f"output_dir={folder}")
     return shlex.join(command)
+
+
+def _or_a_checkpoint(run: Path) -> str:
+    """The newest checkpoint of a run without a result, which can be used as it is, in words; nothing without one."""
+    found = [config.parent.parent for config in run.glob(f"checkpoints/step-*/adapter/{ADAPTER_CONFIG}")]
+    steps = {int(number): folder for folder in found if (number := folder.name.removeprefix("step-")).isdecimal()}
+    return f"; or give its newest checkpoint, {steps[max(steps)]}" if steps else ""
 
 
 def _no_such_path(target: str, folder: Path) -> UsageError:

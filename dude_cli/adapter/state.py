@@ -181,7 +181,7 @@ def check_base(model: PreTrainedModel, folder: Path, saved: SavedAdapter) -> Non
             f"the adapter was made on {saved.base_model}, whose weights are not those of {model.config.name_or_path}",
             where=f"{folder / CONFIG_FILE}: fingerprint {saved.base_fingerprint[:12]}, the model's {fingerprint[:12]}; "
             f"quantization {saved.base_quantization or 'none'}, the model's {quantized or 'none'}",
-            fix=f"load {saved.base_model} at the same revision{settings}, or allow another base (--allow-other-base)",
+            fix=f"load {saved.base_model} at the same revision{settings}",
         )
 
 

@@ -7,7 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dude_cli.commands.scoring import EvalOptions, Side, all_scored, asked_tasks, find_side
+from dude_cli.commands.scoring import (
+    EvalOptions,
+    Side,
+    all_scored,
+    as_asked,
+    asked_tasks,
+    find_side,
+    no_task,
+    stored_tasks,
+)
 from dude_cli.config import EvalTask
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
@@ -28,7 +37,7 @@ def compare(
             fix="leave it out; a model's folder or hub name may be one of the two",
         )
     sides = [_side(name, options, place) for name, place in zip(names, "ab", strict=True)]
-    tasks = _compared_tasks(sides, options)
+    tasks = _compared_tasks(sides, options) or _stored_by_both(sides, options, output)
     if any(task.apply_chat_template for task in tasks):
         _refuse_other_templates(sides, options)
     with all_scored(sides, tasks, options, output, compare_base=False) as output:
@@ -45,7 +54,10 @@ def _side(name: str, options: EvalOptions, place: str) -> Side:
 
 
 def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
-    """The task of a result file, or those asked for. Raises UsageError if the options contradict a result file."""
+    """The task of a result file, or those asked for; there may be none.
+
+    Raises UsageError if the options contradict a result file.
+    """
     from dude_cli.evaluation import requested_task
 
     found = {side.name: requested_task(results) for side in sides for results in side.scores.values()}
@@ -72,6 +84,43 @@ def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTas
                     fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
                 )
     return list(found.values())[:1] or asked_tasks(sides, options)
+
+
+def _stored_by_both(sides: Sequence[Side], options: EvalOptions, output: Output) -> list[EvalTask]:
+    """The tasks that both have scores of, asked alike; one of each name, which is that with the most questions.
+
+    Raises UsageError if there is none.
+    """
+    stored = [stored_tasks(side, options) for side in sides]
+    common = [task for task in stored[0] if all(task in tasks for tasks in stored[1:])]
+    if not common:
+        has = [f"{side.name} has scores of {_shown(tasks)}" for side, tasks in zip(sides, stored, strict=True)]
+        raise no_task(sides, f", and the two have none in common that is scored already: {', '.join(has)}")
+    # The last one of a name stays: in plain text rather than in the chat template, with all questions rather than some.
+    common.sort(key=lambda task: (not task.apply_chat_template, task.limit is None, task.limit or 0))
+    chosen = {task.name: task for task in common}
+    tasks = sorted(chosen.values(), key=lambda task: task.name)
+    left_out = [task for task in common if task not in tasks]
+    output.say(f"comparing what both have: {_shown(tasks)}")
+    if left_out:
+        output.say(f"left out: {_shown(left_out)}; --task and its settings name one")
+    return [as_asked(task, options) for task in tasks]
+
+
+def _shown(tasks: Sequence[EvalTask]) -> str:
+    """Tasks with the settings that they were asked with, in words."""
+    return ", ".join(f"{task.name} ({', '.join(_settings(task))})" for task in tasks) or "none"
+
+
+def _settings(task: EvalTask) -> list[str]:
+    from dude_cli.evaluation import form_of
+
+    found = {
+        f"{task.num_fewshot} examples": task.num_fewshot is not None,
+        f"first {task.limit}": task.limit is not None,
+        str(form_of(task.model_dump())): task.apply_chat_template,
+    }
+    return [text for text, is_set in found.items() if is_set] or ["all questions"]
 
 
 def _refuse_other_templates(sides: Sequence[Side], options: EvalOptions) -> None:

@@ -41,7 +41,7 @@ def export(
     if kind == "merged":
         data = data_config(target)  # what a training taught as the end of an answer
         ends = () if data is None else prompt_form(loaded.tokenizer, data, raw=False).stop_ids(loaded.model)
-        report = export_merged(loaded, out, chosen or loaded.config.dtype, ends)
+        report = export_merged(loaded, out, chosen or loaded.config.dtype, ends, output.say)
     elif kind == "peft":
         report = export_peft(loaded, out)
     else:

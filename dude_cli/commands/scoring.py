@@ -58,7 +58,10 @@ class Side:
 def evaluate(target_name: str | None, options: EvalOptions, *, compare_base: bool, output: Output) -> None:
     """Score a run, an adapter or a model with lm-eval, show the table, write the results."""
     side = find_side(target_name, options, options.output_dir)
-    _show_scores(side, asked_tasks([side], options), options, compare_base=compare_base, output=output)
+    tasks = asked_tasks([side], options)
+    if not tasks:
+        raise no_task([side])
+    _show_scores(side, tasks, options, compare_base=compare_base, output=output)
 
 
 def evaluate_tasks(
@@ -90,23 +93,39 @@ def find_side(name: str | None, options: EvalOptions, output_dir: Path | None) -
 
 
 def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
-    """The tasks asked for, else those of the config of the first run that has some."""
+    """The tasks asked for, else those of the config of the first run that has some; there may be none."""
     from dude_cli.target import eval_config
 
+    for name in options.task_names:
+        if "," in name:  # as lm-eval's own --tasks takes them
+            repeated = " ".join(f"--task {part.strip()}" for part in name.split(",") if part.strip())
+            raise UsageError("--task names one task", where=f"--task {name}", fix=f"write `{repeated}`")
     if options.task_names:
-        return [_as_asked(EvalTask(name=name), options) for name in options.task_names]
+        return [as_asked(EvalTask(name=name), options) for name in options.task_names]
     targets = [side.target for side in sides if side.target is not None]
     found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
-    if not found:
-        raise UsageError(
-            "no task to evaluate on",
-            where=", ".join(map(str, targets)),
-            fix="name one, such as --task mmlu, or set eval.tasks in the config",
-        )
-    return [_as_asked(task, options) for task in found]
+    return [as_asked(task, options) for task in found]
 
 
-def _as_asked(task: EvalTask, options: EvalOptions) -> EvalTask:
+def no_task(sides: Sequence[Side], more: str = "") -> UsageError:
+    """The error where nothing says what to score."""
+    return UsageError(
+        f"no task to evaluate on{more}",
+        where=", ".join(str(side.target) for side in sides),
+        fix="name one, such as --task mmlu, or set eval.tasks in the config",
+    )
+
+
+def stored_tasks(side: Side, options: EvalOptions) -> list[EvalTask]:
+    """The tasks that a side's folder has scores of, of its adapter as it would be loaded, each as it was asked."""
+    from dude_cli.evaluation import read_results, requested_task, result_files
+
+    paths = [] if side.folder is None else result_files(side.folder)
+    tasks = [requested_task(read_results(path, samples=False)) for path in paths]
+    return [task for task in tasks if _stored(side, [task], options)]
+
+
+def as_asked(task: EvalTask, options: EvalOptions) -> EvalTask:
     """A task with what the options say of it; a system's message is one of those that are asked in chat."""
     in_chat = task.apply_chat_template or options.apply_chat_template
     given = {

@@ -40,7 +40,6 @@ def harness_model(
     `max_gen_toks`. lm-eval itself only logs a warning.
     """
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.utils import normalize_gen_kwargs
 
     class HarnessModel(HFLM):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -125,12 +124,15 @@ def harness_model(
                 log(f"out of memory: from now on {size} prompts per forward")
                 free_models()  # what the failed forward held
 
-    def max_gen_tokens(settings: dict[str, Any]) -> int:
-        return int(normalize_gen_kwargs(settings, HarnessModel.max_gen_toks.fget(None))["max_gen_toks"])
+    return HarnessModel()
 
-    lm = HarnessModel()
-    lm.max_gen_tokens = max_gen_tokens
-    return lm
+
+def max_gen_tokens(settings: dict[str, Any]) -> int:
+    """The most tokens of an answer that `generation_kwargs` ask for, under whichever of lm-eval's names."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(settings, HFLM.max_gen_toks.fget(None))["max_gen_toks"])
 
 
 def shared_out(requests: Sequence[Any], count: int) -> list[list[int]]:
@@ -146,15 +148,23 @@ def shared_out(requests: Sequence[Any], count: int) -> list[list[int]]:
     return shares
 
 
+def own_generation_length(task: Any) -> int | None:
+    """The `max_gen_toks` of a task that is as it was loaded; None for one that generates nothing."""
+    if task.get_config("output_type") != "generate_until":
+        return None
+    return max_gen_tokens(task.get_config("generation_kwargs") or {})
+
+
 def fit_generation_length(lm: Any, task: Any) -> tuple[int, int] | None:
     """Leave the prompt at least half of the context; return the task's own `max_gen_toks` and the one to use.
 
     The task's own number (256 for gsm8k) is kept wherever it is at most half of the context, so every model with a
-    context of 512 tokens or more is scored as papers do. None for a task that generates nothing.
+    context of 512 tokens or more is scored as papers do. None for a task that generates nothing. The task is changed in
+    place, so a second call would take the one to use for its own.
     """
-    if task.get_config("output_type") != "generate_until":
+    own = own_generation_length(task)
+    if own is None:
         return None
-    own = lm.max_gen_tokens(task.get_config("generation_kwargs") or {})
     used = min(own, lm.max_length // 2)
     if used < own:
         task.set_config(key="generation_kwargs", value={"max_gen_toks": used}, update=True)

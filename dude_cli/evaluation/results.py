@@ -19,6 +19,7 @@ BY_TASK = (
     "results",
     "groups",
     "group_subtasks",
+    "group_configs",
     "configs",
     "versions",
     "n-shot",

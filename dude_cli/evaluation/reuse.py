@@ -11,7 +11,7 @@ from typing import Any
 
 from dude_cli.errors import UsageError
 from dude_cli.evaluation.chat import chat_template, prompt_settings
-from dude_cli.evaluation.harness import quiet
+from dude_cli.evaluation.harness import own_generation_length, quiet
 from dude_cli.evaluation.results import plain
 from dude_cli.evaluation.saved import other_examples, read_results, requested_task, results_path
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask
@@ -37,6 +37,9 @@ def changes_since(results: Mapping[str, Any], found: LoadedTask, tokenizer: Any 
         return [f"it was scored by lm-eval {results['lm_eval_version']}, and this is {version}"]
     if results["configs"].keys() != found.tasks.keys():
         return ["it has other parts now"]
+    groups = _changed_groups(results.get("group_configs", {}), found.group_configs)
+    if groups:
+        return groups
     # The end of a turn may be another one though the prompts are the same.
     if found.request.apply_chat_template and results["chat_template"] != chat_template(tokenizer):
         return ["its chat template is another one now"]
@@ -67,6 +70,9 @@ def _change(
         return f"its version was {results['versions'].get(name)} and is {task.VERSION}"
     if _judging(results["configs"][name]) != _judging(task.dump_config()):
         return "its answers are made or judged in another way now"
+    before, own = results.get("max_gen_toks", {}).get(name, {}).get("official"), own_generation_length(task)
+    if before != own:
+        return f"its longest answer was {before} tokens and is {own}"
     asked = {sample["doc_id"]: sample["doc_hash"] for sample in results["samples"].get(name, [])}
     if asked != {number: _doc_hash(doc) for number, doc in task.doc_iterator(limit=limit)}:
         return "it has other questions now"
@@ -78,9 +84,20 @@ def _change(
 def _judging(config: Mapping[str, Any]) -> Any:
     """The part of a task's config that says how answers are judged, as it is after it was written and read."""
     found = plain({key: config.get(key) for key in _JUDGING})
-    # How long an answer may be depends on the model too; an object's address says nothing of it.
+    # The one in the results is fitted to the model's context; `max_gen_toks` beside it has the task's own.
     (found["generation_kwargs"] or {}).pop("max_gen_toks", None)
-    return re.sub(r" at 0x[0-9a-f]+", "", json.dumps(found, sort_keys=True))
+    return _comparable(found)
+
+
+def _changed_groups(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The groups whose scores are made of other members or metrics, each in words."""
+    changed = [name for name in now if _comparable(before.get(name)) != _comparable(now[name])]
+    return [f"the score of the group {name} is made in another way now" for name in changed]
+
+
+def _comparable(value: Any) -> str:
+    """`value` as it is after it was written and read; an object's address says nothing of it."""
+    return re.sub(r" at 0x[0-9a-f]+", "", json.dumps(plain(value), sort_keys=True))
 
 
 def _doc_hash(doc: Any) -> str:

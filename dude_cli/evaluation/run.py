@@ -86,9 +86,10 @@ def evaluate(
     stands for, its limit, its number of examples if given, whether it has as many as by default, whether its
     questions are asked in the chat template, which is then `chat_template`, and its system's message), `prompt_hashes`
     (SHA-256 over a task's prompts), `prompt_examples` (the text of the first one), `prompts_cut` (how many did not fit
-    the context and lost their start), `fewshot_sampler`, `max_gen_toks` (the task's own and the one used),
-    `adapter_sha256` and `base_fingerprint` as given. With `compare_base`, `base` has the untuned model's part and
-    `difference` tuned minus base with the paired standard error (see `statistics.paired_difference`).
+    the context and lost their start), `group_configs` (a group's members and metrics), `fewshot_sampler`,
+    `max_gen_toks` (the task's own, `official`, and the one `used`), `adapter_sha256` and `base_fingerprint` as given.
+    With `compare_base`, `base` has the untuned model's part and `difference` tuned minus base with the paired standard
+    error (see `statistics.paired_difference`).
 
     One task after the other, each with its base; `on_task` receives the document of each as soon as it is scored.
     `tasks` are those of `request` where `load_request` has loaded them already.
@@ -117,9 +118,10 @@ def evaluate(
         names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint, "date": start}
         documents = []
         for found in tasks:
+            facts = _facts(lm, found, log)
             scores = _scored(lm, found, request, log, bootstrap_iters)
             took = {"total_evaluation_time_seconds": str(time.time() - start)}
-            documents.append(names | _environment(lm, found.request) | scores | took)
+            documents.append(names | _environment(lm, found.request) | scores | facts | took)
             on_task(documents[-1])
         return join_results(documents)
 
@@ -127,15 +129,9 @@ def evaluate(
 def _scored(
     lm: Any, found: LoadedTask, request: EvalRequest, log: Callable[[str], None], bootstrap_iters: int
 ) -> dict[str, Any]:
-    """One requested task's part of the document: the tuned model's scores, and the base's if asked for or there."""
+    """One requested task's scores: the tuned model's, and the base's if asked for or there."""
     from dude_cli.adapter import constant_adapters, disable_adapters
 
-    asked = found.request.model_dump(exclude={"name"})
-    facts = {
-        "requested": {found.request.name: {"names": found.names, **asked, "default_examples": found.default_examples}},
-        "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
-        "max_gen_toks": _fit_generation_lengths(lm, found, log),
-    }
     earlier = _earlier(lm, found, request, log)
     if "results" in earlier:
         tuned = {key: earlier[key] for key in (*BY_TASK, "samples") if key in earlier}
@@ -151,7 +147,18 @@ def _scored(
             return _scored(lm, found, replace(request, earlier={}), log, bootstrap_iters)
         tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
         tuned["difference"] = differences(base, tuned, _weighting(found))
-    return tuned | facts
+    return tuned
+
+
+def _facts(lm: Any, found: LoadedTask, log: Callable[[str], None]) -> dict[str, Any]:
+    """What a document says of a requested task as it is asked, whoever answers."""
+    asked = found.request.model_dump(exclude={"name"})
+    return {
+        "requested": {found.request.name: {"names": found.names, **asked, "default_examples": found.default_examples}},
+        "group_configs": found.group_configs,
+        "fewshot_sampler": {name: sampler_note(task) for name, task in found.tasks.items()},
+        "max_gen_toks": _fit_generation_lengths(lm, found, log),
+    }
 
 
 def _earlier(lm: Any, found: LoadedTask, request: EvalRequest, log: Callable[[str], None]) -> Mapping[str, Any]:

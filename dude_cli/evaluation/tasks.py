@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +43,17 @@ class LoadedTask:
     @property
     def names(self) -> list[str]:
         return [*self.groups, *self.tasks]
+
+    @property
+    def group_configs(self) -> dict[str, dict[str, Any]]:
+        """What the score of each group is made of."""
+        return {
+            name: {
+                "members": sorted(group.child_names),
+                "aggregate_metric_list": [asdict(metric) for metric in group.aggregate_metric_list or ()],
+            }
+            for name, group in self.groups.items()
+        }
 
 
 def load_tasks(

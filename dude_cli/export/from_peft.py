@@ -91,9 +91,10 @@ def import_to(
             theirs = peft_logits(model, folder, init_lora_weights=True)
     found, allowed = difference(ours, theirs), tolerance(model, config.dtype)
     check(found, allowed, "the imported adapter, beside PEFT's,")
-    card = imported_card(config, adapter, folder.name, str(found))
+    commit = hub_commit(config)
+    card = imported_card(config, adapter, folder.name, str(found), commit=commit)
     with files.fresh_folder(out) as partial:
-        save_adapter(model, partial, base_revision=hub_commit(config), tokenizer=tokenizer, model_card=card)
+        save_adapter(model, partial, base_revision=commit, tokenizer=tokenizer, model_card=card)
     return ImportReport(out, adapter.method, adapter.rank, config.dtype, found, allowed)
 
 

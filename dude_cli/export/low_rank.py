@@ -77,9 +77,9 @@ def export_lora(
         loss = difference(peft_logits(loaded.model, partial), in_memory)
         allowed = tolerance(loaded.model, loaded.config.dtype)
         check(loss, allowed, "the LoRA, loaded by PEFT,")
-        files.write_text(
-            partial / "README.md", peft_card(loaded.saved, f"the best LoRA of rank {rank}", _summary(errors))
-        )
+        title, trusts = f"the best LoRA of rank {rank}", loaded.config.trust_remote_code
+        card = peft_card(loaded.saved, title, _summary(errors), trust_remote_code=trusts)
+        files.write_text(partial / "README.md", card)
     return ExportReport("lora", out, loaded.config.dtype, loss, allowed, loaded.saved.base_quantization, errors)
 
 

@@ -51,7 +51,8 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
         found = difference(peft_logits(loaded.model, partial), expected)
         allowed = tolerance(loaded.model, loaded.config.dtype)
         check(found, allowed, "the adapter, loaded by PEFT,")
-        files.write_text(partial / "README.md", peft_card(loaded.saved, f"{kind} of rank {rank}", str(found)))
+        title, trusts = f"{kind} of rank {rank}", loaded.config.trust_remote_code
+        files.write_text(partial / "README.md", peft_card(loaded.saved, title, str(found), trust_remote_code=trusts))
     return ExportReport("peft", out, loaded.config.dtype, found, allowed, loaded.saved.base_quantization)
 
 

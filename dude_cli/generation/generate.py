@@ -90,11 +90,17 @@ class Generator:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=stream,
-                logits_processor=[_refuse_nan],
+                logits_processor=[self._scores],
             )
         new_ids = output[0, len(prompt.ids) :].tolist()
         is_ended = bool(new_ids) and new_ids[-1] in self.stop_ids
         return Answer(prompt, stream.text, len(new_ids), "eos" if is_ended else "length")
+
+    def _scores(self, _ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """What the next token is chosen by, before `top_p`: transformers has no temperature to divide by."""
+        _refuse_nan(logits)
+        temperature = self.sampling.temperature
+        return at_temperature(logits, temperature) if temperature > 0 else logits
 
     def _check_room(self, prompt: Prompt) -> None:
         if not prompt.ids:
@@ -120,8 +126,7 @@ class Generator:
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.stop_ids),
             pad_token_id=self.form.encoder.eos_id,  # one prompt at a time: nothing is padded, but one must be named
-            **({"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p} if is_random else {}),
-            **({"top_k": 0} if is_random else {}),
+            **({"do_sample": True, "top_p": sampling.top_p, "top_k": 0} if is_random else {}),
         )
         try:
             yield
@@ -167,10 +172,18 @@ class _TextStream:
         return text
 
 
-def _refuse_nan(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+def at_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits whose softmax is that of `logits / temperature`, of which the largest is zero: never infinite.
+
+    With a temperature near zero all others are minus infinity.
+    """
+    wide = logits.double()
+    return ((wide - wide.amax(-1, keepdim=True)) / temperature).to(logits.dtype)
+
+
+def _refuse_nan(logits: torch.Tensor) -> None:
     """Greedy choice would take NaN for the largest number, and answer with nonsense."""
-    if scores.isnan().any():
+    if logits.isnan().any():
         raise DivergedError(
             "the model's logits are not numbers", where="--dtype", fix="try --dtype float32, or bfloat16 on a GPU"
         )
-    return scores

@@ -162,6 +162,13 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # load_model compares the two itself
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it has one for each 8-bit layer in each forward
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_retry)
+
+
+def _is_no_retry(record: logging.LogRecord) -> bool:
+    """Whether a line of the hub's client is none of those that each try of a request has: our error is the last one."""
+    text = record.getMessage()
+    return "thrown while requesting" not in text and not text.startswith("Retrying in")
 
 
 def environment(device: str, world_size: int, model_revision: str | None) -> dict[str, Any]:

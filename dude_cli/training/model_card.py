@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
@@ -47,19 +48,22 @@ _QUANTIZED_USAGE = """from dude_cli.adapter import load_adapter
 from dude_cli.config import ModelConfig
 from dude_cli.model import load_model
 
-model = load_model(ModelConfig(name_or_path="{name_or_path}", dtype="{dtype}", quantization="{quantization}"))
+model = load_model(ModelConfig(name_or_path={named}, dtype="{dtype}", quantization="{quantization}"))
 load_adapter(model, "path/to/this/folder")"""
 
 
-def model_card(config: Config, summary: dict[str, Any], source_sha256: str | None = None) -> str:
+def model_card(
+    config: Config, summary: dict[str, Any], source_sha256: str | None = None, *, commit: str | None = None
+) -> str:
     """The model card, in Markdown: what was trained, on what, how, and how far the loss fell.
 
-    `source_sha256` identifies the adapter that the training continued from, if there was one.
+    `commit` is that of a base from the hub, `source_sha256` identifies the adapter that the training continued from, if
+    there was one.
     """
     targets = config.adapter.target_modules
     return _CARD.format(
         base_model=config.model.name_or_path,
-        usage=_usage(config.model),
+        usage=_usage(config.model, commit),
         method=config.adapter.method,
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,
@@ -83,16 +87,33 @@ def _start(adapter: AdapterConfig, source_sha256: str | None) -> str:
     return "the base model; factors from its SVD" if adapter.has_svd_init else "the base model; random factors"
 
 
-def _usage(model: ModelConfig) -> str:
+def _usage(model: ModelConfig, commit: str | None) -> str:
     template = _USAGE if model.quantization is None else _QUANTIZED_USAGE
-    return template.format(**model.model_dump(), **_base(model.name_or_path))
+    base = _base(model.name_or_path, commit, trust_remote_code=model.trust_remote_code)
+    return template.format(dtype=model.dtype, quantization=model.quantization, **base)
 
 
-def _base(name: str) -> dict[str, str]:
-    """The base as Python, for transformers, which does not know the embedded model by its name: its folder."""
+def _base(name: str, commit: str | None, *, trust_remote_code: bool) -> dict[str, str]:
+    """The base as arguments in Python: `named` for us, `base` for transformers.
+
+    transformers does not know the embedded model by its name, but its folder.
+    """
+    options = f", revision={_quoted(commit)}" if commit else ""
+    options += _trust(trust_remote_code)
+    named = _quoted(name) + options
     if name == quickstart.NAME:
-        return {"base": "MODEL_DIR", "base_import": "from dude_cli.quickstart import MODEL_DIR\n"}
-    return {"base": f'"{name}"', "base_import": ""}
+        import_line = "from dude_cli.quickstart import MODEL_DIR\n"
+        return {"named": named, "base": f"MODEL_DIR{options}", "base_import": import_line}
+    return {"named": named, "base": named, "base_import": ""}
+
+
+def _trust(trust_remote_code: bool) -> str:
+    return ", trust_remote_code=True" if trust_remote_code else ""
+
+
+def _quoted(text: str) -> str:
+    """A text as Python writes it in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _number(value: float | None) -> str:
@@ -139,10 +160,10 @@ _QUANTIZED_SETTINGS = {
 
 _MERGED_USAGE = """from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="{dtype}")"""
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{trust}, dtype="{dtype}")"""
 
 
-def merged_card(saved: SavedAdapter, dtype: str, measured: str) -> str:
+def merged_card(saved: SavedAdapter, dtype: str, measured: str, *, trust_remote_code: bool) -> str:
     """The model card of a merged model, in Markdown."""
     return _CONVERTED_CARD.format(
         base_model=saved.base_model,
@@ -151,11 +172,11 @@ def merged_card(saved: SavedAdapter, dtype: str, measured: str) -> str:
         title=f"{saved.base_model} with a {saved.config.method} adapter merged into it, in {dtype}",
         source=_source(saved),
         measured=measured,
-        usage=_MERGED_USAGE.format(dtype=dtype),
+        usage=_MERGED_USAGE.format(dtype=dtype, trust=_trust(trust_remote_code)),
     )
 
 
-def peft_card(saved: SavedAdapter, title: str, measured: str) -> str:
+def peft_card(saved: SavedAdapter, title: str, measured: str, *, trust_remote_code: bool) -> str:
     """The model card of an adapter in PEFT's format, in Markdown."""
     return _CONVERTED_CARD.format(
         base_model=saved.base_model,
@@ -164,20 +185,21 @@ def peft_card(saved: SavedAdapter, title: str, measured: str) -> str:
         title=f"{title} for {saved.base_model}",
         source=_source(saved),
         measured=measured,
-        usage=_peft_usage(saved),
+        usage=_peft_usage(saved, trust_remote_code=trust_remote_code),
     )
 
 
-def _peft_usage(saved: SavedAdapter) -> str:
+def _peft_usage(saved: SavedAdapter, *, trust_remote_code: bool) -> str:
+    base = _base(saved.base_model, saved.base_revision, trust_remote_code=trust_remote_code)
     settings = _QUANTIZED_SETTINGS.get(saved.base_quantization or "")
     if settings is None:  # not quantised, or so in its own files
-        return _PEFT_USAGE.format(dtype=saved.base_dtype, **_base(saved.base_model))
+        return _PEFT_USAGE.format(dtype=saved.base_dtype, **base)
     return _QUANTIZED_PEFT_USAGE.format(
-        settings=settings.format(dtype=saved.base_dtype), dtype=saved.base_dtype, **_base(saved.base_model)
+        settings=settings.format(dtype=saved.base_dtype), dtype=saved.base_dtype, **base
     )
 
 
-def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measured: str) -> str:
+def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measured: str, *, commit: str | None) -> str:
     """The model card of an adapter that was imported from PEFT's folder `source`, in Markdown."""
     return _CONVERTED_CARD.format(
         base_model=model.name_or_path,
@@ -186,7 +208,7 @@ def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measu
         title=f"{adapter.method} adapter for {model.name_or_path}",
         source=f"the PEFT adapter {source}, rank {adapter.rank}",
         measured=measured,
-        usage=_usage(model),
+        usage=_usage(model, commit),
     )
 
 

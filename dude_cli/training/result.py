@@ -71,5 +71,7 @@ def write_adapter(run: Run, name: str) -> None:
         run.run_dir / name,
         base_revision=prepared.origin.base_revision,
         tokenizer=prepared.tokenizer,
-        model_card=model_card(run.config, run_summary(run.config), prepared.source_sha256),
+        model_card=model_card(
+            run.config, run_summary(run.config), prepared.source_sha256, commit=prepared.origin.base_revision
+        ),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dude_cli.config import ADAPTER_FIXED, TRACKERS, Config, load_config
 from dude_cli.errors import UsageError
+from dude_cli.model import refuse_moved_folder
 from dude_cli.system import files
 from dude_cli.system.lock import locked
 from dude_cli.system.ranks import on_main_rank
@@ -132,6 +133,17 @@ def begun_base_revision(config: Config) -> str | None:
     before = load_config(config.run_dir / "config.yaml").model
     is_same = (before.name_or_path, before.revision) == (config.model.name_or_path, config.model.revision)
     return found if is_same else None
+
+
+def check_base(config: Config) -> None:
+    """Raise UsageError if the run's steps were made on a base in a folder, and there is none of its name any more."""
+    folder = config.run_dir
+    if begun_at(config) is None or _recorded_of_steps(folder, "model_revision") is not None:
+        return
+    name = config.model.name_or_path
+    if load_config(folder / "config.yaml").model.name_or_path == name:
+        fix = "put it back; or say where it is: model.name_or_path=FOLDER, with --allow-changes"
+        refuse_moved_folder(config.model, where=f"model.name_or_path: {name}", fix=fix)
 
 
 def begun_at(config: Config) -> datetime | None:

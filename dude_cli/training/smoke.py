@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import Config, ModelConfig, RowForm, resolved
 from dude_cli.model import is_flash
+from dude_cli.target import smoke_inputs
 from dude_cli.template import parse_template
 
 if TYPE_CHECKING:
@@ -172,8 +173,7 @@ def _output_dir(config: Config) -> str:
 
 
 def _inputs_dir(config: Config) -> Path:
-    """Beside the run folder, which must be empty or a run's when a training starts."""
-    return Path(_output_dir(config) + "-inputs")
+    return smoke_inputs(_output_dir(config))
 
 
 def _model_type(model: ModelConfig) -> str:

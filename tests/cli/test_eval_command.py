@@ -261,6 +261,43 @@ def test_a_task_that_has_changed_is_scored_again(runs: Path, tmp_path: Path, sco
     assert scored == ["drawn"] * 2
 
 
+def test_a_longest_answer_that_has_changed_is_scored_again(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    """With --base too: the old tuned score would stand beside a base of shorter answers."""
+    task = tmp_path / "own.yaml"
+    own = "include: {}\ntask: own\ngeneration_kwargs: {{until: [Question], do_sample: false, max_gen_toks: {}}}\n"
+    ours = ("runs/a", "--task", "own", "--limit", "2", "--include-path", tmp_path, "--output", tmp_path / "out")
+    # 700 is more than half of the context: what is used is less than the task's own number.
+    for tokens, new in ((48, 1), (48, 0), (700, 1), (700, 0)):
+        task.write_text(own.format(quickstart.TASKS_DIR / "quickstart_problems.yaml", tokens))
+        scored.clear()
+        done = evaluated(runs, *ours)
+        assert len(scored) == new
+        if new and tokens == 700:
+            assert "own is scored again: its longest answer was 48 tokens and is 700" in done.stderr
+    task.write_text(own.format(quickstart.TASKS_DIR / "quickstart_problems.yaml", 2))
+    scored.clear()
+    evaluated(runs, *ours, "--base")
+    assert scored == ["own", "own"]
+
+
+def test_a_group_that_has_changed_is_scored_again(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    for name in ("drawn", "other"):
+        (tmp_path / f"{name}.yaml").write_text(DRAWN.replace("task: drawn", f"task: {name}"))
+    group = tmp_path / "pair.yaml"
+    text = "group: pair\ntask: [drawn, other]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    ours = ("runs/a", "--task", "pair", "--limit", "2", "--include-path", tmp_path, "--output", tmp_path / "out")
+    group.write_text(text)
+    for _ in range(2):
+        evaluated(runs, *ours)
+    assert scored == ["drawn", "other"]
+    for old, new in (("true", "false"), ("metric: acc,", "metric: acc, filter_list: none,")):
+        scored.clear()
+        group.write_text(text.replace(old, new))
+        said = evaluated(runs, *ours).stderr
+        assert "pair is scored again: the score of the group pair is made in another way now" in said
+        assert scored == ["drawn", "other"]
+
+
 def test_a_question_that_has_changed_is_seen_by_its_hash(runs: Path, tmp_path: Path, scored: list[str]) -> None:
     evaluated(runs, "runs/a", *CHOICES, "--output", tmp_path)
     samples = tmp_path / "samples_quickstart_choices.limit-2.jsonl"
@@ -321,6 +358,40 @@ def test_the_tasks_are_those_of_whichever_run_has_some(runs: Path, tmp_path: Pat
     done = dude_here("eval", "--compare", "embedded:quickstart", "runs/a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert scored == ["quickstart_choices"] * 2
+
+
+def test_without_a_task_what_both_have_stored_is_compared(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    """With the settings that it was scored with, and nothing that only one of them has."""
+    shutil.copytree(runs / "runs", tmp_path / "runs")
+    (tmp_path / "drawn.yaml").write_text(DRAWN)
+    evaluated(tmp_path, "runs/a", *CHOICES)
+    said = refused(tmp_path, "--compare", "runs/a", "runs/b")
+    assert "no task to evaluate on" in said
+    assert "runs/a has scores of quickstart_choices (0 examples, first 2), runs/b has scores of none" in said
+    for run in ("runs/a", "runs/b"):
+        evaluated(tmp_path, run, *DRAWN_TASK, "--num-fewshot", "0")
+    evaluated(tmp_path, "runs/a", "--task", "quickstart_problems", "--limit", "1")
+    evaluated(tmp_path, "runs/b", *CHOICES)
+    evaluated(tmp_path, "runs/a", "--task", "quickstart_choices", "--limit", "10")
+    scored.clear()
+    done = evaluated(tmp_path, "--compare", "runs/a", "runs/b", "--json")
+    assert not scored
+    compared = json.loads(done.stdout)["comparisons"]
+    assert {(row["task"], row["test"]["n"]) for row in compared} == {("drawn", 2), ("quickstart_choices", 2)}
+    two = "(0 examples, first 2)"
+    assert f"comparing what both have: drawn {two}, quickstart_choices {two}" in done.stderr
+    # Of a task that both have in several forms it is the one with the most questions.
+    evaluated(tmp_path, "runs/b", "--task", "quickstart_choices", "--limit", "10")
+    done = evaluated(tmp_path, "--compare", "runs/a", "runs/b", "--json")
+    compared = json.loads(done.stdout)["comparisons"]
+    assert {(row["task"], row["test"]["n"]) for row in compared} == {("drawn", 2), ("quickstart_choices", 10)}
+    assert f"left out: quickstart_choices {two}" in done.stderr
+
+
+def test_several_tasks_in_one_word_are_told_how_to_be_written(runs: Path) -> None:
+    said = refused(runs, "runs/a", "--task", "arc_easy,hellaswag")
+    assert "where: --task arc_easy,hellaswag" in said
+    assert "write `--task arc_easy --task hellaswag`" in said
 
 
 @pytest.fixture

@@ -201,3 +201,38 @@ def test_a_base_may_have_moved_and_another_one_must_be_allowed(tmp_path):
     done = dude_here(*export, "--base-model", tmp_path / "other", "--allow-other-base", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     refused(tmp_path, 2, "has no base model", "eval", "moved", "--task", "gsm8k", "--base-model", "other")
+
+
+@pytest.fixture(scope="module")
+def with_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run`, whose base in `base` may get any generation config: it has no part in the training."""
+    folder = tmp_path_factory.mktemp("settings")
+    shutil.copytree(quickstart.MODEL_DIR, folder / "base")
+    config = quickstart_config(folder, max_steps="1", rows="16", output_dir="run")
+    done = dude_here("train", config, f"model.name_or_path={folder / 'base'}", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "written"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),
+        ({"do_sample": True, "top_p": 0.6}, {"do_sample": True, "top_p": 0.6}),
+        ({"temperature": 0.0, "top_p": 0.6}, {}),
+    ],
+)
+def test_sampling_keys_without_do_sample_are_put_right(with_settings, tmp_path, keys, written):
+    """transformers refuses to save them; with a temperature of 0 nothing could be sampled."""
+    (with_settings / "base/generation_config.json").write_text(json.dumps({"eos_token_id": 2, **keys}))
+    done = dude_here("export", "run", tmp_path / "out", "--format", "merged", cwd=with_settings)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert {key: saved[key] for key in ("do_sample", "temperature", "top_p") if saved.get(key) is not None} == written
+    assert ("note: the base's generation config" in done.stderr) == (keys != written)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_the_weights_are_merged(with_settings, monkeypatch):
+    monkeypatch.setattr("dude_cli.adapter.merge_adapter", lambda *_: pytest.fail("they were merged"))
+    (with_settings / "base/generation_config.json").write_text('{"early_stopping": true}')
+    refused(with_settings, 2, "only used in beam-based", "export", "run", "out", "--format", "merged")

@@ -202,8 +202,9 @@ def test_another_base_is_refused(first, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(prepare, "load_model", other_model)
-    with pytest.raises(AdapterError, match="whose weights are not those of"):
+    with pytest.raises(AdapterError, match="whose weights are not those of") as error:
         train_here(continued(tmp_path, first))
+    assert error.value.fix == "load embedded:quickstart at the same revision"  # a training has no --allow-other-base
 
 
 def test_what_is_no_adapter_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):

@@ -243,3 +243,20 @@ def test_an_evaluation_in_a_chat_template_that_is_not_there_is_told_before_the_t
     task = "eval.tasks=[{name: gsm8k, apply_chat_template: true}]"
     with pytest.raises(UsageError, match=r"eval\.tasks: gsm8k, apply_chat_template"):
         train_here(quickstart_config(tmp_path), task)
+
+
+def test_a_base_that_was_a_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(quickstart.MODEL_DIR, "base2")
+    config = quickstart_config(tmp_path, max_steps="4", rows="16", extra=EXTRA)
+    with pytest.raises(StoppedError):
+        train_here(config, "model.name_or_path=base2", stop=StopAfter(3))
+    (tmp_path / "base2").rename("moved")
+    monkeypatch.setattr(prepare, "hub_commit", lambda config: pytest.fail("the hub was asked"))
+    done = dude_here("train", config, "model.name_or_path=base2")
+    assert done.returncode == 2
+    assert "there is no folder `base2` here" in done.stderr
+    assert "where: model.name_or_path: base2" in done.stderr
+    monkeypatch.undo()
+    done = dude_here("train", config, f"model.name_or_path={tmp_path / 'moved'}", "--allow-changes")
+    assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from dude_cli.config import ModelConfig
 from dude_cli.data import prompt_form
 from dude_cli.errors import DataError, DivergedError, UsageError
 from dude_cli.generation.conversation import Conversation
-from dude_cli.generation.generate import Generator, Sampling, _TextStream
+from dude_cli.generation.generate import Generator, Sampling, _TextStream, at_temperature
 from dude_cli.model import load_model, load_tokenizer
 
 QUICKSTART = ModelConfig(name_or_path="embedded:quickstart", dtype="float32")
@@ -87,6 +87,20 @@ def test_random_choice_depends_on_the_seed_and_the_number_alone(tuned, tokenizer
     assert answers(seed=2) != [first, second]
     greedy = generator(tuned, tokenizer).answer(QUESTION).completion
     assert answers(top_p=0.0) == [greedy, greedy]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 5e-324])
+def test_a_temperature_near_zero_is_as_good_as_zero(tuned, tokenizer, temperature):
+    """Logits divided by it are infinite in float32."""
+    greedy = generator(tuned, tokenizer).answer(QUESTION)
+    assert generator(tuned, tokenizer, temperature=temperature).answer(QUESTION) == greedy
+    assert generator(tuned, tokenizer, temperature=temperature, top_p=0.5).answer(QUESTION) == greedy
+
+
+def test_at_a_temperature_tokens_have_the_probabilities_of_the_divided_logits():
+    logits = torch.tensor([[1.0, -2.0, 4.0, float("-inf")]])
+    found = at_temperature(logits, 0.7).softmax(-1)
+    torch.testing.assert_close(found, (logits / 0.7).softmax(-1))
 
 
 def test_the_base_answers_as_the_model_without_adapters(tuned, tokenizer):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from exporting import save_base, save_trained
 
 from dude_cli import quickstart
+from dude_cli.adapter import AdapterConfig
 from dude_cli.config import ModelConfig
 from dude_cli.errors import ResourceError, UsageError
-from dude_cli.model import check_quantization, hub_commit, load_model
+from dude_cli.model import check_quantization, hub_commit, load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,46 @@ def test_the_commit_of_a_base_is_that_of_its_files_on_the_hub(monkeypatch):
     assert hub_commit(ModelConfig(name_or_path=quickstart.NAME)) is None
     assert hub_commit(ModelConfig(name_or_path=str(quickstart.MODEL_DIR))) is None
     assert asked == [("owner/name", "v2")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+def test_a_model_without_tokenizer_files_is_told_which_are_wanted(kind, tmp_path):
+    """transformers fails for one kind, and gives another an empty tokenizer."""
+    base = save_base(tmp_path / "base", kind)
+    assert len(load_tokenizer(ModelConfig(name_or_path=str(base)))) > 500
+    for file in base.glob("tokenizer*"):
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    (base / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="has no tokenizer files") as error:
+        load_tokenizer(ModelConfig(name_or_path=str(base)))
+    assert error.value.where == f"model.name_or_path: {base}"
+    assert "tokenizer.json" in (error.value.fix or "")
+
+
+def test_an_adapter_in_the_place_of_a_model_is_told_where_it_belongs(tmp_path):
+    save_trained(tmp_path / "run/adapter", save_base(tmp_path / "base", "llama"), AdapterConfig(rank=2))
+    (tmp_path / "run/config.yaml").write_text("")
+    for folder, what in ((tmp_path / "run", "a run"), (tmp_path / "run/adapter", "an adapter")):
+        with pytest.raises(UsageError, match=f"is {what}, not a model") as error:
+            load_model(ModelConfig(name_or_path=str(folder)))
+        assert f"adapter.init_from: {folder}" in (error.value.fix or "")
+
+
+def test_gguf_files_are_told_to_be_no_weights_for_a_training(tmp_path):
+    (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "model.Q4_K_M.gguf"):
+        with pytest.raises(UsageError, match="GGUF, which cannot be trained") as error:
+            load_model(ModelConfig(name_or_path=str(path)))
+        assert "the original weights" in (error.value.fix or "")
+
+
+def test_a_repository_of_gguf_files_is_told_to_be_no_weights_for_a_training(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        raise OSError("owner/name-GGUF does not appear to have a file named config.json.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(UsageError, match="GGUF, which cannot be trained"):
+        load_model(ModelConfig(name_or_path="owner/name-GGUF"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import accelerate
 import pytest
 import torch
 from quickstart_config import quickstart_config
 from training import init_here
 
-from dude_cli.system.runtime import best_device, make_accelerator
+from dude_cli.system.runtime import best_device, make_accelerator, quiet_libraries
 from dude_cli.training import cpu
 
 
@@ -45,3 +47,18 @@ def test_half_precision_is_compared_with_float32_by_the_clock(monkeypatch):
         assert cpu._product_seconds(torch.bfloat16) == 6
     monkeypatch.setattr(cpu, "_product_seconds", {torch.bfloat16: 6.0, torch.float32: 2.0}.__getitem__)
     assert cpu.product_slowdown(torch.bfloat16) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "is_shown"),
+    [
+        ("'timed out' thrown while requesting HEAD https://huggingface.co/base2/resolve/main/config.json", False),
+        ("Retrying in 8s [Retry 5/5].", False),
+        ("Rate limited. Waiting 290s before retry [Retry 1/5].", True),
+    ],
+)
+def test_the_hub_is_tried_again_without_a_line(text, is_shown):
+    """What fails in the end is told by our own error; a wait of minutes is told as it begins."""
+    quiet_libraries()
+    record = logging.LogRecord("", logging.WARNING, "", 0, text, None, None)
+    assert bool(logging.getLogger("huggingface_hub.utils._http").filter(record)) == is_shown

@@ -7,9 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from exporting import save_base, save_trained
 
+from dude_cli.adapter import AdapterConfig
+from dude_cli.config import Config, dump_config
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.target import find_target, load_target
+from dude_cli.target import AS_TRAINED, Loading, check_target, find_target, load_target, target_tokenizer
+from dude_cli.training.smoke import smoke_config
 
 
 def make_run(folder: Path, *, finished_at: int | None) -> Path:
@@ -42,6 +46,24 @@ def test_without_a_target_the_newest_finished_run_is_taken(tmp_path: Path, monke
     assert target.path == Path("runs/sweep/new")
     assert target.adapter_dir == Path("runs/sweep/new/adapter")
     assert "new" in str(target)
+
+
+def make_smoke_run(folder: Path, *, finished_at: int) -> Path:
+    values = {"model": {"name_or_path": "gpt2"}, "data": {"train": [{"path": "rows.jsonl"}]}}
+    config = smoke_config(Config.model_validate(values | {"output_dir": str(folder)}))
+    run = make_run(Path(config.output_dir), finished_at=finished_at)
+    (run / "config.yaml").write_text(dump_config(config))
+    return run
+
+
+def test_a_smoke_run_is_taken_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    smoke = make_smoke_run(Path("runs/mine"), finished_at=9_000)
+    with pytest.raises(UsageError, match=r"no finished run, but for those of --smoke"):
+        find_target(None)
+    make_run(Path("runs/real-smoke"), finished_at=1_000)  # a name says nothing
+    assert find_target(None).path == Path("runs/real-smoke")
+    assert find_target(str(smoke)).path == smoke
 
 
 @pytest.mark.parametrize("make", ["nothing", "unfinished"])
@@ -81,6 +103,17 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", finished_at=None)
     with pytest.raises(UsageError, match=r"not finished.*\n.*\n.*dude train"):
         find_target(str(run))
+
+
+def test_an_unfinished_run_has_checkpoints_that_can_be_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished_at=None)
+    for name in ("step-000002", "step-999999", "step-1000000", "step-2000000.broken"):
+        make_adapter(run / "checkpoints" / name / "adapter")
+    newest = run / "checkpoints" / "step-1000000"
+    with pytest.raises(UsageError) as error:
+        find_target(str(run))
+    assert (error.value.fix or "").endswith(f"; or give its newest checkpoint, {newest}")
+    assert find_target(str(newest)).adapter_dir == newest / "adapter"
 
 
 def test_the_advice_to_finish_a_run_leads_to_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +159,25 @@ def test_a_mistyped_run_is_not_taken_for_a_hub_name(tmp_path: Path, monkeypatch:
         find_target("runs/gsm8")
     with pytest.raises(UsageError, match="no folder"):
         find_target("./gsm8k")
+
+
+def test_a_base_that_was_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one from the hub the adapter has the commit, or the hub's cache has its files."""
+    monkeypatch.chdir(tmp_path)
+    save_trained(Path("adapter"), save_base(Path("base2"), "llama"), AdapterConfig(rank=2))
+    target = find_target("adapter")
+    check_target(target, AS_TRAINED)
+    Path("base2").rename("moved")
+    asked: list[str] = []
+    for name in ("load_model", "load_tokenizer", "saved_dtype"):
+        monkeypatch.setattr(f"dude_cli.target.{name}", lambda config, *_: asked.append(config.name_or_path))
+    for use in (check_target, load_target, target_tokenizer):
+        with pytest.raises(UsageError, match="there is no folder `base2` here") as error:
+            use(target, AS_TRAINED)
+        assert error.value.where == f"{tmp_path}: base2"
+        assert error.value.fix == "put it back; or say where it is: --base-model FOLDER, or its name on the hub"
+    assert not asked
+    check_target(target, Loading(base_model="moved"))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "cache/config.json")
+    check_target(target, AS_TRAINED)
+    assert asked == ["moved", "base2"]
