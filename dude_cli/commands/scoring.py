@@ -100,6 +100,8 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
         if "," in name:  # as lm-eval's own --tasks takes them
             repeated = " ".join(f"--task {part.strip()}" for part in name.split(",") if part.strip())
             raise UsageError("--task names one task", where=f"--task {name}", fix=f"write `{repeated}`")
+    if options.system_instruction is not None and not options.system_instruction.strip():
+        raise UsageError("it is empty", where="--system-instruction", fix="leave it out, or say something")
     if options.task_names:
         return [as_asked(EvalTask(name=name), options) for name in options.task_names]
     targets = [side.target for side in sides if side.target is not None]
@@ -309,7 +311,7 @@ def _score(
         output.say("note: the results are not kept; --output FOLDER keeps them")
     data = data_config(target)
     plain = [task.name for task in tasks if not task.apply_chat_template]
-    if data is not None and data.has_chats and plain:
+    if data is not None and data.trains_on_chats and plain:
         output.say(
             f"note: trained on conversations, and {', '.join(plain)} scored on lm-eval's plain prompts; "
             "--apply-chat-template asks in the chat template"

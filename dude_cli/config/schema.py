@@ -303,6 +303,10 @@ class DataConfig(Section):
     def has_chats(self) -> bool:
         return any(form.format == "chat" for form in self.forms())
 
+    @property
+    def trains_on_chats(self) -> bool:
+        return any(self.form(source).format == "chat" for source in self.train)
+
     def contradictions(self) -> Iterator[Contradiction]:
         yield from _form_contradictions(self.format, self.prompt, self.completion)
         for key in ("chat_template", "chat_template_kwargs"):

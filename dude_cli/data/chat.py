@@ -24,18 +24,20 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Rendered:
     """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned.
 
-    `head` counts the characters in front of the first user's words.
+    `words` is from and to which character others say something in front of the first answer that is learned, where that
+    is seen. It is empty if such an answer is.
     """
 
     text: str
-    head: int
+    words: tuple[int, int] | None
     turns: list[tuple[int, int]]
     learned: list[bool]
     ends_with_a_turn: bool
+    is_empty: bool
 
     def bordered(self) -> BorderedText:
-        """The text with the end of the head and both borders of each turn."""
-        return BorderedText(self.text, [self.head, *(border for turn in self.turns for border in turn)])
+        """The text with the borders of the words and of each turn."""
+        return BorderedText(self.text, [border for span in (self.words or (0, 0), *self.turns) for border in span])
 
 
 class ChatEncoder:
@@ -76,7 +78,8 @@ class ChatEncoder:
             raise _refused(error, where) from error
         check_written(talk, text, turns, where)
         learned = _learned_turns(talk, turns, where)
-        return Rendered(text, _head(talk, text), turns, learned, talk.messages[-1]["role"] == "assistant")
+        ends_with_a_turn = talk.messages[-1]["role"] == "assistant"
+        return Rendered(text, _words(talk, text, turns), turns, learned, ends_with_a_turn, talk.has_empty_answer())
 
     def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
         """Return encoded conversations."""
@@ -87,9 +90,10 @@ class ChatEncoder:
 
     def _finish(self, rendered: Rendered, ids: list[int], borders: list[int], learn_all: bool) -> Encoded:
         """Make the row of the text's ids; `borders` are its own, in tokens."""
-        head, *cuts = borders
+        first, last, *cuts = borders
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
         turns = [(start, stop, on) for (start, stop), on in zip(spans, rendered.learned, strict=True) if start < stop]
+        closing = None if all(self._ends(ids, start, stop) for start, stop, _ in turns) else self.encoder.eos_id
         if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
             ids.append(self.encoder.eos_id)
             turns[-1] = turns[-1][0], len(ids), turns[-1][2]
@@ -98,8 +102,17 @@ class ChatEncoder:
             learned[start:stop] = [on and token != self.encoder.eos_id for token in ids[start : stop - 1]] + [on]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
         context = next((start for start, _, on in turns if on), len(ids))
-        stops = tuple(stop for _, stop, on in turns if on)
-        return Encoded(ids, learned, leading, max(context, leading), head, stops)
+        first, last = max(first, leading), min(last, context)
+        return Encoded(
+            ids,
+            learned,
+            leading,
+            context=max(context, leading),
+            words=(first, last) if first < last else None,
+            stops=tuple(stop for _, stop, on in turns if on),
+            closing=closing,
+            is_empty=rendered.is_empty,
+        )
 
     def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
         """Return what a training row has in front of the assistant's next turn, as text and as ids.
@@ -217,10 +230,27 @@ def _refused(error: Exception, where: str) -> DataError:
     )
 
 
-def _head(talk: Conversation, text: str) -> int:
-    """Where the first user's words begin, behind the system's message and the user's header; 0 if it is not seen."""
-    said = next((str(message.get("content", "")).strip() for message in talk.messages if message["role"] == "user"), "")
-    return max(text.find(said), 0)
+def _words(talk: Conversation, text: str, turns: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """From and to which character others than system and assistant say something in front of what is learned first.
+
+    None where it is not seen: a template may change what they say.
+    """
+    answers = [place for place, message in enumerate(talk.messages) if message["role"] == "assistant"]
+    if len(turns) != len(answers) or not any(talk.learned):
+        return None
+    first = talk.learned.index(True)
+    position, spans = 0, []
+    for message in talk.messages[: answers[first]]:
+        said, role = str(message.get("content", "")).strip(), message["role"]
+        found = text.find(said, position, turns[first][0]) if said else -1
+        if found < 0:
+            if role == "assistant" or not said:
+                continue  # the thoughts of earlier answers may be left out
+            return None
+        position = found + len(said)
+        if role not in ("system", "developer", "assistant"):
+            spans.append((found, position))
+    return (spans[0][0], spans[-1][1]) if spans else None
 
 
 def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str) -> list[bool]:

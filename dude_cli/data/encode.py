@@ -12,7 +12,7 @@ The beginning is what the tokenizer puts there by itself (BOS or nothing). The e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dude_cli.config import RowForm
@@ -41,17 +41,21 @@ class Encoded:
     """A row's token ids, which of them are learned, and how many in front are context that may be cut.
 
     `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
-    In a conversation, `head` counts those in front of the first user's words, and `stops` says behind how many tokens
-    each learned turn ends. A document is split where it is too long, and not cut.
+    In a conversation, `words` says from and to which token of the context is what others than the assistant say, behind
+    the system's message, `stops` behind how many tokens each learned turn ends, and `closing` is what ends one that is
+    cut there, where turns have no end of their own. A document is split where it is too long, and not cut. An answer is
+    empty that has no words.
     """
 
     ids: list[int]
     learned: list[bool]
     leading: int
     context: int
-    head: int = 0
+    words: tuple[int, int] | None = None
     stops: tuple[int, ...] = ()
+    closing: int | None = None
     is_document: bool = False
+    is_empty: bool = False
 
 
 def format_columns(form: RowForm) -> Columns:
@@ -159,18 +163,19 @@ class TextEncoder:
         """
         wholes = self._encode_wholes([prompt + completion for prompt, completion in pairs])
         prompts = self.encode_prompts([prompt for prompt, _ in pairs])
-        return [
-            self._finish(whole, prompt, learn_all, are_documents) for whole, prompt in zip(wholes, prompts, strict=True)
-        ]
+        rows = [self._finish(whole, prompt, learn_all) for whole, prompt in zip(wholes, prompts, strict=True)]
+        if are_documents:
+            return [replace(row, is_document=True) for row in rows]
+        return [replace(row, is_empty=not text.strip()) for row, (_, text) in zip(rows, pairs, strict=True)]
 
-    def _finish(self, whole: list[int], prompt: list[int], learn_all: bool, is_document: bool) -> Encoded:
+    def _finish(self, whole: list[int], prompt: list[int], learn_all: bool) -> Encoded:
         leading = len(self.leading)
         context = max(common_prefix(whole, prompt), leading)
         first = leading if learn_all else context
         learned = [False] * first + [True] * (len(whole) - first)
         if self.eos_id in whole:
             learned = [on and token != self.eos_id for on, token in zip(learned, whole, strict=True)]
-        return Encoded([*whole, self.eos_id], [*learned, True], leading, context, is_document=is_document)
+        return Encoded([*whole, self.eos_id], [*learned, True], leading, context)
 
 
 def common_prefix(left: Tokens | str, right: Tokens | str) -> int:

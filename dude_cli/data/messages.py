@@ -31,6 +31,14 @@ class Conversation:
     learned: list[bool]
     tools: list[dict[str, Any]] | None
 
+    def has_empty_answer(self) -> bool:
+        """Whether a message that is to be learned says nothing, calls nothing and thinks nothing."""
+        answers = [message for message in self.messages if message["role"] == "assistant"]
+        return any(
+            is_learned and not any(str(value).strip() for name, value in message.items() if name != "role")
+            for message, is_learned in zip(answers, self.learned, strict=True)
+        )
+
 
 def conversation_of(row: Mapping[str, Any], *, template: str, where: str) -> Conversation:
     """Return a row's conversation. Raises DataError, naming `where`, for one that `template` cannot be given.

@@ -74,7 +74,7 @@ def prompt_form(tokenizer: Any, data: DataConfig | None, *, raw: bool) -> Prompt
         return PromptForm("the text as it is", encoder)
     if data is None and not getattr(tokenizer, "chat_template", None):
         return PromptForm("the text as it is, for the tokenizer has no chat template", encoder)
-    if data is None or data.has_chats:
+    if data is None or data.trains_on_chats:
         return PromptForm("the tokenizer's chat template", encoder, chat=ChatEncoder(encoder))
     form = data.form(data.train[0])
     template = prompt_template(form)

@@ -10,10 +10,11 @@ class DataReport:
     """What became of a data set's rows.
 
     `rows` counts the rows to learn from; `rows_without_target` those left out because nothing of them is learned.
-    Of `empty_answers` of them it is only the end of an answer, which then has no words.
+    `empty_answers` of them have an answer without words.
     A document of more than `max_length` tokens is several rows; `split_documents` counts such.
-    `truncated_rows` were longer than `max_length`; of those among `rows`, `cut_answers` lost the end of an answer, with
-    its EOS, and `shortened_chats` one or more turns at their end that would be learned, `lost_turns` in all.
+    `truncated_rows` were longer than `max_length`; of those among `rows`, `lost_starts` lost the start of their prompt,
+    `lost_questions` all that is said in front of the first answer, `cut_answers` the end of an answer, with its EOS,
+    and `shortened_chats` turns at their end that would be learned, `lost_turns` in all.
     `tokens` and `target_tokens` are over `rows`, after truncation; `longest_row` is in tokens, before it.
     `packed_sequences` is None without packing. `example` is the first row as pieces of text, each with whether it
     is learned.
@@ -24,6 +25,8 @@ class DataReport:
     target_tokens: int
     empty_answers: int
     truncated_rows: int
+    lost_starts: int
+    lost_questions: int
     cut_answers: int
     shortened_chats: int
     lost_turns: int
@@ -42,11 +45,10 @@ class DataReport:
                 f"texts longer than data.max_length ({self.max_length}): {self.split_documents:,}, split into rows of "
                 f"at most that length; {self.rows:,} rows in all"
             )
-        without_start = self.truncated_rows - self.shortened_chats - self.cut_answers
-        if without_start > 0:
+        if self.lost_starts:
             found.append(
-                f"rows longer than data.max_length ({self.max_length}): {without_start:,}; they lose the start of "
-                "their prompt"
+                f"rows longer than data.max_length ({self.max_length}): {self.lost_starts:,} lose the start of their "
+                "prompt"
             )
         return found
 
@@ -58,13 +60,18 @@ class DataReport:
                 f"{self.cut_answers:,} of {self.rows:,} rows lose their whole prompt and the end of their answer, with "
                 f"its EOS, to {limit}"
             )
+        if self.lost_questions:
+            found.append(
+                f"{self.lost_questions:,} conversations lose all of the question in front of their first answer to "
+                f"{limit}"
+            )
         if self.shortened_chats:
             found.append(
-                f"{self.shortened_chats:,} of {self.rows:,} conversations lose their last messages, with "
-                f"{self.lost_turns:,} turns of the assistant's, to {limit}"
+                f"{self.shortened_chats:,} conversations lose their last messages, with {self.lost_turns:,} turns of "
+                f"the assistant's, to {limit}"
             )
         if self.empty_answers:
             found.append(
-                f"{self.empty_answers:,} of {self.rows:,} rows have an empty answer: only its end is learned of them"
+                f"{self.empty_answers:,} of {self.rows:,} rows have an empty answer: only its end can be learned"
             )
         return found

@@ -33,6 +33,10 @@ class Seen:
     revisions: dict[str, str] = field(default_factory=dict)
     unread: dict[str, list[str]] = field(default_factory=dict)
 
+    def note(self, path: str, unread: list[str]) -> None:
+        """Add what an entry does not read of a path; another one may."""
+        self.unread[path] = [name for name in self.unread.get(path, unread) if name in unread]
+
 
 def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     """Return the rows of a source, each with just the columns asked for; what else there is to know goes to `seen`.
@@ -50,7 +54,7 @@ def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
         raise _missing_path(source)
     there = list(rows.values[0]) if rows.values else []
     check_columns(source, there, columns, empty=not rows.values)
-    seen.unread[source.path] = columns.unread(there)
+    seen.note(source.path, columns.unread(there))
     return keep_columns(source, rows, columns)
 
 
@@ -139,7 +143,7 @@ def _read_dataset(source: DataSource, columns: Columns, seen: Seen) -> Rows:
         seen.revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     check_columns(source, there, columns, empty=len(dataset) == 0)
-    seen.unread[source.path] = columns.unread(there)
+    seen.note(source.path, columns.unread(there))
     kept = [name for name in columns.read() if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]

@@ -25,27 +25,29 @@ class TokenTable:
     - `learned` (tokens, bool): which of them are learned. The first of a row never is, because nothing stands before
       it to predict it from.
     - `full_lengths` (rows, int64): tokens before truncation
-    - `cut_answers` (rows, bool): whether truncation took the end of an answer
-    - `lost_turns` (rows, int64): how many turns of a conversation, that would be learned, it left out
+    - `lost_starts`, `lost_questions`, `cut_answers` (rows, bool), `lost_turns` (rows, int64): what truncation took
+      (`Truncated`)
+    - `empty_answers` (rows, bool): whether the answer has no words
     - `sources` (rows, int64): which row of the data it is, or is a part of
-    - `documents` (rows, bool): whether it is a document, or a part of one
     """
 
     offsets: npt.NDArray[np.int64]
     input_ids: npt.NDArray[np.int32]
     learned: npt.NDArray[np.bool_]
     full_lengths: npt.NDArray[np.int64]
+    lost_starts: npt.NDArray[np.bool_]
+    lost_questions: npt.NDArray[np.bool_]
     cut_answers: npt.NDArray[np.bool_]
     lost_turns: npt.NDArray[np.int64]
+    empty_answers: npt.NDArray[np.bool_]
     sources: npt.NDArray[np.int64]
-    documents: npt.NDArray[np.bool_]
 
     @classmethod
     def of(cls, rows: Iterable[Encoded], max_length: int) -> TokenTable:
         """Store `rows`, each truncated to `max_length` tokens, documents split into rows of so many."""
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         learned: list[npt.NDArray[np.bool_]] = [np.empty(0, np.bool_)]
-        full_lengths, cut_answers, lost_turns, sources, documents = [], [], [], [], []
+        full_lengths, sources, empty, truncated = [], [], [], []
         for source, whole in enumerate(rows):
             for row in split(whole, max_length) if whole.is_document else [whole]:
                 kept = truncate(row, max_length)
@@ -53,19 +55,21 @@ class TokenTable:
                 learned.append(np.array(kept.learned, np.bool_))
                 learned[-1][:1] = False
                 full_lengths.append(len(row.ids))
-                cut_answers.append(kept.is_answer_cut)
-                lost_turns.append(kept.lost_turns)
                 sources.append(source)
-                documents.append(row.is_document)
+                empty.append(row.is_empty)
+                truncated.append((kept.is_start_lost, kept.is_question_lost, kept.is_answer_cut, kept.lost_turns))
+        lost_starts, lost_questions, cut_answers, lost_turns = np.array(truncated, np.int64).reshape(-1, 4).T
         return cls(
             offsets=np.cumsum([len(row_ids) for row_ids in ids], dtype=np.int64),
             input_ids=np.concatenate(ids),
             learned=np.concatenate(learned),
             full_lengths=np.array(full_lengths, np.int64),
-            cut_answers=np.array(cut_answers, np.bool_),
-            lost_turns=np.array(lost_turns, np.int64),
+            lost_starts=lost_starts.astype(np.bool_),
+            lost_questions=lost_questions.astype(np.bool_),
+            cut_answers=cut_answers.astype(np.bool_),
+            lost_turns=lost_turns.copy(),
+            empty_answers=np.array(empty, np.bool_),
             sources=np.array(sources, np.int64),
-            documents=np.array(documents, np.bool_),
         )
 
     def __len__(self) -> int:

@@ -10,41 +10,59 @@ from dude_cli.data.encode import Encoded
 
 @dataclass(frozen=True)
 class Truncated:
-    """A row in its length; whether its answer lost the end, with its EOS, and how many learned turns were left out."""
+    """A row in its length, and what it lost for that.
+
+    `is_start_lost`: tokens of its context; `is_question_lost`: all that others than the assistant say in front of the
+    first answer; `is_answer_cut`: the end of its answer, with its EOS; `lost_turns`: how many learned turns.
+    """
 
     ids: list[int]
     learned: list[bool]
-    is_answer_cut: bool
-    lost_turns: int
+    is_start_lost: bool = False
+    is_question_lost: bool = False
+    is_answer_cut: bool = False
+    lost_turns: int = 0
 
 
 def truncate(row: Encoded, max_length: int) -> Truncated:
     """Return a row in at most `max_length` tokens.
 
     A conversation ends behind the last learned turn that fits, or behind its first one. Then the context loses tokens:
-    first the user's words their start, then, if that is not enough, what is in front of them. The leading tokens stay,
-    and at least one token in front of the answer, without which its first token could not be predicted. Only an answer
-    that does not fit behind that is cut at its end, and then has no EOS.
+    what others than the assistant say its start, and if that is not enough, all from its start on. The leading tokens
+    stay, and at least one token in front of the answer, without which its first token could not be predicted. Only an
+    answer that does not fit behind that is cut at its end, and then has no EOS.
     """
     shorter = _without_last_turns(row, max_length)
     lost_turns = len(row.stops) - len(shorter.stops)
     excess = len(shorter.ids) - max_length
     if excess <= 0:
-        return Truncated(shorter.ids, shorter.learned, is_answer_cut=False, lost_turns=lost_turns)
-    head = max(row.head, row.leading)
-    front = head if excess < row.context - head else row.leading
+        return Truncated(shorter.ids, shorter.learned, lost_turns=lost_turns)
+    start, stop = row.words or (0, 0)
+    is_within_words = excess < stop - start
+    front = start if is_within_words else row.leading
     kept_from = front + min(excess, row.context - (front or min(row.context, 1)))
     ids = shorter.ids[:front] + shorter.ids[kept_from:]
     learned = shorter.learned[:front] + shorter.learned[kept_from:]
-    return Truncated(ids[:max_length], learned[:max_length], any(learned[max_length:]), lost_turns)
+    return Truncated(
+        ids[:max_length],
+        learned[:max_length],
+        is_start_lost=kept_from > front,
+        is_question_lost=row.words is not None and not is_within_words,
+        is_answer_cut=any(learned[max_length:]),
+        lost_turns=lost_turns,
+    )
 
 
 def _without_last_turns(row: Encoded, max_length: int) -> Encoded:
     if len(row.ids) <= max_length or not row.stops:
         return row
-    kept = max(1, sum(stop <= max_length for stop in row.stops))
+    closing = [] if row.closing is None else [row.closing]
+    kept = max(1, sum(stop + len(closing) <= max_length for stop in row.stops))
     stop = row.stops[kept - 1]
-    return replace(row, ids=row.ids[:stop], learned=row.learned[:stop], stops=row.stops[:kept])
+    if stop == len(row.ids):  # it has its closing
+        return row
+    ids, learned = row.ids[:stop] + closing, row.learned[:stop] + [True] * len(closing)
+    return replace(row, ids=ids, learned=learned, stops=row.stops[:kept])
 
 
 def split(row: Encoded, max_length: int) -> Iterator[Encoded]:

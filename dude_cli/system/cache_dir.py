@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
 # Of one kind of result. Llama-2-7B's 224 decompositions of rank 128 take 1.3 GB, a million rows of 200 tokens 1 GB.
 LIMIT_BYTES = 10 * 2**30
+IN_USE_NS = 3600 * 10**9
 
 
 def cache_dir(kind: str) -> Path:
@@ -42,21 +44,23 @@ def folder_cache(folder: Path) -> Path:
 
 
 def prune(folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
-    """Delete what was used least recently in `folder` until `limit_bytes` are enough; the newest stays."""
+    """Delete what was used least recently in `folder` until `limit_bytes` are enough; the newest stays.
+
+    So does a folder in which something was written of late: another process may be at it.
+    """
     used = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # another process prunes too
-            used.append((path.stat().st_mtime_ns, path, _size(path)))
+            facts = [file.stat() for file in [path, *path.rglob("*")]]
+            used.append((max(fact.st_mtime_ns for fact in facts), path, sum(fact.st_size for fact in facts)))
     excess = sum(size for _, _, size in used) - limit_bytes
-    for _, path, size in sorted(used)[:-1]:
+    for last_ns, path, size in sorted(used)[:-1]:
         if excess <= 0:
             return
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+        if not path.is_dir():
             path.unlink(missing_ok=True)
+        elif time.time_ns() - last_ns < IN_USE_NS:
+            continue
+        else:
+            shutil.rmtree(path, ignore_errors=True)
         excess -= size
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in [path, *path.rglob("*")])

@@ -153,9 +153,12 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
     return state
 
 
-def restore_best(folder: Path, run_dir: Path) -> None:
-    """Put the best adapter of a valid checkpoint into the run folder, or take away what is there if it has none."""
-    if not (folder / BEST).is_dir():
+def restore_best(folder: Path, run_dir: Path, *, has_patience: bool) -> None:
+    """Put the best adapter of a valid checkpoint into the run folder, or take away what is there if it has none.
+
+    Without patience none is kept: a lower loss would come, and the adapter would stay.
+    """
+    if not has_patience or not (folder / BEST).is_dir():
         files.delete(run_dir / BEST)
         return
     with files.new_folder(run_dir / BEST) as partial:
@@ -167,6 +170,7 @@ def read_state(folder: Path) -> TrainState:
     path = folder / "state.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        values["evaluated_step"]  # without it, there is no best adapter in it either
         return TrainState(**values | {"origin": Origin(**values["origin"])})
     except (TypeError, KeyError) as error:
         raise AdapterError(

@@ -58,7 +58,7 @@ def source_folder(config: Config) -> Path:
 
 def template_note(config: Config, tokenizer: Any) -> str | None:
     """What to say where a training on conversations goes on with another chat template than its source's."""
-    if not config.data.has_chats or config.adapter.init_from is None or keeps_own_start(config):
+    if not config.data.trains_on_chats or config.adapter.init_from is None or keeps_own_start(config):
         return None
     file = source_folder(config) / "chat_template.jinja"
     if not file.is_file() or file.read_text(encoding="utf-8") == tokenizer.chat_template:

@@ -48,7 +48,8 @@ def run_summary(config: Config) -> dict[str, Any]:
 
     `first_step_s` is the time from the start of the process to its first step; of the last part of a run in parts.
     `memory` has the most bytes that the training held, predicted and measured.
-    `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's.
+    `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's since
+    it is on, which is `kept_eval_loss`.
     """
     records = read_metrics(config.run_dir)
     steps = [record for record in records if "loss" in record]
@@ -63,6 +64,7 @@ def run_summary(config: Config) -> dict[str, Any]:
         "run_dir": str(config.run_dir),
         "steps": last["step"],
         "kept_step": kept["step"],
+        "kept_eval_loss": kept.get("eval_loss"),
         "loss": last.get("loss"),
         "first_eval_loss": next((record["eval_loss"] for record in evaluations if record["step"] == 0), None),
         "last_eval_loss": evaluations[-1]["eval_loss"] if evaluations else None,
@@ -83,7 +85,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         before = "" if first is None else f"{first:.4f} before, "
         lines.append(f"evaluation loss {before}{last:.4f} at the end, {lowest:.4f} at the lowest")
     if summary["kept_step"] != summary["steps"]:
-        lines.append(f"the adapter is that of step {summary['kept_step']:,}, with the lowest evaluation loss")
+        loss = summary["kept_eval_loss"]
+        lines.append(f"the adapter is that of step {summary['kept_step']:,}, evaluation loss {loss:.4f}")
     elif first is not None and last > first:
         lines.append("warning: the evaluation loss is higher than before the training: lower train.learning_rate")
     return lines

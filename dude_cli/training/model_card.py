@@ -76,7 +76,7 @@ def model_card(
         seed=config.seed,
         steps=summary["steps"],
         kept_step=summary["kept_step"],
-        reason="" if config.train.early_stopping_patience is None else ", the lowest evaluation loss",
+        reason="" if summary["kept_eval_loss"] is None else f", evaluation loss {summary['kept_eval_loss']:.4f}",
         **{key: _number(summary[key]) for key in ("loss", "first_eval_loss", "last_eval_loss", "lowest_eval_loss")},
     )
 

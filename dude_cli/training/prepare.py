@@ -160,7 +160,7 @@ def prepare(
         memory = forecast(config, plan, int(data.train.lengths.max()), say)
     peak_memory = PeakMemory(accelerator.device)
     model = _load_base(config, base, tokenizer, data, accelerator, say)
-    ends = untrained_ends(model, tokenizer, config.adapter, data.train)
+    ends = on_main_rank(accelerator, lambda: untrained_ends(model, tokenizer, config))
     first = data.train[0]
     row = first.input_ids[: first.segment_lengths[0]]  # a packed sequence may be longer than the model takes
     start = Start(config, model, row, model_revision, say, counter)

@@ -610,6 +610,7 @@ def test_a_system_instruction_is_asked_with_and_kept_beside_other_scores(chat_ru
 def test_a_system_instruction_that_would_not_be_seen_is_refused(chat_run: Path, scored: list[str]) -> None:
     given = ("--system-instruction", "Be brief.")
     assert "in plain text, without a chat template" in refused(chat_run, *CHOICES, *given)
+    assert "it is empty" in refused(chat_run, *CHAT, "--system-instruction", "")
     give_template(chat_run / "runs/chat", CHAT_TEMPLATE.replace("messages", "messages if m.role != 'system'", 1))
     assert "no place for a system's message" in refused(chat_run, *CHAT, *given)
     assert not scored

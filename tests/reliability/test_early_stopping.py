@@ -48,7 +48,7 @@ def test_early_stopping_keeps_the_lowest_evaluations_adapter(tmp_path):
     last = read_metrics(tmp_path / "run")[-2:]
     assert [record["step"] for record in last] == [summary["steps"]] * 2
     card = (tmp_path / "run/adapter/README.md").read_text()
-    assert f"of step {summary['kept_step']}, the lowest evaluation loss" in card
+    assert f"of step {summary['kept_step']}, evaluation loss {summary['lowest_eval_loss']:.4f}" in card
     assert f"{summary['lowest_eval_loss']:.4f}" in card
     assert list((tmp_path / "run/tensorboard").iterdir())
 
@@ -67,7 +67,7 @@ def test_a_run_that_gets_patience_on_its_way_keeps_the_best_from_there(steps, tm
     loss, step = min(line for line in evaluations if line[1] >= 3)
     assert summary["kept_step"] == step
     assert validation_loss(load_config(path), tmp_path / "run/adapter") == pytest.approx(loss, rel=1e-5)
-    assert f"of step {step}, the lowest" in (tmp_path / "run/adapter/README.md").read_text()
+    assert f"of step {step}, evaluation loss {loss:.4f}" in (tmp_path / "run/adapter/README.md").read_text()
 
 
 SPARE = "  eval_steps: 5\n  save_steps: 10\n  early_stopping_patience: 2\n  warmup_ratio: 0.0"
@@ -148,3 +148,16 @@ def test_a_run_that_goes_on_keeps_the_best_adapter_of_before(tmp_path):
     assert (summary["kept_step"], summary["steps"]) == (0, 4)
     kept = validation_loss(load_config(path), tmp_path / "run/adapter")
     assert kept == pytest.approx(summary["first_eval_loss"], rel=1e-5)
+
+
+def test_a_run_without_patience_keeps_no_best_adapter_for_when_it_gets_it_back(tmp_path):
+    path = quickstart_config(tmp_path, extra="  eval_steps: 2\n  save_steps: 2\n  warmup_ratio: 0.0", max_steps="40")
+    patient = "train.early_stopping_patience=50"
+    for changes, steps in (([patient], 3), ([], 4)):
+        with pytest.raises(StoppedError):
+            train_here(path, *changes, stop=StopAfter(steps), allow_changes=True)
+    assert not (tmp_path / "run/best").exists()
+    summary = train_here(path, TOO_HIGH, "train.early_stopping_patience=1", allow_changes=True)
+    kept = validation_loss(load_config(path), tmp_path / "run/adapter")
+    assert kept == pytest.approx(summary["kept_eval_loss"], rel=1e-5)
+    assert summary["kept_step"] > 3

@@ -73,14 +73,18 @@ def test_prompts_that_lose_their_start_are_told(prepare):
         max_length=40,
         say=said.append,
     )
-    assert said[-1] == "data.train: rows longer than data.max_length (40): 1; they lose the start of their prompt"
+    assert said[-1] == "data.train: rows longer than data.max_length (40): 1 lose the start of their prompt"
 
 
 def test_empty_answers_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):
-    told = "data.train: 2 of 4 rows have an empty answer: only its end is learned of them"
+    told = "data.train: 2 of 4 rows have an empty answer: only its end can be learned"
     empty = [{"prompt": "How many?", "completion": ""}] * 2
     assert prepare([*empty, *numbered(2)]).warnings() == [told]
     assert prepare(numbered(2)).warnings() == []
+    templates = {"prompt": "Q: {prompt}", "completion": " {completion}"}  # a space is learned too
+    assert prepare([*empty, *numbered(2)], **templates).warnings() == [told]
+    (cut,) = prepare([{"prompt": "Why?", "completion": " apples"}], max_length=2).warnings()
+    assert "empty" not in cut
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -170,6 +174,18 @@ def test_columns_that_are_not_read_are_named(prepare):
     assert not any("not read" in line for line in said)
 
 
+def test_a_column_that_another_entry_reads_is_not_named(tmp_path, bos_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "How many?", "answer": "46", "why": "12", "id": 1}) + "\n")
+    sources = [
+        DataSource(path=str(path), prompt="{question}", completion=" {answer}"),
+        DataSource(path=str(path), prompt="{question}", completion=" {why}"),
+    ]
+    said: list[str] = []
+    prepare_data(DataConfig(train=sources), bos_tokenizer, 0, said.append)
+    assert said == [f"note: {path}: columns that are not read: id"]
+
+
 def test_validation_rows_that_are_trained_on_are_counted(prepare):
     rows = numbered(10)
     told = "data.validation: 10 of 10 rows are in data.train too: the evaluation loss does not tell of them "
@@ -190,9 +206,43 @@ def test_turns_that_a_long_conversation_loses_are_counted_and_a_warning_names_th
     assert (report.rows, report.truncated_rows, report.cut_answers) == (3, 2, 0)
     assert (report.shortened_chats, report.lost_turns) == (2, 3)
     assert prepared.warnings() == [
-        "data.train: 2 of 3 conversations lose their last messages, with 3 turns of the assistant's, "
+        "data.train: 2 conversations lose their last messages, with 3 turns of the assistant's, "
         f"to data.max_length ({length}); the longest row has {report.longest_row} tokens"
     ]
+
+
+def test_conversations_that_lose_the_whole_question_are_counted_and_no_others(prepare, chat_tokenizer):
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    long, short = "The cat sat on the mat. " * 20, "hello"
+    talks = [
+        [(short, short), (long, None)],  # ends behind its answer
+        [(long, short)],  # loses the start of the question
+        [(long, short), (short, short)],  # that, and the last turn
+        [(short, "The cat sat on the mat. " * 4)],  # loses the question
+    ]
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": text}
+                for turn in talk
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+                if text
+            ]
+        }
+        for talk in talks
+    ]
+    said: list[str] = []
+    length = prepare(rows[3:], format="chat", tokenizer=tokenizer).train_report.longest_row - 3
+    prepared = prepare(rows, format="chat", tokenizer=tokenizer, max_length=length, say=said.append)
+    report = prepared.train_report
+    assert (report.lost_starts, report.lost_questions, report.cut_answers, report.shortened_chats) == (2, 1, 0, 1)
+    assert said[-1] == f"data.train: rows longer than data.max_length ({length}): 2 lose the start of their prompt"
+    lost, shortened = prepared.warnings()
+    assert lost.startswith("data.train: 1 conversations lose all of the question in front of their first answer to ")
+    assert shortened.startswith("data.train: 1 conversations lose their last messages, with 1 turns")
 
 
 DOCUMENTS = [{"text": "hello"}, {"text": "The cat sat on the mat. " * 30}, {"text": "How many? " * 20}, {"text": "46"}]

@@ -215,24 +215,60 @@ def test_a_long_conversation_keeps_whole_turns(chat_tokenizer, template, system,
         assert kept.lost_turns == len(learned) - 1
 
 
-def test_where_the_first_answer_does_not_fit_the_users_words_lose_their_start(chat_tokenizer):
+@pytest.mark.parametrize("system", ["it's fine", "How many? Say how many."])
+def test_where_the_first_answer_does_not_fit_the_users_words_lose_their_start(chat_tokenizer, system):
     tokenizer = chat_tokenizer("<s>" + CHATML, bos_token="<s>")
     talk = [
-        {"role": "system", "content": "it's fine"},
-        {"role": "user", "content": "The cat sat on the mat. " * 20 + "How many?"},
+        {"role": "system", "content": system},
+        {"role": "user", "content": "How many? " * 20},
         {"role": "assistant", "content": "46"},
     ]
     row = encode(tokenizer, talk)
-    head = len(tokenizer("<s><|im_start|>system\nit's fine<|im_end|>\n<|im_start|>user\n")["input_ids"])
+    first, last = row.words
+    assert tokenizer.decode(row.ids[first:last]).strip() == ("How many? " * 20).strip()
+    for left in (1, 30):
+        kept = truncate(row, row.stops[-1] - (last - first) + left)
+        assert kept.ids == row.ids[:first] + row.ids[last - left : row.stops[-1]]
+        assert (kept.is_start_lost, kept.is_question_lost, kept.is_answer_cut) == (True, False, False)
+    # Without room for any of them what is around them goes too, down to BOS, and the answer stays.
     answer = row.stops[-1] - row.context
-    text = tokenizer.decode(truncate(row, head + answer + 30).ids)
-    before, _, rest = text.partition("<|im_start|>user\n")
-    assert before == "<s><|im_start|>system\nit's fine<|im_end|>\n"
-    assert rest.endswith("How many?<|im_end|>\n<|im_start|>assistant\n46<|im_end|>")
-    # Without room for the head it goes, down to BOS, and the answer stays.
     tight = truncate(row, answer + 5)
     assert tight.ids == [tokenizer.bos_token_id, *row.ids[row.context - 4 : row.stops[-1]]]
-    assert not tight.is_answer_cut
+    assert (tight.is_question_lost, tight.is_answer_cut) == (True, False)
+
+
+def test_the_words_of_the_context_are_those_of_users_and_tools_in_front_of_what_is_learned(chat_tokenizer):
+    talk = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "the mat", "weight": 0},
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": "46"},
+        {"role": "user", "content": "pears"},
+    ]
+    tokenizer = chat_tokenizer(CHATML)
+    row = encode(tokenizer, talk)
+    found = tokenizer.decode(row.ids[slice(*row.words)])
+    assert found.startswith("the cat<|im_end|>")
+    assert found.endswith("user\nHow many?")
+    assert encode(tokenizer, talk[:1]).words is None  # nothing is learned
+    assert encode(tokenizer, talk[1:2]).words is None  # nothing is said in front of it
+
+
+def test_a_conversation_that_is_cut_behind_a_turn_ends_as_one_that_is_not(chat_tokenizer):
+    """A template without ends of turns: one EOS is learned at the end of each row."""
+    tokenizer = chat_tokenizer(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        eos_token="</s>",
+    )
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "46"}]
+    one, three = encode(tokenizer, talk), encode(tokenizer, talk * 3)
+    assert one.ids[-1] == three.ids[-1] == tokenizer.eos_token_id
+    kept = truncate(three, len(one.ids))
+    assert (kept.ids, kept.learned, kept.lost_turns) == (one.ids, one.learned, 2)
+    assert truncate(three, len(one.ids) - 1).lost_turns == 2  # not one is whole then
+    assert truncate(three, len(three.ids)).ids == three.ids
+    assert truncate(three, len(three.ids) - 1).lost_turns == 1
 
 
 def test_train_on_inputs_learns_every_turn(chat_tokenizer):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import time
 from functools import partial
 from pathlib import Path
 
@@ -131,6 +132,10 @@ def test_of_what_a_folder_was_the_copies_used_least_recently_go(tmp_path, monkey
         assert read(folder) == KEPT[:count]
     assert len(list(copies.iterdir())) == 3
     monkeypatch.setattr(cache_dir, "prune", partial(cache_dir.prune, limit_bytes=1))
+    assert read(folder) == KEPT[:3]
+    assert len(list(copies.iterdir())) == 3  # another process may be writing one of them
+    now = time.time_ns
+    monkeypatch.setattr(cache_dir.time, "time_ns", lambda: now() + cache_dir.IN_USE_NS)
     assert read(folder) == KEPT[:3]
     assert list(copies.iterdir()) == [cache_dir.folder_cache(folder)]
     assert read(folder) == KEPT[:3]

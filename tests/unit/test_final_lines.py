@@ -53,4 +53,5 @@ def test_a_training_says_how_far_the_losses_fell() -> None:
 def test_a_training_that_kept_another_step_or_made_the_model_worse_says_so() -> None:
     worse = {"last_eval_loss": 4.0, "lowest_eval_loss": 2.0}
     assert lines(**worse)[2].startswith("warning: the evaluation loss is higher than before the training")
-    assert lines(**worse, kept_step=12)[2:] == ["the adapter is that of step 12, with the lowest evaluation loss"]
+    kept = lines(**worse, kept_step=12, kept_eval_loss=2.5)
+    assert kept[2:] == ["the adapter is that of step 12, evaluation loss 2.5000"]

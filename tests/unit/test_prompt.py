@@ -123,3 +123,11 @@ def test_what_a_chat_template_refuses_is_a_data_error(chat_tokenizer):
     form = prompt_form(chat_tokenizer("{{ raise_exception('no') }}" + CHATML), None, raw=False)
     with pytest.raises(DataError, match="refuses the conversation: no"):
         form.prompt(asked("hi"))
+
+
+def test_the_form_of_validation_rows_is_not_asked_in(chat_tokenizer):
+    talks = DataSource(path="talks.jsonl", format="chat")
+    pairs = DataSource(path="rows.jsonl", prompt="Q: {q}", completion=" {a}")
+    tokenizer = chat_tokenizer(CHATML)
+    assert prompt_form(tokenizer, DataConfig(train=[pairs], validation=[talks]), raw=False).template == "Q: {q}"
+    assert prompt_form(tokenizer, DataConfig(train=[pairs, talks]), raw=False).chat is not None
