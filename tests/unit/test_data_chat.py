@@ -250,6 +250,9 @@ def test_the_words_of_the_context_are_those_of_users_and_tools_in_front_of_what_
     found = tokenizer.decode(row.ids[slice(*row.words)])
     assert found.startswith("the cat<|im_end|>")
     assert found.endswith("user\nHow many?")
+    told = [{"role": "system", "content": "Say how many, if asked: How many?"}, *talk[2:]]
+    row = encode(tokenizer, told)  # the system's message has the words too
+    assert tokenizer.decode(row.ids[: row.words[0]]).endswith("<|im_end|>\n<|im_start|>user\n")
     assert encode(tokenizer, talk[:1]).words is None  # nothing is learned
     assert encode(tokenizer, talk[1:2]).words is None  # nothing is said in front of it
 
