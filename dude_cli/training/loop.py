@@ -51,10 +51,9 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
             if stops and (state.evaluation_is_due or state.step < plan.total_steps):
                 raise _stopped(run, stop)
         if state.step < plan.total_steps:
-            patience = config.early_stopping_patience
+            since = state.evaluations_since_best
             run.display.message(
-                f"stopped early after step {state.step} of {plan.total_steps}: no lower evaluation loss in the last "
-                f"{patience} evaluations"
+                f"stopped early after step {state.step} of {plan.total_steps}: evaluations since the lowest loss: {since}"
             )
         return finish(run)
 

@@ -40,7 +40,7 @@ def test_early_stopping_keeps_the_lowest_evaluations_adapter(tmp_path):
     prepared = init_here(path, "train.learning_rate=0.1", "train.report_to=[tensorboard]")
     summary = train(prepared, make_accelerator(), console, StopSignal())
     assert 0 < summary["kept_step"] < summary["steps"] < 20
-    told = f"stopped early after step {summary['steps']} of 20: no lower evaluation loss in the last 2 evaluations"
+    told = f"stopped early after step {summary['steps']} of 20: evaluations since the lowest loss: 2"
     assert told in console.file.getvalue()
     assert summary["lowest_eval_loss"] < summary["last_eval_loss"] - 0.01
     kept = validation_loss(load_config(path), tmp_path / "run/adapter")
