@@ -51,10 +51,8 @@ def train(prepared: Prepared, accelerator: Accelerator, console: Console, stop: 
             if stops and (state.evaluation_is_due or state.step < plan.total_steps):
                 raise _stopped(run, stop)
         if state.step < plan.total_steps:
-            since = state.evaluations_since_best
-            run.display.message(
-                f"stopped early after step {state.step} of {plan.total_steps}: evaluations since the lowest loss: {since}"
-            )
+            where, since = f"step {state.step} of {plan.total_steps}", state.evaluations_since_best
+            run.display.message(f"stopped early after {where}: evaluations since the lowest loss: {since}")
         return finish(run)
 
 
