@@ -8,7 +8,7 @@ import pytest
 from quickstart_config import quickstart_config
 from training import StopAfter, train_here
 
-from dude_cli.data import prepare
+from dude_cli.data import row_encoder
 from dude_cli.data.encode import TextEncoder
 from dude_cli.errors import StoppedError
 from dude_cli.system.runtime import process_age_s
@@ -40,7 +40,7 @@ def test_a_run_on_rows_that_were_encoded_before_ends_in_the_same_bytes(tmp_path,
         patch.setattr(TextEncoder, "encode_pairs", lambda *_, **__: pytest.fail("encoded again"))
         train_here(quickstart_config(tmp_path / "kept", max_steps="2"))
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(prepare, "token_key", lambda *_: None)
+    monkeypatch.setattr(row_encoder, "token_key", lambda *_: None)
     train_here(quickstart_config(tmp_path / "none", max_steps="2"))
     results = [(tmp_path / name / "run" / RESULT).read_bytes() for name in ("kept", "none")]
     assert results[0] == results[1]

@@ -13,7 +13,9 @@ from dude_cli.config import AdapterConfig, Config, ModelConfig
 from dude_cli.training.model_card import imported_card, merged_card, model_card, peft_card
 
 COMMIT = "c" * 40
-SUMMARY = dict.fromkeys(("steps", "kept_step", "loss", "first_eval_loss", "last_eval_loss", "lowest_eval_loss"), 1)
+SUMMARY = dict.fromkeys(
+    ("steps", "kept_step", "loss", "first_eval_loss", "last_eval_loss", "lowest_eval_loss", "kept_eval_loss"), 1
+)
 
 
 def saved_adapter(name: str, commit: str | None, quantization: str | None) -> SavedAdapter:

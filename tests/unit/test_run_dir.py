@@ -98,7 +98,7 @@ def test_the_summary_and_the_card_name_the_step_that_is_kept(tmp_path):
     assert (run_summary(last)["steps"], run_summary(last)["kept_step"]) == (4, 4)
     assert (run_summary(best)["steps"], run_summary(best)["kept_step"]) == (4, 2)
     card = model_card(best, run_summary(best))
-    assert "of step 2, the lowest evaluation loss" in card
+    assert "of step 2, evaluation loss 1.5000 |" in card
     assert "3.0000, 2.5000, 1.5000" in card
     assert "of step 4 |" in model_card(last, run_summary(last))
     assert 'from_pretrained("m", dtype="bfloat16")' in card
