@@ -29,6 +29,10 @@ class Columns:
         """All names of the columns that are read."""
         return [name for column in (*self.required, *self.optional) for name in self.names(column)]
 
+    def are_in(self, there: list[str]) -> bool:
+        """Whether each required column is there, under one of its names."""
+        return all(set(self.names(column)) & set(there) for column in self.required)
+
     def unread(self, there: list[str]) -> list[str]:
         """Those of the columns that are there of which nothing is taken."""
         return [name for name in there if name not in self.read()]

@@ -50,7 +50,7 @@ class RowEncoder:
     def table(self, sources: Sequence[DataSource], name: str, say: Callable[[str], None]) -> TokenTable:
         """Read and encode all rows of `sources`, one after the other; `name` is for messages."""
         seen = Seen()
-        parts = [self._part(source, seen) for source in sources]
+        parts = [self.part(source, seen) for source in sources]
         self.revisions |= seen.revisions
         for path, unread in seen.unread.items():
             if unread:
@@ -63,7 +63,8 @@ class RowEncoder:
                 say(f"note: {name}: {note}")
         return table
 
-    def _part(self, source: DataSource, seen: Seen) -> Part:
+    def part(self, source: DataSource, seen: Seen) -> Part:
+        """Read the rows of one data set, as texts in its form."""
         form = self.config.form(source)
         rows = read_source(source, format_columns(form), seen)
         texts = rows.values if form.format == "chat" else [row_texts(form, row) for row in rows.values]

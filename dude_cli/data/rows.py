@@ -43,19 +43,33 @@ def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
 
     Raises DataError where it cannot be read, lacks a required column, or has a null in one.
     """
+    found = _open_source(source)
+    if not isinstance(found, Rows):
+        return _read_dataset(source, found, columns, seen)
+    there = list(found.values[0]) if found.values else []
+    check_columns(source, there, columns, empty=not found.values)
+    seen.note(source.path, columns.unread(there))
+    return keep_columns(source, found, columns)
+
+
+def source_columns(source: DataSource) -> list[str]:
+    """The columns of a source, by its first row. Raises DataError where it cannot be read."""
+    found = _open_source(source)
+    if isinstance(found, Rows):
+        return list(found.values[0]) if found.values else []
+    return list(found.column_names)
+
+
+def _open_source(source: DataSource) -> Rows | Dataset:
+    """The rows of a file or of the package's own problems; of a folder or a Hub name what `datasets` makes of it."""
     path = _local_path(source)
     if source.path == quickstart.NAME:
-        rows = _read_embedded(source)
-    elif path.is_file():
-        rows = _read_file(source, path)
-    elif path.is_dir() or not _looks_like_a_path(source.path):
-        return _read_dataset(source, columns, seen)
-    else:
-        raise _missing_path(source)
-    there = list(rows.values[0]) if rows.values else []
-    check_columns(source, there, columns, empty=not rows.values)
-    seen.note(source.path, columns.unread(there))
-    return keep_columns(source, rows, columns)
+        return _read_embedded(source)
+    if path.is_file():
+        return _read_file(source, path)
+    if path.is_dir() or not _looks_like_a_path(source.path):
+        return _dataset(source)
+    raise _missing_path(source)
 
 
 def _local_path(source: DataSource) -> Path:
@@ -130,13 +144,7 @@ def _read_embedded(source: DataSource) -> Rows:
     return _slice_rows(source, {split: reader(split) for split in EMBEDDED_SPLITS})
 
 
-def _read_dataset(source: DataSource, columns: Columns, seen: Seen) -> Rows:
-    try:
-        dataset = _open_dataset(source)
-    except DataError:
-        raise
-    except Exception as error:  # datasets, pyarrow and the Hub client raise dozens of types; --debug shows which
-        raise _unreadable_dataset(source, error) from error
+def _read_dataset(source: DataSource, dataset: Dataset, columns: Columns, seen: Seen) -> Rows:
     commits = _commits(dataset)
     if commits:
         asked = source.path if source.revision is None else f"{source.path}@{source.revision}"
@@ -148,6 +156,15 @@ def _read_dataset(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
     return keep_columns(source, numbered(without_fillers(rows), f"{source.path}, split {source.split}"), columns)
+
+
+def _dataset(source: DataSource) -> Dataset:
+    try:
+        return _open_dataset(source)
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pyarrow and the Hub client raise dozens of types; --debug shows which
+        raise _unreadable_dataset(source, error) from error
 
 
 def _open_dataset(source: DataSource) -> Dataset:
