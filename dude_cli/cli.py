@@ -135,6 +135,14 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option("--task", help="lm-eval task or group, such as mmlu or gsm8k; may be repeated.")
     ] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rows",
+            metavar="FILE",
+            help="Rows of your own with their answers, in the form of the training's; may be repeated.",
+        ),
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option("--num-fewshot", min=0, help="Examples in the prompt; mmlu and gsm8k: 5 if not given.")
     ] = None,
@@ -174,11 +182,12 @@ def evaluate(
     *,
     output: Output,
 ) -> None:
-    """Score a run, an adapter or a model with lm-eval, or compare two."""
+    """Score a run, an adapter or a model with lm-eval or on rows of your own, or compare two."""
     from dude_cli.commands import comparing, scoring
 
     options = scoring.EvalOptions(
         task_names=task or (),
+        rows=rows or (),
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,

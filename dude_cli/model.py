@@ -16,9 +16,10 @@ from dude_cli.system.garbage import collect_as_usual
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Either has a vocabulary; there are other names for it beside them.
+UNKNOWN_CONTEXT = 2048
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -157,14 +158,23 @@ def refuse_moved_folder(config: ModelConfig, *, where: str, fix: str) -> None:
 
 def saved_dtype(config: ModelConfig) -> DType:
     """The dtype that a model's files name, so that a plain model is scored as it was published; float32 if none."""
+    saved = str(_saved_config(config).dtype).removeprefix("torch.")
+    return next((dtype for dtype in DTYPES if dtype == saved), "float32")
+
+
+def saved_context_length(config: ModelConfig) -> int:
+    """How many tokens a model is made for; lm-eval's 2048 where its config does not say."""
+    found = getattr(_saved_config(config).get_text_config(), "max_position_embeddings", None)
+    return UNKNOWN_CONTEXT if found is None else int(found)
+
+
+def _saved_config(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with _explained(config):
-        found = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             _path(config), revision=config.revision or "main", trust_remote_code=config.trust_remote_code
         )
-    saved = str(found.dtype).removeprefix("torch.")
-    return next((dtype for dtype in DTYPES if dtype == saved), "float32")
 
 
 def check_quantization(config: ModelConfig) -> None:

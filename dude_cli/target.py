@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dude_cli import quickstart
 from dude_cli.config import DTYPES, HUB_NAME, QUANTIZATIONS, DataConfig, DType, EvalConfig, ModelConfig, load_config
 from dude_cli.errors import AdapterError, ConfigError, UsageError, nearest
-from dude_cli.model import load_model, load_tokenizer, refuse_moved_folder, saved_dtype
+from dude_cli.model import load_model, load_tokenizer, refuse_moved_folder, saved_context_length, saved_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,6 +172,13 @@ def target_tokenizer(target: Target, how: Loading = AS_TRAINED) -> PreTrainedTok
         tokenizer = load_tokenizer(config, target.adapter_dir)
     set_chat_template(tokenizer, how.chat_template, how.chat_template_kwargs, keys=OPTIONS)
     return tokenizer
+
+
+def context_length(target: Target, how: Loading = AS_TRAINED) -> int:
+    """How many tokens the model of `target` is made for, by its config. Raises as `load_target` does."""
+    config, _ = _parts(target, how)
+    with _explained(target, how):
+        return saved_context_length(config)
 
 
 def check_target(target: Target, how: Loading) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.config import EvalTask
+from dude_cli.config import DataSource, EvalTask
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.system.launch import ranks_to_start, run_ranks
@@ -19,6 +19,7 @@ from dude_cli.target import AS_TRAINED, Loading
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dude_cli.evaluation import LoadedTask, RowReader
     from dude_cli.target import Target
 
 
@@ -31,6 +32,7 @@ class EvalOptions:
     """The options of `dude eval` that say how a target is scored; None and empty ones leave it to the target."""
 
     task_names: Sequence[str] = ()
+    rows: Sequence[str] = ()  # paths of rows of the user's own
     num_fewshot: int | None = None
     limit: int | None = None
     apply_chat_template: bool = False
@@ -53,6 +55,8 @@ class Side:
     folder: Path | None = None  # where its results go
     stored: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the folder has of it, by task
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task
+    own_rows: list[LoadedTask] = field(default_factory=list)  # of the tasks to score, those that are the user's rows
+    said_of_rows: list[str] = field(default_factory=list)
 
 
 def evaluate(target_name: str | None, options: EvalOptions, *, compare_base: bool, output: Output) -> None:
@@ -102,11 +106,20 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
             raise UsageError("--task names one task", where=f"--task {name}", fix=f"write `{repeated}`")
     if options.system_instruction is not None and not options.system_instruction.strip():
         raise UsageError("it is empty", where="--system-instruction", fix="leave it out, or say something")
-    if options.task_names:
-        return [as_asked(EvalTask(name=name), options) for name in options.task_names]
+    if options.task_names or options.rows:
+        benchmarks = [as_asked(EvalTask(name=name), options) for name in options.task_names]
+        return benchmarks + [as_asked(_rows_as_task(path), options) for path in options.rows]
     targets = [side.target for side in sides if side.target is not None]
     found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
     return [as_asked(task, options) for task in found]
+
+
+def _rows_as_task(path: str) -> EvalTask:
+    return EvalTask(name=_name_of_rows(path), rows=[DataSource(path=path)])
+
+
+def _name_of_rows(path: str) -> str:
+    return Path(path).name
 
 
 def no_task(sides: Sequence[Side], more: str = "") -> UsageError:
@@ -128,7 +141,12 @@ def stored_tasks(side: Side, options: EvalOptions) -> list[EvalTask]:
 
 
 def as_asked(task: EvalTask, options: EvalOptions) -> EvalTask:
-    """A task with what the options say of it; a system's message is one of those that are asked in chat."""
+    """A task with what the options say of it; a system's message is one of those that are asked in chat.
+
+    Of the user's own rows they say how many: their prompts are those of the training.
+    """
+    if task.rows is not None:
+        return task if options.limit is None else task.model_copy(update={"limit": options.limit})
     in_chat = task.apply_chat_template or options.apply_chat_template
     given = {
         "num_fewshot": options.num_fewshot,
@@ -152,7 +170,7 @@ def all_scored(
     from dude_cli.system.memory import free_models
     from dude_cli.system.runtime import part_ranks
 
-    _refuse_chat_options_in_plain_text(tasks, options)
+    _refuse_meaningless_options(tasks, options)
     notes = _take_stored(sides, tasks, options, compare_base=compare_base)
     for one, other in pairwise(sides):
         for task in one.scores.keys() & other.scores.keys():
@@ -162,6 +180,8 @@ def all_scored(
     for side, own in zip(sides, missing, strict=True):
         if side.target is not None and own:
             _check(side.target, own, options)
+            rows = [task for task in own if task.rows is not None]
+            side.own_rows = _loaded(rows, options, side.target, side.said_of_rows.append)
     accelerator = _eval_ranks(options) if any(missing) else None
     is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
     output = output.on_rank(is_main)
@@ -175,13 +195,24 @@ def all_scored(
         part_ranks()
 
 
-def _refuse_chat_options_in_plain_text(tasks: Sequence[EvalTask], options: EvalOptions) -> None:
-    given = {
+def _refuse_meaningless_options(tasks: Sequence[EvalTask], options: EvalOptions) -> None:
+    """Raise UsageError for options that say how benchmarks are asked where none is asked so."""
+    of_benchmarks = {
+        "--num-fewshot": options.num_fewshot is not None,
+        "--apply-chat-template": options.apply_chat_template,
+        "--system-instruction": options.system_instruction is not None,
+    }
+    found = [option for option, is_given in of_benchmarks.items() if is_given]
+    if found and all(task.rows is not None for task in tasks):
+        raise UsageError(
+            "rows of your own are asked as the rows of the training are", where=", ".join(found), fix="leave it out"
+        )
+    of_chats = {
         "--chat-template, --chat-template-kwargs": options.loading.changes_chat_template,
         "--system-instruction": options.system_instruction is not None,
     }
-    found = [option for option, is_given in given.items() if is_given]
-    if found and not any(task.apply_chat_template for task in tasks):
+    found = [option for option, is_given in of_chats.items() if is_given]
+    if found and not any(task.apply_chat_template or task.rows is not None for task in tasks):
         raise UsageError(
             "the questions are asked in plain text, without a chat template",
             where=", ".join(found),
@@ -195,9 +226,9 @@ def _take_stored(
     """Take over the scores that the sides' folders have; returns what is to be said of it.
 
     A stored score is compared with its task as it is now, but where all of several sides have one: these are compared
-    with each other, which needs no data, unless another chat template is given.
+    with each other, which needs no data, unless another chat template or a file of rows is given.
     """
-    from dude_cli.evaluation import EvalRequest, changes_since, load_request
+    from dude_cli.evaluation import changes_since
     from dude_cli.target import target_tokenizer
 
     notes = []
@@ -211,13 +242,17 @@ def _take_stored(
         if len(sides) == 1
         or not all(task.name in side.scores for side in sides)
         or (task.apply_chat_template and options.loading.changes_chat_template)
+        or task.name in map(_name_of_rows, options.rows)  # a file may have changed, or be another one of that name
     ]
     doubtful = [task for task in doubtful if any(task.name in side.stored for side in sides)]
-    request = EvalRequest(tuple(doubtful), data_dir=options.data_dir, include_paths=tuple(options.include_paths))
-    for found in load_request(request) if doubtful else []:
-        name = found.request.name
-        for side in sides:
-            if name not in side.stored or side.target is None:
+    benchmarks = _loaded([task for task in doubtful if task.rows is None], options)
+    for side in sides:
+        if side.target is None:
+            continue
+        rows = [task for task in doubtful if task.rows is not None and task.name in side.stored]
+        for found in (*benchmarks, *_loaded(rows, options, side.target)):
+            name = found.request.name
+            if name not in side.stored:
                 continue
             in_chat = found.request.apply_chat_template
             tokenizer = target_tokenizer(side.target, options.loading) if in_chat else None
@@ -233,6 +268,30 @@ def _take_stored(
         if side.target is not None
     ]
     return notes
+
+
+def _loaded(
+    tasks: Sequence[EvalTask],
+    options: EvalOptions,
+    target: Target | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[LoadedTask]:
+    """Tasks with their data; `target` reads those that are rows of the user's own."""
+    from dude_cli.evaluation import EvalRequest, load_request
+
+    if not tasks:
+        return []
+    request = EvalRequest(tuple(tasks), data_dir=options.data_dir, include_paths=tuple(options.include_paths))
+    return load_request(request, reader=None if target is None else _reader(target, options), log=log)
+
+
+def _reader(target: Target, options: EvalOptions) -> RowReader:
+    """How a target reads rows of the user's own."""
+    from dude_cli.evaluation import RowReader
+    from dude_cli.target import context_length, data_config, target_tokenizer
+
+    tokenizer = target_tokenizer(target, options.loading)
+    return RowReader(tokenizer, data_config(target), context_length(target, options.loading))
 
 
 def _stored(side: Side, tasks: Sequence[EvalTask], options: EvalOptions) -> dict[str, dict[str, Any]]:
@@ -310,7 +369,7 @@ def _score(
     if folder is None:  # before the hours that it may take
         output.say("note: the results are not kept; --output FOLDER keeps them")
     data = data_config(target)
-    plain = [task.name for task in tasks if not task.apply_chat_template]
+    plain = [task.name for task in tasks if task.rows is None and not task.apply_chat_template]
     if data is not None and data.trains_on_chats and plain:
         output.say(
             f"note: trained on conversations, and {', '.join(plain)} scored on lm-eval's plain prompts; "
@@ -325,7 +384,11 @@ def _score(
         earlier=side.stored,
         rescore=options.rescore,
     )
-    loaded_tasks = load_request(request, accelerator=accelerator, log=output.say)  # quick beside the model
+    benchmarks = replace(request, tasks=tuple(task for task in tasks if task.rows is None))
+    # Quick beside the model.
+    loaded_tasks = load_request(benchmarks, accelerator=accelerator, log=output.say) if benchmarks.tasks else []
+    for line in side.said_of_rows:
+        (output.warn if line.startswith("warning") else output.say)(line)
     loaded = load_target(target, options.loading)
     if loaded.is_on_other_base and folder == results_dir(target):
         folder = None
@@ -342,7 +405,7 @@ def _score(
             loaded.model,
             loaded.tokenizer,
             request,
-            tasks=loaded_tasks,
+            tasks=[*loaded_tasks, *side.own_rows],
             accelerator=accelerator,
             adapter_sha256=loaded.adapter_sha256,
             base_fingerprint=loaded.base_fingerprint,

@@ -394,6 +394,13 @@ class EvalTask(Section):
         description="Examples in the prompt; null: 5 for mmlu and gsm8k as papers report, else the task's own.",
     )
     limit: PositiveInt | None = Field(None, description="Score only the first so many questions of each (sub)task.")
+    rows: Annotated[list[DataSource], Field(min_length=1)] | None = Field(
+        None,
+        description=(
+            "Score these rows in place of a task of lm-eval's, which `name` then is not: the loss of their answers and "
+            "the share that the model would give word for word. They are read as the training's rows are."
+        ),
+    )
     apply_chat_template: bool = Field(
         False,
         description=(
@@ -410,6 +417,9 @@ class EvalTask(Section):
                 "`system_instruction` is a message of a chat: set `apply_chat_template: true` too",
                 ("system_instruction",),
             )
+        for key in ("num_fewshot", "apply_chat_template"):
+            if self.rows is not None and getattr(self, key):
+                yield f"`rows` are asked as the training's are, so `{key}` has no meaning beside them", (key, "rows")
 
 
 class EvalConfig(Section):

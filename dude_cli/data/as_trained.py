@@ -16,13 +16,13 @@ USUAL_FORMS = tuple(RowForm(name, None, None) for name in ("chat", "prompt_compl
 def as_trained(sources: Sequence[DataSource], trained: DataConfig | None, max_length: int) -> DataConfig:
     """How to read and encode `sources`: as `trained` says, whose answers alone are learned; else by their columns.
 
-    A source with a form of its own keeps it. Of a training on several forms, and without one, it is the first whose
-    columns a source has. Rows are cut as the training's are; `max_length` is for those of no training. The chat
-    template is the tokenizer's. Raises DataError, with the columns that are there, where no form fits.
+    A source with a form of its own keeps it; else it is the first of the training's, or of the usual ones, whose
+    columns a source has. Rows are cut as the training's are, and to `max_length`. The chat template is the tokenizer's.
+    Raises DataError, with the columns that are there, where no form fits.
     """
     forms = USUAL_FORMS if trained is None else _trained_forms(trained)
-    placed = [source if _has_own_form(source) else _with_form(source, forms) for source in sources]
-    return DataConfig(train=placed, max_length=max_length if trained is None else trained.max_length)
+    placed = [source if _has_own_form(source) else _with_form(source, forms, trained) for source in sources]
+    return DataConfig(train=placed, max_length=max_length if trained is None else min(trained.max_length, max_length))
 
 
 def _trained_forms(trained: DataConfig) -> tuple[RowForm, ...]:
@@ -33,21 +33,16 @@ def _has_own_form(source: DataSource) -> bool:
     return source.format is not None or source.completion is not None
 
 
-def _with_form(source: DataSource, forms: Sequence[RowForm]) -> DataSource:
-    form = forms[0] if len(forms) == 1 else _fitting(source, forms)
-    return source.model_copy(
-        update={"format": form.format, "prompt": form.prompt, "completion": form.completion},
-    )
-
-
-def _fitting(source: DataSource, forms: Sequence[RowForm]) -> RowForm:
+def _with_form(source: DataSource, forms: Sequence[RowForm], trained: DataConfig | None) -> DataSource:
     there = source_columns(source)
-    found = next((form for form in forms if format_columns(form).are_in(there)), None)
-    if found is None:
-        wanted = "; or ".join(", ".join(format_columns(form).required) for form in forms)
+    # What is wrong with a source without rows is told when it is read.
+    form = next((form for form in forms if not there or format_columns(form).are_in(there)), None)
+    if form is None:
+        wanted = ", or ".join(" and ".join(map(repr, format_columns(form).required)) for form in forms)
+        of_whom = "the rows of the training" if trained is not None else "rows"
         raise DataError(
-            f"the columns are {', '.join(there)}, and none of the forms that are known for them fits: {wanted}",
+            f"the columns are {', '.join(map(repr, there))}; {of_whom} have {wanted}",
             where=source.path,
-            fix="give the columns such names, or name the data set in `eval.tasks`, with a format or templates",
+            fix="give the columns these names, or a format or templates to the data set in `eval.tasks`, under `rows`",
         )
-    return found
+    return source.model_copy(update={"format": form.format, "prompt": form.prompt, "completion": form.completion})

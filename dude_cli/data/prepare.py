@@ -120,7 +120,7 @@ def _sequences(
         longest_row=int(table.full_lengths[rows].max()),
         max_length=config.max_length,
         packed_sequences=None,
-        example=_pieces(tokenizer, encoded[0]),
+        example=learned_pieces(tokenizer, encoded[0]),
     )
     if not config.packing:
         return encoded, report
@@ -137,8 +137,11 @@ def _nothing_to_learn(name: str, rows: int, max_length: int) -> DataError:
     )
 
 
-def _pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
-    """Split a row's text where learning starts and stops; decoding prefixes keeps the spaces between pieces."""
+def learned_pieces(tokenizer: Any, row: EncodedRow) -> list[tuple[str, bool]]:
+    """A row's text, split where learning starts and stops, each piece with whether it is learned.
+
+    Decoding prefixes keeps the spaces between pieces.
+    """
     learned = [label >= 0 for label in row.labels]
     cuts = [index for index in range(1, len(learned)) if learned[index] != learned[index - 1]]
     pieces, before = [], ""

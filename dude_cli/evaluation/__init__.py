@@ -10,6 +10,7 @@ from dude_cli.evaluation.compare import (
 )
 from dude_cli.evaluation.results import form_of, plain_results, results_json, results_table
 from dude_cli.evaluation.reuse import changes_since, replaced_by
+from dude_cli.evaluation.row_reader import RowReader
 from dude_cli.evaluation.run import EvalRequest, evaluate, load_request
 from dude_cli.evaluation.saved import (
     find_results,
@@ -22,10 +23,13 @@ from dude_cli.evaluation.saved import (
     task_results,
     write_results,
 )
+from dude_cli.evaluation.tasks import LoadedTask
 
 __all__ = [
     "Comparison",
     "EvalRequest",
+    "LoadedTask",
+    "RowReader",
     "changes_since",
     "chat_template",
     "check_system_instruction",

@@ -126,10 +126,15 @@ def comparison_shown(
 
 
 def answer_of(sample: Mapping[str, Any]) -> str:
-    """What the model answered, after the task's filter: a generated text, or the choice that it finds likeliest."""
+    """What the model answered, after the task's filter: a generated text, or the choice that it finds likeliest.
+
+    Of a row with its own answer, how likely the model finds that.
+    """
     given = sample["filtered_resps"]
     if not given or not isinstance(given[0], (list, tuple)):
         return str(given[0]) if given else ""
+    if "loss" in sample:  # of rows of the user's own
+        return f"loss {sample['loss']:.4g}{', word for word' if sample['exact_match'] else ''}"
     # Log-likelihoods of the choices, each with whether it is what greedy decoding gives.
     likelihoods = [as_number(choice[0]) for choice in given]
     known = [value for value in likelihoods if value is not None]

@@ -39,9 +39,12 @@ def harness_model(
     answer are longer than the context; for an answer to generate, when the prompt is longer than the context less
     `max_gen_toks`. lm-eval itself only logs a warning.
     """
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     class HarnessModel(HFLM):  # type: ignore[misc]
+        softmax_dtype: torch.dtype | None
+
         def __init__(self) -> None:
             # lm-eval sets a pad token; on a copy, so that the caller's tokenizer stays as it is.
             super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
@@ -56,7 +59,19 @@ def harness_model(
             on_progress(self._done, self._total)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return self._answered(super().loglikelihood, requests)
+            has_tokens = all(hasattr(request, "tokens") for request in requests)
+            return self._answered(self._of_tokens if has_tokens else super().loglikelihood, requests)
+
+        def _of_tokens(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            """The likelihoods of requests that bring their tokens.
+
+            lm-eval's own are summed in the dtype of the logits, which in bfloat16 is too coarse for a long answer.
+            """
+            before, self.softmax_dtype = self.softmax_dtype, torch.float32
+            try:
+                return self._loglikelihood_tokens([(request.args, *request.tokens) for request in requests])
+            finally:
+                self.softmax_dtype = before
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return self._answered(super().loglikelihood_rolling, requests)

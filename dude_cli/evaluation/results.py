@@ -101,6 +101,7 @@ def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Tabl
 
     base, br = results.get("base"), " " if one_line else "\n"
     forms = {name: form_of(request) for request in results["requested"].values() for name in request["names"]}
+    own_rows = {name for name, request in results["requested"].items() if request.get("rows")}
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
@@ -113,7 +114,7 @@ def results_table(results: Mapping[str, Any], *, one_line: bool = False) -> Tabl
         label = "  " * depth + str(row.get("alias", name)).strip(" -")
         form = forms.get(name) if depth == 0 else None
         label += f" ({form})" if form else ""
-        shots = str(results.get("n-shot", {}).get(name, ""))
+        shots = "" if name in own_rows else str(results.get("n-shot", {}).get(name, ""))
         for metric, filter_name, value in scores(row):
             error = row.get(f"{metric}_stderr,{filter_name}", NOT_AVAILABLE)
             if base:

@@ -17,6 +17,7 @@ from dude_cli.evaluation.chat import chat_renderer, chat_template, check_system_
 from dude_cli.evaluation.compare import different_settings
 from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
 from dude_cli.evaluation.results import BY_TASK, differences
+from dude_cli.evaluation.row_reader import RowReader
 from dude_cli.evaluation.saved import join_results
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask, is_offline, load_tasks, offline, sampler_note
 from dude_cli.system.runtime import local_main_first
@@ -53,17 +54,24 @@ class EvalRequest:
 def load_request(
     request: EvalRequest,
     *,
+    reader: RowReader | None = None,
     accelerator: Accelerator | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> list[LoadedTask]:
     """The tasks of `request` with their data. What is wrong with them is told here, before any model is loaded.
 
-    Raises UsageError as `load_tasks` does.
+    `reader` is for rows of the user's own. Raises UsageError and DataError as `load_tasks` does.
     """
     with quiet(), _off_network(request):
         _seed()
         with nullcontext() if accelerator is None else local_main_first(accelerator):  # it fills the cache of datasets
-            return load_tasks(request.tasks, data_dir=request.data_dir, include_paths=request.include_paths, log=log)
+            return load_tasks(
+                request.tasks,
+                data_dir=request.data_dir,
+                include_paths=request.include_paths,
+                log=log,
+                reader=reader,
+            )
 
 
 def evaluate(
@@ -92,7 +100,7 @@ def evaluate(
     error (see `statistics.paired_difference`).
 
     One task after the other, each with its base; `on_task` receives the document of each as soon as it is scored.
-    `tasks` are those of `request` where `load_request` has loaded them already.
+    `tasks` are those of `request` where `load_request` has loaded them already, as it must have rows of the user's own.
 
     The ranks of `accelerator` share the questions, each with the whole model; all of them return the same but for
     standard errors that are bootstrapped, which the main one alone has.

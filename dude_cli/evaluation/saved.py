@@ -164,9 +164,11 @@ def _is_wanted(
 def requested_task(results: Mapping[str, Any]) -> EvalTask:
     """The task that a document is about, as it may be asked for again."""
     ((name, request),) = results["requested"].items()
+    rows = request.get("rows")
     return EvalTask(
         name=name,
-        num_fewshot=_examples(results)[0],
+        rows=rows,
+        num_fewshot=None if rows else _examples(results)[0],
         limit=request["limit"],
         apply_chat_template=request.get("apply_chat_template", False),
         system_instruction=request.get("system_instruction"),

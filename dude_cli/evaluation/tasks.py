@@ -9,16 +9,17 @@ same way when their data are local.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dude_cli.config import EvalTask
+from dude_cli.config import DataSource, EvalTask
 from dude_cli.errors import UsageError, nearest
 from dude_cli.evaluation.protocols import TASKS_DIR as PROTOCOLS_DIR
+from dude_cli.evaluation.row_reader import RowReader
 from dude_cli.system.cache_dir import folder_cache
 
 # The papers' number for both. lm-eval's gsm8k says 5 itself; its mmlu says nothing, which means 0.
@@ -62,19 +63,24 @@ def load_tasks(
     data_dir: Path | None,
     include_paths: tuple[Path, ...],
     log: Callable[[str], None],
+    reader: RowReader | None = None,
 ) -> list[LoadedTask]:
     """Find every task, load its data, and set its number of few-shot examples; in the order asked for.
 
-    Raises UsageError for an unknown task (with the nearest names), data that are not there, two requests that share a
-    task, more few-shot examples than there are, and tasks that this tool does not run.
+    Rows of the user's own are read by `reader`, which they need. Raises DataError for what is wrong with them, and
+    UsageError for an unknown task (with the nearest names), data that are not there, two requests that share a task,
+    more few-shot examples than there are, and tasks that this tool does not run.
     """
     _check_requests(requested, data_dir, include_paths)
     with TemporaryDirectory(prefix="dude-tasks-") as folder:
         official = _write_task_files(Path(folder), data_dir)
-        index = _index([task.name for task in requested], Path(folder), include_paths)
+        index = _index([task.name for task in requested if task.rows is None], Path(folder), include_paths)
         loaded = []
         for task in requested:
             log(f"loading {task.name}")
+            if task.rows is not None:
+                loaded.append(_own_rows(task, task.rows, reader, log))
+                continue
             file = index.task_index[task.name].yaml_path
             is_users = file is not None and not file.is_relative_to(folder)
             benchmark = None if is_users else official.get(task.name)
@@ -146,7 +152,7 @@ def _check_requests(requested: tuple[EvalTask, ...], data_dir: Path | None, incl
         raise UsageError("there is no task to score", where="--task", fix="name one, such as --task gsm8k")
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"the task `{name}` is given twice", where="--task", fix="give it once")
+            raise UsageError(f"the task `{name}` is given twice", where="--task, --rows", fix="give it once")
     for option, folder in [("--data-dir", data_dir), *(("--include-path", path) for path in include_paths)]:
         if folder is not None and not folder.is_dir():
             raise UsageError(f"there is no folder `{folder}`", where=option, fix="give a folder that exists")
@@ -244,6 +250,15 @@ def _load(index: Any, task: EvalTask, benchmark: str | None, data_dir: Path | No
     except Exception as error:  # a task file may name any data and any code; whatever it raises is about the task
         raise _not_loaded(task.name, benchmark, local, error) from error
     return LoadedTask(task, loaded["tasks"], loaded.get("groups", {}))
+
+
+def _own_rows(
+    task: EvalTask, sources: Sequence[DataSource], reader: RowReader | None, log: Callable[[str], None]
+) -> LoadedTask:
+    from dude_cli.evaluation.rows_task import rows_task
+
+    assert reader is not None
+    return LoadedTask(task, {task.name: rows_task(task.name, sources, reader, task.limit, log)}, {})
 
 
 def _not_loaded(name: str, benchmark: str | None, local: Path | None, error: Exception) -> UsageError:

@@ -723,3 +723,88 @@ def test_a_comparison_writes_nothing_through_a_link(runs: Path, tmp_path: Path) 
     (tmp_path / "outside").mkdir()
     (tmp_path / "runs/b/eval").symlink_to(tmp_path / "outside")
     assert "eval in it would lead" in refused(tmp_path, "--compare", "runs/a", "runs/b", *CHOICES)
+
+
+def own_rows(path: Path, count: int = 3, prompt: str = "prompt") -> Path:
+    rows = [{prompt: f"Question: {number} cups\nAnswer:", "completion": f" {number}"} for number in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_own_rows_have_the_loss_of_the_trainings_evaluation(runs: Path, tmp_path: Path) -> None:
+    """The rows of `data.validation`, with the base and the paired difference, named in the config."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "runs/a", run, ignore=shutil.ignore_patterns("eval", "report*"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["eval"] = {"tasks": [{"name": "held-out", "rows": config["data"]["validation"]}]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    document = json.loads(evaluated(tmp_path, "run", "--base", "--json").stdout)
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    before, after = [line["eval_loss"] for line in losses if "eval_loss" in line]
+    assert document["base"]["results"]["held-out"]["loss,none"] == pytest.approx(before, rel=1e-5)
+    assert document["results"]["held-out"]["loss,none"] == pytest.approx(after, rel=1e-5)
+    assert document["difference"]["held-out"]["loss,none"] == pytest.approx(after - before, rel=1e-3)
+    assert document["difference"]["held-out"]["loss_stderr,none"] > 0
+    assert "held-out, loss" in (run / "report.md").read_text()
+
+
+def test_own_rows_are_scored_again_when_they_are_others(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    rows = own_rows(tmp_path / "own.jsonl")
+    ask = ("runs/a", "--rows", rows, "--output", tmp_path / "out")
+    shown = evaluated(runs, *ask).stdout
+    assert [line.split()[:3] for line in shown.splitlines()[1:]] == [
+        ["own.jsonl", metric, "none"] for metric in ("loss", "exact_match")
+    ]
+    assert "was scored before" in evaluated(runs, *ask).stderr
+    assert scored == ["own.jsonl"]
+    own_rows(rows, count=4)
+    assert "own.jsonl is scored again: it has other questions now" in evaluated(runs, *ask).stderr
+    assert scored == ["own.jsonl"] * 2
+    evaluated(runs, *ask, "--limit", "2")
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"own.jsonl.json", "own.jsonl.limit-2.json"}
+
+
+def test_two_runs_are_compared_on_own_rows_and_not_on_what_a_file_was(
+    runs: Path, tmp_path: Path, scored: list[str]
+) -> None:
+    rows = own_rows(tmp_path / "own.jsonl")
+    compare = ("--compare", "runs/a", "runs/b", "--output", tmp_path / "out")
+    done = evaluated(runs, *compare, "--rows", rows)
+    assert "sign-flip permutation" in done.stdout
+    assert "A: loss" in done.stdout
+    evaluated(runs, *compare)  # what both have, without the file
+    assert scored == ["own.jsonl"] * 2
+    own_rows(rows, count=2)
+    document = json.loads(evaluated(runs, *compare, "--rows", rows, "--json").stdout)
+    assert scored == ["own.jsonl"] * 4
+    assert document["comparisons"][0]["test"]["n"] == 2
+    # A file says which rows it is of.
+    evaluated(runs, "--compare", tmp_path / "out/a/own.jsonl.json", "runs/b", "--output", tmp_path / "other")
+    assert scored == ["own.jsonl"] * 5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("own.jsonl", ("--num-fewshot", "2"), "--num-fewshot"),
+        ("own.jsonl", ("--apply-chat-template",), "--apply-chat-template"),
+        ("own.jsonl", ("--rows", "own.jsonl"), "given twice"),
+        ("others.jsonl", (), "the rows of the training have 'prompt' and 'completion'"),
+        ("owm.jsonl", (), "did you mean own.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_own_rows_is_told_before_the_model_is_loaded(
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr("dude_cli.target.load_model", lambda *_: pytest.fail("the model was loaded"))
+    own_rows(tmp_path / "own.jsonl")
+    own_rows(tmp_path / "others.jsonl", prompt="question")
+    done = dude_here("eval", runs / "runs/a", "--rows", name, *options, "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -154,6 +154,9 @@ def sharded(runs, tmp_path_factory):
     overrides = [f"output_dir={folder / 'run'}", "train.distributed=fsdp", "train.gradient_checkpointing=true"]
     overrides += ["train.eval_steps=3", "train.early_stopping_patience=5"]
     score = ["eval", str(folder / "run"), "--task", "drawn", "--task", "quickstart_problems", "--limit", "3"]
+    rows = [{"prompt": f"Question: {number} cups\nAnswer:", "completion": f" {number}"} for number in range(4)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score += ["--rows", str(folder / "own.jsonl")]
     score += ["--base", "--batch-size", "2", "--include-path", str(folder)]
     arguments = [runs["two"].parent / "config.yaml", json.dumps(overrides), *score, "--quiet"]
     done = dude_forked(*arguments, count=2, command=train_sharded_and_score)
@@ -192,6 +195,16 @@ def test_an_evaluation_that_two_ranks_share_has_the_prompts_and_scores_of_one(sh
     assert [sample["doc_id"] for sample in two] == [0, 1, 2]
     # Each answer is its own question's: equal scores alone may be chance.
     assert [likelihoods(sample) for sample in two] == [pytest.approx(likelihoods(sample), rel=1e-4) for sample in one]
+
+
+def test_own_rows_that_two_ranks_share_have_the_loss_of_one(sharded):
+    folder, _ = sharded
+    file = "own.jsonl.limit-3.json"
+    two, one = (json.loads((place / file).read_text()) for place in (folder / "run/eval", folder / "alone"))
+    assert two["prompt_hashes"] == one["prompt_hashes"]
+    for side in ((two, one), (two["base"], one["base"])):
+        losses = [part["results"]["own.jsonl"]["loss,none"] for part in side]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_comparison_that_two_ranks_share_is_that_of_one(runs, tmp_path):
