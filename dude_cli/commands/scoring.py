@@ -289,9 +289,11 @@ def _reader(target: Target, options: EvalOptions) -> RowReader:
     """How a target reads rows of the user's own."""
     from dude_cli.evaluation import RowReader
     from dude_cli.target import context_length, data_config, target_tokenizer
+    from dude_cli.training.trained_rows import trained_rows
 
+    known = trained_rows(target.path) if target.kind == "run" and target.path is not None else None
     tokenizer = target_tokenizer(target, options.loading)
-    return RowReader(tokenizer, data_config(target), context_length(target, options.loading))
+    return RowReader(tokenizer, data_config(target), context_length(target, options.loading), known)
 
 
 def _stored(side: Side, tasks: Sequence[EvalTask], options: EvalOptions) -> dict[str, dict[str, Any]]:

@@ -51,7 +51,7 @@ class PreparedData:
         reports = {"data.train": self.train_report, "data.validation": self.validation_report}
         found = [f"{name}: {line}" for name, report in reports.items() if report for line in report.warnings()]
         if self.validation is not None:
-            shared = self.validation.shared_with(self.train)
+            shared = self.validation.shared_with(self.train.row_hashes())
             if shared:
                 found.append(
                     f"data.validation: {shared:,} of {len(self.validation.row_hashes()):,} rows are in data.train too: "

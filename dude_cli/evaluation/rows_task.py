@@ -109,6 +109,10 @@ def rows_task(
     data = prepare_data(config, reader.tokenizer, 0, say, TOLD_DAY)
     for warning in data.warnings():
         say(f"warning: {warning}")
+    seen = 0 if reader.trained_rows is None else data.train.shared_with(reader.trained_rows)
+    if seen:
+        what = f"{seen:,} of {len(data.train):,} rows are among those that it was trained on"
+        log(f"warning: {name}: {what}: of them the scores do not tell what the model makes of new rows")
     return RowsTask(name, data.train, reader.tokenizer, limit)
 
 

@@ -23,13 +23,18 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Write `text` as UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that a reader, or a crash, sees the old file or the new one and nothing between."""
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # it may be a link to somewhere else
     try:
-        with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

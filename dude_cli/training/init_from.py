@@ -56,6 +56,16 @@ def source_folder(config: Config) -> Path:
     return folder
 
 
+def source_run(config: Config) -> Path | None:
+    """The run whose adapter the training continues from; None without one, and where it is gone."""
+    if config.adapter.init_from is None:
+        return None
+    try:
+        return source_folder(config).parent
+    except UsageError:
+        return None
+
+
 def template_note(config: Config, tokenizer: Any) -> str | None:
     """What to say where a training on conversations goes on with another chat template than its source's."""
     if not config.data.trains_on_chats or config.adapter.init_from is None or keeps_own_start(config):

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import Config, ModelConfig, dump_config
 from dude_cli.console import Counter, no_counter
-from dude_cli.data import DataReport, PreparedData, check_packing, default_template, prepare_data, set_chat_template
+from dude_cli.data import (
+    DataReport,
+    PreparedData,
+    as_trained,
+    check_packing,
+    default_template,
+    prepare_data,
+    set_chat_template,
+)
 from dude_cli.errors import UsageError
 from dude_cli.model import (
     check_quantization,
@@ -29,7 +37,7 @@ from dude_cli.training.checkpoint import Origin
 from dude_cli.training.cpu import product_slowdown
 from dude_cli.training.disk import check_disk_space
 from dude_cli.training.forecast import forecast
-from dude_cli.training.init_from import template_note
+from dude_cli.training.init_from import source_run, template_note
 from dude_cli.training.plan import Plan, make_plan, packs_flat
 from dude_cli.training.positions import check_positions
 from dude_cli.training.resume import checkpoint_to_continue
@@ -37,12 +45,14 @@ from dude_cli.training.run_dir import begun_at, begun_base_revision, check_base,
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
 from dude_cli.training.trackers import check_trackers
+from dude_cli.training.trained_rows import record_trained_rows
 from dude_cli.training.untrained import untrained_ends
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dude_cli.data import EncodedRows
     from dude_cli.training.estimate import MemoryEstimate
 
 # So many times slower than in float32 is worth a line.
@@ -140,9 +150,11 @@ def prepare(
     note = template_note(config, tokenizer)
     if note:
         say(note)
-    for task in config.eval.tasks:
-        if task.apply_chat_template:  # after hours of training it would be a pity
+    for task in config.eval.tasks:  # after hours of training it would be a pity
+        if task.apply_chat_template:
             default_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
+        if task.rows is not None:
+            as_trained(task.rows, config.data, config.data.max_length)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))
@@ -167,7 +179,7 @@ def prepare(
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     record = environment(str(accelerator.device), origin.world_size, model_revision)
     record |= {"data_revisions": data.revisions, "begun_at": moment}
-    on_main_rank(accelerator, lambda: _write_run(config, record, overwrite=overwrite))
+    on_main_rank(accelerator, lambda: _write_run(config, record, data.train, checkpoint, overwrite=overwrite))
     return Prepared(
         config=config,
         model=model,
@@ -252,9 +264,12 @@ def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], N
         say(f"{len(names)} layers smaller than rank {config.adapter.rank} get no adapter: {shown}")
 
 
-def _write_run(config: Config, record: dict[str, Any], *, overwrite: bool) -> None:
+def _write_run(
+    config: Config, record: dict[str, Any], rows: EncodedRows, checkpoint: Path | None, *, overwrite: bool
+) -> None:
     if overwrite:
         clear_run(config)
+    record_trained_rows(config.run_dir, rows, None if checkpoint is None else config.run_dir, source_run(config))
     files.write_text(config.run_dir / "config.yaml", dump_config(config))
     files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
 

@@ -17,6 +17,7 @@ from dude_cli.system.lock import locked
 from dude_cli.system.ranks import on_main_rank
 from dude_cli.training.checkpoint import BEST, CHECKPOINTS, checkpoints
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
+from dude_cli.training.trained_rows import TRAINED_ROWS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 INITIAL, RESULT = "initial", "adapter"
 LOCK_FILE = ".lock"
 REPORT_FILES = ("report.html", "report.md")
-FILES = ("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
+FILES = (
+    *("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, TRAINED_ROWS_FILE),
+    *REPORT_FILES,
+)
 FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", *TRACKERS)
 # Settings that may change between two parts of one run: they do not touch what is learned.
 FREE_SETTINGS = {
