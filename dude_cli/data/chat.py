@@ -25,7 +25,7 @@ class Rendered:
     """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned.
 
     `words` is from and to which character others say something in front of the first answer that is learned, where that
-    is seen. It is empty if such an answer is.
+    is seen. It is empty if such an answer is. `learn_all`: what is around the turns is learned too.
     """
 
     text: str
@@ -34,6 +34,7 @@ class Rendered:
     learned: list[bool]
     ends_with_a_turn: bool
     is_empty: bool
+    learn_all: bool
 
     def bordered(self) -> BorderedText:
         """The text with the borders of the words and of each turn."""
@@ -65,11 +66,11 @@ class ChatEncoder:
 
     def encode(self, row: Mapping[str, Any], *, where: str, learn_all: bool) -> Encoded:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
-        return self.encode_all([self.render(row, where)], learn_all=learn_all)[0]
+        return self.encode_all([self.render(row, where, learn_all=learn_all)])[0]
 
-    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
+    def render(self, row: Mapping[str, Any], where: str, *, learn_all: bool) -> Rendered:
         """Return a row's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
-        talk = conversation_of(row, template=self.template, where=where)
+        talk = conversation_of(row, template=self.template, where=where, learn_all=learn_all)
         try:
             text, turns = self._marked_turns(talk) if self.marks_turns else self._found_turns(talk, where)
         except DataError:
@@ -79,16 +80,15 @@ class ChatEncoder:
         check_written(talk, text, turns, where)
         learned = _learned_turns(talk, turns, where)
         ends_with_a_turn = talk.messages[-1]["role"] == "assistant"
-        return Rendered(text, _words(talk, text, turns), turns, learned, ends_with_a_turn, talk.has_empty_answer())
+        words = _words(talk, text, turns)
+        return Rendered(text, words, turns, learned, ends_with_a_turn, talk.has_empty_answer(), learn_all)
 
-    def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
+    def encode_all(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return encoded conversations."""
         encoded = self.borders.encode([each.bordered() for each in conversations])
-        return [
-            self._finish(each, ids, cuts, learn_all) for each, (ids, cuts) in zip(conversations, encoded, strict=True)
-        ]
+        return [self._finish(each, ids, cuts) for each, (ids, cuts) in zip(conversations, encoded, strict=True)]
 
-    def _finish(self, rendered: Rendered, ids: list[int], borders: list[int], learn_all: bool) -> Encoded:
+    def _finish(self, rendered: Rendered, ids: list[int], borders: list[int]) -> Encoded:
         """Make the row of the text's ids; `borders` are its own, in tokens."""
         first, last, *cuts = borders
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
@@ -97,7 +97,7 @@ class ChatEncoder:
         if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
             ids.append(self.encoder.eos_id)
             turns[-1] = turns[-1][0], len(ids), turns[-1][2]
-        learned = [learn_all] * len(ids)
+        learned = [rendered.learn_all] * len(ids)
         for start, stop, on in turns:
             learned[start:stop] = [on and token != self.encoder.eos_id for token in ids[start : stop - 1]] + [on]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
@@ -261,7 +261,7 @@ def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str)
         return [True] * len(turns)
     raise DataError(
         f"the chat template marks {len(turns)} turns of {len(talk.learned)} messages of the assistant's, so that it "
-        "does not show which one has the weight 0",
+        "does not show which of them are not learned (of weight 0, or in a prompt)",
         where=where,
         fix="put one {% generation %} block around each of these messages in the template",
     )

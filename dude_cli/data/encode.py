@@ -63,7 +63,7 @@ def format_columns(form: RowForm) -> Columns:
     if form.format == "alpaca":
         return Columns(("instruction", "output"), ("input",))
     if form.format == "chat":
-        return Columns(("messages",), ("tools", "system"), are_texts=False)
+        return Columns(("messages",), ("tools", "system"), are_texts=False, instead=("prompt", "completion"))
     return Columns(tuple(dict.fromkeys(name for text in _templates(form) for name in parse_template(text))))
 
 

@@ -99,8 +99,8 @@ class RowEncoder:
         rendered = []
         for row, where in zip(part.rows, part.places, strict=True):
             with bad.collected():
-                rendered.append(self.chat.render(row, where))
-        return [] if bad.count else self.chat.encode_all(rendered, learn_all=learn_all)
+                rendered.append(self.chat.render(row, where, learn_all=learn_all))
+        return [] if bad.count else self.chat.encode_all(rendered)
 
 
 def _glued(part: Part) -> str | None:

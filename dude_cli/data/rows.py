@@ -54,8 +54,14 @@ def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
         raise _missing_path(source)
     there = list(rows.values[0]) if rows.values else []
     check_columns(source, there, columns, empty=not rows.values)
-    seen.note(source.path, columns.unread(there))
-    return keep_columns(source, rows, columns)
+    return _kept(source, rows, columns, there, seen)
+
+
+def _kept(source: DataSource, rows: Rows, columns: Columns, there: list[str], seen: Seen) -> Rows:
+    """The rows with just the columns asked for; those of the columns `there` that are not among them are noted."""
+    kept = keep_columns(source, rows, columns)
+    seen.note(source.path, columns.unread(there, kept.values))
+    return kept
 
 
 def _local_path(source: DataSource) -> Path:
@@ -143,11 +149,11 @@ def _read_dataset(source: DataSource, columns: Columns, seen: Seen) -> Rows:
         seen.revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     check_columns(source, there, columns, empty=len(dataset) == 0)
-    seen.note(source.path, columns.unread(there))
     kept = [name for name in columns.read() if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
-    return keep_columns(source, numbered(without_fillers(rows), f"{source.path}, split {source.split}"), columns)
+    found = numbered(without_fillers(rows), f"{source.path}, split {source.split}")
+    return _kept(source, found, columns, there, seen)
 
 
 def _open_dataset(source: DataSource) -> Dataset:
