@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from dude_cli.data.borders import BorderedText, BorderEncoder
-from dude_cli.data.chat_template import default_template
+from dude_cli.data.chat_template import templates_of
 from dude_cli.data.encode import Encoded, TextEncoder
 from dude_cli.data.left_out import check_written
 from dude_cli.data.messages import Conversation, Message, conversation_of
@@ -44,6 +45,8 @@ class Rendered:
 class ChatEncoder:
     """Encodes conversations. The template alone decides the text, BOS and end-of-turn tokens included.
 
+    A tokenizer may have one of its own, `tool_use`, for conversations with tools.
+
     A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
     The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
     message by message (`turns.py`). Where a template ends the last turn with no special token, one EOS is added, or
@@ -52,15 +55,15 @@ class ChatEncoder:
 
     def __init__(self, encoder: TextEncoder, moment: datetime | None = None) -> None:
         tokenizer = encoder.tokenizer
-        template = default_template(
+        templates = templates_of(
             tokenizer,
             f"data.format: chat, with {tokenizer.name_or_path or 'this tokenizer'}",
             "give one with `data.chat_template`, or use an instruction-tuned model",
         )
         self.encoder, self.tokenizer = encoder, tokenizer
         self.borders = BorderEncoder(encoder)
-        self.template = told_at(template, moment or datetime.now())
-        self.marks_turns = bool(_GENERATION.search(self.template))
+        told = moment or datetime.now()
+        self.templates = templates.changed(lambda template: told_at(template, told))
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)
 
@@ -70,9 +73,10 @@ class ChatEncoder:
 
     def render(self, row: Mapping[str, Any], where: str, *, learn_all: bool) -> Rendered:
         """Return a row's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
-        talk = conversation_of(row, template=self.template, where=where, learn_all=learn_all)
+        talk = conversation_of(row, templates=self.templates, where=where, learn_all=learn_all)
         try:
-            text, turns = self._marked_turns(talk) if self.marks_turns else self._found_turns(talk, where)
+            marked = _marks_turns(self.templates.of(talk.tools))
+            text, turns = self._marked_turns(talk) if marked else self._found_turns(talk, where)
         except DataError:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
@@ -122,7 +126,7 @@ class ChatEncoder:
         """
         try:
             text = self._render(messages, None, True)
-            if self.marks_turns:
+            if _marks_turns(self.templates.of(None)):
                 answer = {"role": "assistant", "content": "answer"}
                 whole, turns = self._marked_turns(Conversation([*messages, answer], [], None))
                 before = whole[: turns[-1][0]]
@@ -136,7 +140,7 @@ class ChatEncoder:
 
         DeepSeek-R1's template asks with `<think>`, and writes answers without.
         """
-        talk = conversation_of(row, template=self.template, where=where)
+        talk = conversation_of(row, templates=self.templates, where=where)
         answers = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
         if not answers or not answers[-1]:
             return None
@@ -171,7 +175,7 @@ class ChatEncoder:
         texts, turns = render_jinja_template(
             conversations=[talk.messages],
             tools=talk.tools,
-            chat_template=self.template,
+            chat_template=self.templates.of(talk.tools),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
@@ -192,7 +196,7 @@ class ChatEncoder:
         text: str = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=self.template,
+            chat_template=self.templates.of(tools),
             tokenize=False,
             add_generation_prompt=prompt,
         )
@@ -220,6 +224,12 @@ class ChatEncoder:
                 break
             stop -= 1
         return stop
+
+
+@lru_cache
+def _marks_turns(template: str) -> bool:
+    """Whether it says which text is the assistant's."""
+    return bool(_GENERATION.search(template))
 
 
 def _refused(error: Exception, where: str) -> DataError:

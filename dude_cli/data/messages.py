@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dude_cli.data.chat_template import Templates
 from dude_cli.errors import DataError
 
 Message = dict[str, Any]
@@ -41,13 +42,20 @@ class Conversation:
         )
 
 
-def conversation_of(row: Mapping[str, Any], *, template: str, where: str, learn_all: bool = False) -> Conversation:
-    """Return a row's conversation. Raises DataError, naming `where`, for one that `template` cannot be given.
+def conversation_of(
+    row: Mapping[str, Any], *, templates: Templates, where: str, learn_all: bool = False
+) -> Conversation:
+    """Return a row's conversation. Raises DataError, naming `where`, for one that its template cannot be given.
 
     The row has `messages`, or `prompt` and `completion`, which go on from each other: what the assistant says in the
     prompt is not learned, unless all is. It may have `tools`: a list of their descriptions or the same as JSON, and
     `system`: the text of a message in front of the others.
     """
+    try:
+        tools = _tools(row.get("tools"), templates)
+    except _PartError as error:
+        raise DataError(error.what, where=where, fix=error.fix) from error
+    template = templates.of(tools)
     plain, learned = [], []
     for column in ("messages",) if "messages" in row else ("prompt", "completion"):
         is_context = column == "prompt" and not learn_all
@@ -62,7 +70,7 @@ def conversation_of(row: Mapping[str, Any], *, template: str, where: str, learn_
                 raise DataError(f"{name} {error.what}", where=where, fix=error.fix) from error
             plain.append(message)
     try:
-        return Conversation(_with_system(row.get("system"), plain), learned, _tools(row.get("tools"), template))
+        return Conversation(_with_system(row.get("system"), plain), learned, tools)
     except _PartError as error:
         raise DataError(error.what, where=where, fix=error.fix) from error
 
@@ -180,13 +188,13 @@ def _with_system(text: Any, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _tools(tools: Any, template: str) -> list[dict[str, Any]] | None:
+def _tools(tools: Any, templates: Templates) -> list[dict[str, Any]] | None:
     found = _parsed(tools, "column 'tools' is not JSON") if isinstance(tools, str) and tools.strip() else tools
     if not found or isinstance(found, str):
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise _PartError("column 'tools' is no list of tools", "write a list of JSON schemas, as OpenAI does")
-    if not re.search(r"\btools\b", template):
+    if not re.search(r"\btools\b", templates.of(found)):
         raise _PartError(
             "column 'tools' has tools, and the chat template has no place for them",
             "use a model whose chat template takes tools, or remove that column",

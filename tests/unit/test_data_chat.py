@@ -159,7 +159,7 @@ def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_t
     row = encoder.encode({"messages": CONVERSATION}, where="row 1", learn_all=False)
     assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
     assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
-    assert "strftime_now" not in encoder.template
+    assert "strftime_now" not in encoder.templates.text
     now = datetime.now()
     assert tokenizer.decode(encode(tokenizer).ids).startswith((f"{now:%d %b %Y}", f"{datetime.now():%d %b %Y}"))
 
