@@ -97,7 +97,6 @@ class ChatEncoder:
         first, last, *cuts = borders
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
         turns = [(start, stop, on) for (start, stop), on in zip(spans, rendered.learned, strict=True) if start < stop]
-        closing = None if all(self._ends(ids, start, stop) for start, stop, _ in turns) else self.encoder.eos_id
         if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
             ids.append(self.encoder.eos_id)
             turns[-1] = turns[-1][0], len(ids), turns[-1][2]
@@ -105,7 +104,8 @@ class ChatEncoder:
         for start, stop, on in turns:
             learned[start:stop] = [on and token != self.encoder.eos_id for token in ids[start : stop - 1]] + [on]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
-        context = next((start for start, _, on in turns if on), len(ids))
+        shown = [(start, stop) for start, stop, on in turns if on]
+        context = shown[0][0] if shown else len(ids)
         first, last = max(first, leading), min(last, context)
         return Encoded(
             ids,
@@ -113,8 +113,8 @@ class ChatEncoder:
             leading,
             context=max(context, leading),
             words=(first, last) if first < last else None,
-            stops=tuple(stop for _, stop, on in turns if on),
-            closing=closing,
+            stops=tuple(stop for _, stop in shown),
+            closings=tuple(() if self._ends(ids, *turn) else (self.encoder.eos_id,) for turn in shown),
             is_empty=rendered.is_empty,
         )
 

@@ -42,9 +42,9 @@ class Encoded:
 
     `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
     In a conversation, `words` says from and to which token of the context is what others than the assistant say, behind
-    the system's message, `stops` behind how many tokens each learned turn ends, and `closing` is what ends one that is
-    cut there, where turns have no end of their own. A document is split where it is too long, and not cut. An answer is
-    empty that has no words.
+    the system's message, `stops` behind how many tokens each learned turn ends, and `closings` which tokens end a row
+    that is cut there: none where the turn has an end of its own. A document is split where it is too long, and not cut.
+    An answer is empty that has no words.
     """
 
     ids: list[int]
@@ -53,7 +53,7 @@ class Encoded:
     context: int
     words: tuple[int, int] | None = None
     stops: tuple[int, ...] = ()
-    closing: int | None = None
+    closings: tuple[tuple[int, ...], ...] = ()
     is_document: bool = False
     is_empty: bool = False
 

@@ -56,13 +56,11 @@ def truncate(row: Encoded, max_length: int) -> Truncated:
 def _without_last_turns(row: Encoded, max_length: int) -> Encoded:
     if len(row.ids) <= max_length or not row.stops:
         return row
-    closing = [] if row.closing is None else [row.closing]
-    kept = max(1, sum(stop + len(closing) <= max_length for stop in row.stops))
-    stop = row.stops[kept - 1]
-    if stop == len(row.ids):  # it has its closing
-        return row
+    ends = [(stop, list(closing)) for stop, closing in zip(row.stops, row.closings, strict=True)]
+    kept = max(1, sum(stop + len(closing) <= max_length for stop, closing in ends))
+    stop, closing = ends[kept - 1]
     ids, learned = row.ids[:stop] + closing, row.learned[:stop] + [True] * len(closing)
-    return replace(row, ids=ids, learned=learned, stops=row.stops[:kept])
+    return replace(row, ids=ids, learned=learned, stops=row.stops[:kept], closings=row.closings[:kept])
 
 
 def split(row: Encoded, max_length: int) -> Iterator[Encoded]:
