@@ -26,7 +26,8 @@ class Rendered:
     """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned.
 
     `words` is from and to which character others say something in front of the first answer that is learned, where that
-    is seen. It is empty if such an answer is. `learn_all`: what is around the turns is learned too.
+    is seen. It is empty if such an answer is. `learn_all`: what is around the turns is learned too, and then it
+    `goes_on` if others say something behind the last turn that is learned.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Rendered:
     ends_with_a_turn: bool
     is_empty: bool
     learn_all: bool
+    goes_on: bool
 
     def bordered(self) -> BorderedText:
         """The text with the borders of the words and of each turn."""
@@ -84,8 +86,16 @@ class ChatEncoder:
         check_written(talk, text, turns, where)
         learned = _learned_turns(talk, turns, where)
         ends_with_a_turn = talk.messages[-1]["role"] == "assistant"
-        words = _words(talk, text, turns)
-        return Rendered(text, words, turns, learned, ends_with_a_turn, talk.has_empty_answer(), learn_all)
+        return Rendered(
+            text,
+            _words(talk, text, turns),
+            turns,
+            learned,
+            ends_with_a_turn,
+            talk.has_empty_answer(),
+            learn_all,
+            goes_on=learn_all and talk.goes_on(),
+        )
 
     def encode_all(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return encoded conversations."""
@@ -115,6 +125,7 @@ class ChatEncoder:
             words=(first, last) if first < last else None,
             stops=tuple(stop for _, stop in shown),
             closings=tuple(() if self._ends(ids, *turn) else (self.encoder.eos_id,) for turn in shown),
+            goes_on=rendered.goes_on,
             is_empty=rendered.is_empty,
         )
 

@@ -43,8 +43,8 @@ class Encoded:
     `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
     In a conversation, `words` says from and to which token of the context is what others than the assistant say, behind
     the system's message, `stops` behind how many tokens each learned turn ends, and `closings` which tokens end a row
-    that is cut there: none where the turn has an end of its own. A document is split where it is too long, and not cut.
-    An answer is empty that has no words.
+    that is cut there: none where the turn has an end of its own. It `goes_on` if others say something behind the last
+    one that is learned too. A document is split where it is too long, and not cut. An answer without words is empty.
     """
 
     ids: list[int]
@@ -54,6 +54,7 @@ class Encoded:
     words: tuple[int, int] | None = None
     stops: tuple[int, ...] = ()
     closings: tuple[tuple[int, ...], ...] = ()
+    goes_on: bool = False
     is_document: bool = False
     is_empty: bool = False
 

@@ -33,6 +33,16 @@ class Conversation:
     learned: list[bool]
     tools: list[dict[str, Any]] | None
 
+    def goes_on(self) -> bool:
+        """Whether others than the assistant say something behind its last message that is to be learned."""
+        learned, behind = iter(self.learned), False
+        for message in self.messages:
+            if message["role"] != "assistant":
+                behind = True
+            elif next(learned):
+                behind = False
+        return behind
+
     def has_empty_answer(self) -> bool:
         """Whether a message that is to be learned says nothing, calls nothing and thinks nothing."""
         answers = [message for message in self.messages if message["role"] == "assistant"]

@@ -114,7 +114,7 @@ def _sequences(
         lost_starts=int((table.lost_starts & ~table.lost_questions & ~table.cut_answers)[kept].sum()),
         lost_questions=int((table.lost_questions & ~table.cut_answers)[kept].sum()),
         cut_answers=int(table.cut_answers[kept].sum()),
-        shortened_chats=int((table.lost_turns[kept] > 0).sum()),
+        shortened_chats=int(table.lost_ends[kept].sum()),
         lost_turns=int(table.lost_turns[kept].sum()),
         rows_without_target=len(rows) - len(kept),
         split_documents=int((np.unique(table.sources[rows], return_counts=True)[1] > 1).sum()),

@@ -13,7 +13,8 @@ class Truncated:
     """A row in its length, and what it lost for that.
 
     `is_start_lost`: tokens of its context; `is_question_lost`: all that others than the assistant say in front of the
-    first answer; `is_answer_cut`: the end of its answer, with its EOS; `lost_turns`: how many learned turns.
+    first answer; `is_answer_cut`: the end of its answer, with its EOS; `is_end_lost`: messages at its end that would be
+    learned, of which `lost_turns` are the assistant's.
     """
 
     ids: list[int]
@@ -21,6 +22,7 @@ class Truncated:
     is_start_lost: bool = False
     is_question_lost: bool = False
     is_answer_cut: bool = False
+    is_end_lost: bool = False
     lost_turns: int = 0
 
 
@@ -34,9 +36,10 @@ def truncate(row: Encoded, max_length: int) -> Truncated:
     """
     shorter = _without_last_turns(row, max_length)
     lost_turns = len(row.stops) - len(shorter.stops)
+    is_end_lost = lost_turns > 0 or (row.goes_on and shorter is not row)
     excess = len(shorter.ids) - max_length
     if excess <= 0:
-        return Truncated(shorter.ids, shorter.learned, lost_turns=lost_turns)
+        return Truncated(shorter.ids, shorter.learned, is_end_lost=is_end_lost, lost_turns=lost_turns)
     start, stop = row.words or (0, 0)
     is_within_words = excess < stop - start
     front = start if is_within_words else row.leading
@@ -49,6 +52,7 @@ def truncate(row: Encoded, max_length: int) -> Truncated:
         is_start_lost=kept_from > front,
         is_question_lost=row.words is not None and not is_within_words,
         is_answer_cut=any(learned[max_length:]),
+        is_end_lost=is_end_lost,
         lost_turns=lost_turns,
     )
 

@@ -270,6 +270,8 @@ def test_a_conversation_that_is_cut_behind_a_turn_ends_as_one_that_is_not(chat_t
     kept = truncate(three, len(one.ids))
     assert (kept.ids, kept.learned, kept.lost_turns) == (one.ids, one.learned, 2)
     assert truncate(three, len(one.ids) - 1).lost_turns == 2  # not one is whole then
+    two = encode(tokenizer, talk * 2)
+    assert truncate(three, len(two.ids) - 1).ids == one.ids  # there would be no room for the second one's EOS
     assert truncate(three, len(three.ids)).ids == three.ids
     assert truncate(three, len(three.ids) - 1).lost_turns == 1
 
