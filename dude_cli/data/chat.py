@@ -18,6 +18,7 @@ from dude_cli.data.told_time import told_at
 from dude_cli.data.turns import NotShownError, assistant_turns
 from dude_cli.errors import DataError
 
+_NO_TOKEN = re.compile(r"'(\w+_token)' is undefined")  # as jinja2 says it
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -244,6 +245,14 @@ def _marks_turns(template: str) -> bool:
 
 
 def _refused(error: Exception, where: str) -> DataError:
+    token = _NO_TOKEN.search(str(error))
+    if token:
+        return DataError(
+            f"the chat template asks for `{token[1]}`, which the tokenizer does not have",
+            where=where,
+            fix=f"give a template without it (`data.chat_template`), or set `{token[1]}` in the model's "
+            "tokenizer_config.json to a token of its vocabulary",
+        )
     return DataError(
         f"the chat template refuses the conversation: {error}",
         where=where,

@@ -173,6 +173,22 @@ def test_a_conversation_that_is_cut_behind_a_turn_ends_once(encode, name):
         assert cut.learned[-1]
 
 
+def test_a_token_that_the_tokenizer_does_not_have_is_named(make_tokenizer):
+    """Llama 3's template puts BOS in front of a text, which fails without one; others write nothing in its place."""
+    tokenizer = make_tokenizer(None, eos_token="</s>")
+    tokenizer.chat_template = template_of("llama3")
+    encoder = ChatEncoder(TextEncoder(tokenizer))
+    row = {"messages": ONE}
+    for use in (lambda: encoder.encode(row, where="row 1", learn_all=False), lambda: encoder.prompt(ONE[:1])):
+        with pytest.raises(DataError) as caught:
+            use()
+        assert caught.value.what == "the chat template asks for `bos_token`, which the tokenizer does not have"
+        assert "tokenizer_config.json" in caught.value.fix
+        assert "data.chat_template" in caught.value.fix
+    tokenizer.bos_token = "<s>"
+    encoder.encode(row, where="row 1", learn_all=False)
+
+
 # They write what the assistant says beside a call behind the tool's answer.
 WORDS_BEHIND = {"diffusion_gemma", "gemma4", "gemma4_v3", "gemma4_v4", "gemma4_v5"}
 # They leave it out.
