@@ -237,8 +237,8 @@ class DataConfig(Section):
         "prompt_completion",
         description=(
             "prompt_completion: columns prompt and completion; alpaca: instruction, input, output; "
-            "chat: messages (or conversations), and tools and system where they are there, through the tokenizer's "
-            "chat template; text: text. "
+            "chat: messages (or conversations, or the lists prompt and completion), and tools and system where they "
+            "are there, through the tokenizer's chat template; text: text. "
             "`prompt` and `completion` below replace the columns by templates."
         ),
     )

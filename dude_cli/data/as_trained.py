@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dude_cli.config import DataConfig, DataSource, RowForm
 from dude_cli.data.encode import format_columns
-from dude_cli.data.rows import source_columns
+from dude_cli.data.rows import first_row
 from dude_cli.errors import DataError
 
 # What rows may look like where nothing says how they were trained on.
@@ -34,14 +34,14 @@ def _has_own_form(source: DataSource) -> bool:
 
 
 def _with_form(source: DataSource, forms: Sequence[RowForm], trained: DataConfig | None) -> DataSource:
-    there = source_columns(source)
+    row = first_row(source)
     # What is wrong with a source without rows is told when it is read.
-    form = next((form for form in forms if not there or format_columns(form).are_in(there)), None)
+    form = next((form for form in forms if row is None or format_columns(form).fit(row)), None)
     if form is None:
         wanted = ", or ".join(" and ".join(map(repr, format_columns(form).required)) for form in forms)
         of_whom = "the rows of the training" if trained is not None else "rows"
         raise DataError(
-            f"the columns are {', '.join(map(repr, there))}; {of_whom} have {wanted}",
+            f"the columns are {', '.join(map(repr, row or {}))}; {of_whom} have {wanted}",
             where=source.path,
             fix="give the columns these names, or a format or templates to the data set in `eval.tasks`, under `rows`",
         )

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from dude_cli.data.borders import BorderedText, BorderEncoder
-from dude_cli.data.chat_template import default_template
+from dude_cli.data.chat_template import templates_of
 from dude_cli.data.encode import Encoded, TextEncoder
 from dude_cli.data.left_out import check_written
 from dude_cli.data.messages import Conversation, Message, conversation_of
@@ -17,6 +18,7 @@ from dude_cli.data.told_time import told_at
 from dude_cli.data.turns import NotShownError, assistant_turns
 from dude_cli.errors import DataError
 
+_NO_TOKEN = re.compile(r"'(\w+_token)' is undefined")  # as jinja2 says it
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -25,7 +27,8 @@ class Rendered:
     """A conversation's text, and the assistant's turns in it: from and to which character, and which are learned.
 
     `words` is from and to which character others say something in front of the first answer that is learned, where that
-    is seen. It is empty if such an answer is.
+    is seen. It is empty if such an answer is. `learn_all`: what is around the turns is learned too, and then it
+    `goes_on` if others say something behind the last turn that is learned.
     """
 
     text: str
@@ -34,6 +37,8 @@ class Rendered:
     learned: list[bool]
     ends_with_a_turn: bool
     is_empty: bool
+    learn_all: bool
+    goes_on: bool
 
     def bordered(self) -> BorderedText:
         """The text with the borders of the words and of each turn."""
@@ -43,6 +48,8 @@ class Rendered:
 class ChatEncoder:
     """Encodes conversations. The template alone decides the text, BOS and end-of-turn tokens included.
 
+    A tokenizer may have one of its own, `tool_use`, for conversations with tools.
+
     A turn of the assistant is learned with its end-of-turn token and nothing after that; an EOS inside it is data.
     The turns are taken from the template's `{% generation %}` blocks; without those, from how the text grows
     message by message (`turns.py`). Where a template ends the last turn with no special token, one EOS is added, or
@@ -51,27 +58,28 @@ class ChatEncoder:
 
     def __init__(self, encoder: TextEncoder, moment: datetime | None = None) -> None:
         tokenizer = encoder.tokenizer
-        template = default_template(
+        templates = templates_of(
             tokenizer,
             f"data.format: chat, with {tokenizer.name_or_path or 'this tokenizer'}",
             "give one with `data.chat_template`, or use an instruction-tuned model",
         )
         self.encoder, self.tokenizer = encoder, tokenizer
         self.borders = BorderEncoder(encoder)
-        self.template = told_at(template, moment or datetime.now())
-        self.marks_turns = bool(_GENERATION.search(self.template))
+        told = moment or datetime.now()
+        self.templates = templates.changed(lambda template: told_at(template, told))
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = {int(index) for index, token in added if token.special} | set(tokenizer.all_special_ids)
 
     def encode(self, row: Mapping[str, Any], *, where: str, learn_all: bool) -> Encoded:
         """Return one encoded conversation. Raises DataError, naming `where`, if the template does not fit it."""
-        return self.encode_all([self.render(row, where)], learn_all=learn_all)[0]
+        return self.encode_all([self.render(row, where, learn_all=learn_all)])[0]
 
-    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
+    def render(self, row: Mapping[str, Any], where: str, *, learn_all: bool) -> Rendered:
         """Return a row's text and turns. Raises DataError, naming `where`, if the template does not fit it."""
-        talk = conversation_of(row, template=self.template, where=where)
+        talk = conversation_of(row, templates=self.templates, where=where, learn_all=learn_all)
         try:
-            text, turns = self._marked_turns(talk) if self.marks_turns else self._found_turns(talk, where)
+            marked = _marks_turns(self.templates.of(talk.tools))
+            text, turns = self._marked_turns(talk) if marked else self._found_turns(talk, where)
         except DataError:
             raise
         except Exception as error:  # jinja2's errors, and whatever a template raises by itself
@@ -79,29 +87,36 @@ class ChatEncoder:
         check_written(talk, text, turns, where)
         learned = _learned_turns(talk, turns, where)
         ends_with_a_turn = talk.messages[-1]["role"] == "assistant"
-        return Rendered(text, _words(talk, text, turns), turns, learned, ends_with_a_turn, talk.has_empty_answer())
+        return Rendered(
+            text,
+            _words(talk, text, turns),
+            turns,
+            learned,
+            ends_with_a_turn,
+            talk.has_empty_answer(),
+            learn_all,
+            goes_on=learn_all and talk.goes_on(),
+        )
 
-    def encode_all(self, conversations: Sequence[Rendered], *, learn_all: bool) -> list[Encoded]:
+    def encode_all(self, conversations: Sequence[Rendered]) -> list[Encoded]:
         """Return encoded conversations."""
         encoded = self.borders.encode([each.bordered() for each in conversations])
-        return [
-            self._finish(each, ids, cuts, learn_all) for each, (ids, cuts) in zip(conversations, encoded, strict=True)
-        ]
+        return [self._finish(each, ids, cuts) for each, (ids, cuts) in zip(conversations, encoded, strict=True)]
 
-    def _finish(self, rendered: Rendered, ids: list[int], borders: list[int], learn_all: bool) -> Encoded:
+    def _finish(self, rendered: Rendered, ids: list[int], borders: list[int]) -> Encoded:
         """Make the row of the text's ids; `borders` are its own, in tokens."""
         first, last, *cuts = borders
         spans = [self._with_end_of_turn(ids, *span) for span in zip(cuts[::2], cuts[1::2], strict=True)]
         turns = [(start, stop, on) for (start, stop), on in zip(spans, rendered.learned, strict=True) if start < stop]
-        closing = None if all(self._ends(ids, start, stop) for start, stop, _ in turns) else self.encoder.eos_id
         if rendered.ends_with_a_turn and turns and not self._ends(ids, *turns[-1][:2]):
             ids.append(self.encoder.eos_id)
             turns[-1] = turns[-1][0], len(ids), turns[-1][2]
-        learned = [learn_all] * len(ids)
+        learned = [rendered.learn_all] * len(ids)
         for start, stop, on in turns:
             learned[start:stop] = [on and token != self.encoder.eos_id for token in ids[start : stop - 1]] + [on]
         leading = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
-        context = next((start for start, _, on in turns if on), len(ids))
+        shown = [(start, stop) for start, stop, on in turns if on]
+        context = shown[0][0] if shown else len(ids)
         first, last = max(first, leading), min(last, context)
         return Encoded(
             ids,
@@ -109,8 +124,9 @@ class ChatEncoder:
             leading,
             context=max(context, leading),
             words=(first, last) if first < last else None,
-            stops=tuple(stop for _, stop, on in turns if on),
-            closing=closing,
+            stops=tuple(stop for _, stop in shown),
+            closings=tuple(() if self._ends(ids, *turn) else (self.encoder.eos_id,) for turn in shown),
+            goes_on=rendered.goes_on,
             is_empty=rendered.is_empty,
         )
 
@@ -122,7 +138,7 @@ class ChatEncoder:
         """
         try:
             text = self._render(messages, None, True)
-            if self.marks_turns:
+            if _marks_turns(self.templates.of(None)):
                 answer = {"role": "assistant", "content": "answer"}
                 whole, turns = self._marked_turns(Conversation([*messages, answer], [], None))
                 before = whole[: turns[-1][0]]
@@ -136,7 +152,7 @@ class ChatEncoder:
 
         DeepSeek-R1's template asks with `<think>`, and writes answers without.
         """
-        talk = conversation_of(row, template=self.template, where=where)
+        talk = conversation_of(row, templates=self.templates, where=where)
         answers = [index for index, message in enumerate(talk.messages) if message["role"] == "assistant"]
         if not answers or not answers[-1]:
             return None
@@ -171,7 +187,7 @@ class ChatEncoder:
         texts, turns = render_jinja_template(
             conversations=[talk.messages],
             tools=talk.tools,
-            chat_template=self.template,
+            chat_template=self.templates.of(talk.tools),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
@@ -192,7 +208,7 @@ class ChatEncoder:
         text: str = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=self.template,
+            chat_template=self.templates.of(tools),
             tokenize=False,
             add_generation_prompt=prompt,
         )
@@ -222,7 +238,21 @@ class ChatEncoder:
         return stop
 
 
+@lru_cache
+def _marks_turns(template: str) -> bool:
+    """Whether it says which text is the assistant's."""
+    return bool(_GENERATION.search(template))
+
+
 def _refused(error: Exception, where: str) -> DataError:
+    token = _NO_TOKEN.search(str(error))
+    if token:
+        return DataError(
+            f"the chat template asks for `{token[1]}`, which the tokenizer does not have",
+            where=where,
+            fix=f"give a template without it (`data.chat_template`), or set `{token[1]}` in the model's "
+            "tokenizer_config.json to a token of its vocabulary",
+        )
     return DataError(
         f"the chat template refuses the conversation: {error}",
         where=where,
@@ -261,7 +291,7 @@ def _learned_turns(talk: Conversation, turns: list[tuple[int, int]], where: str)
         return [True] * len(turns)
     raise DataError(
         f"the chat template marks {len(turns)} turns of {len(talk.learned)} messages of the assistant's, so that it "
-        "does not show which one has the weight 0",
+        "does not show which of them are not learned (of weight 0, or in a prompt)",
         where=where,
         fix="put one {% generation %} block around each of these messages in the template",
     )

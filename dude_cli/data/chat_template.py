@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,27 @@ _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _ASSIGNED = re.compile(r"(?:\{% set \w+ = .*? %\})+\n|")  # what `_assigned` has written in front of a template
 
 
+@dataclass(frozen=True)
+class Templates:
+    """What conversations go through: `default`, or where they have tools `tool_use`, which may be the same."""
+
+    default: str
+    tool_use: str
+
+    def of(self, tools: Any) -> str:
+        """The template of a conversation with these tools, if it has any; transformers chooses it by the same rule."""
+        return self.tool_use if tools else self.default
+
+    def changed(self, change: Callable[[str], str]) -> Templates:
+        """Both, changed."""
+        return Templates(change(self.default), change(self.tool_use))
+
+    @property
+    def text(self) -> str:
+        """Both of them, to tell them from others: one text where they are one."""
+        return self.default if self.default == self.tool_use else f"{self.default}\0{self.tool_use}"
+
+
 def set_chat_template(
     tokenizer: Any,
     path: str | None,
@@ -40,15 +62,18 @@ def set_chat_template(
 ) -> None:
     """Give `tokenizer` the template in the file at `path`, if it is not None, with `values` for its names.
 
+    Where it has several, the file takes the place of all, and each gets those of the values that it asks for.
     `say` is told of control tokens in the file that the tokenizer does not have. Raises UsageError, naming one of
-    `keys`, for a file that cannot be read or is no template, and for a name that the template does not ask for.
+    `keys`, for a file that cannot be read or is no template, and for a name that no template asks for.
     """
     if path is not None:
         tokenizer.chat_template = _read(path, keys[0])
         _tell_of_unknown_tokens(tokenizer, path, say)
     if values:
-        template = default_template(tokenizer, keys[1], "give a template too")
-        tokenizer.chat_template = _assigned(template, values, keys[1])
+        default = default_template(tokenizer, keys[1], "give a template too")
+        found = tokenizer.chat_template
+        several = _assigned({"default": default} if isinstance(found, str) else found, values, keys[1])
+        tokenizer.chat_template = several["default"] if isinstance(found, str) else several
 
 
 def default_template(tokenizer: Any, where: str, fix: str = _FOR_QUESTIONS) -> str:
@@ -65,6 +90,13 @@ def default_template(tokenizer: Any, where: str, fix: str = _FOR_QUESTIONS) -> s
         what = f"the tokenizer has several chat templates ({', '.join(found)}), and none has the name `default`"
         raise UsageError(what, where=where, fix=fix)
     return found["default"]
+
+
+def templates_of(tokenizer: Any, where: str, fix: str) -> Templates:
+    """The templates that conversations go through with and without tools. Raises as `default_template` does."""
+    default = default_template(tokenizer, where, fix)
+    found = tokenizer.chat_template
+    return Templates(default, default if isinstance(found, str) else found.get("tool_use", default))
 
 
 def parse_values(text: str | None) -> dict[str, Any]:
@@ -122,17 +154,24 @@ def _tell_of_unknown_tokens(tokenizer: Any, path: str, say: Callable[[str], None
         say(f"note: {path} writes {', '.join(unknown)}, which this model's tokenizer takes for ordinary text")
 
 
-def _assigned(template: str, values: Mapping[str, Any], key: str) -> str:
-    """The template with `values` set in front of it, behind those that were set before."""
-    found = _ASSIGNED.match(template)
-    before = found[0] if found else ""
-    template = template.removeprefix(before)
-    names = _names(template, "the tokenizer's chat template")
+def _assigned(templates: Mapping[str, str], values: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Each of the templates with those of `values` that it asks for set in front of it, behind those set before.
+
+    Raises UsageError for a value that none of them asks for.
+    """
+    new, asked = {}, set()
+    for kind, whole in templates.items():
+        found = _ASSIGNED.match(whole)
+        before = found[0] if found else ""
+        template = whole.removeprefix(before)
+        names = _names(template, "the tokenizer's chat template")
+        asked |= names
+        lines = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in values.items() if name in names)
+        new[kind] = before.removesuffix("\n") + lines + "\n" + template if lines else whole
     for name in values:
-        if name in _GIVEN or name not in names:
-            raise _not_asked_for(name, names, key)
-    new = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in values.items())
-    return before.removesuffix("\n") + new + "\n" + template
+        if name in _GIVEN or name not in asked:
+            raise _not_asked_for(name, asked, key)
+    return new
 
 
 def _literal(value: Any) -> str:

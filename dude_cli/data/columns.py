@@ -15,11 +15,15 @@ from dude_cli.errors import DataError, nearest
 
 @dataclass(frozen=True)
 class Columns:
-    """`required` must be there in every row; `optional` may be absent or null. `are_texts`, or lists of messages."""
+    """`required` must be there in every row, or `instead` of them others; `optional` may be absent or null.
+
+    `are_texts`, or lists of messages.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     are_texts: bool = True
+    instead: tuple[str, ...] = ()
 
     def names(self, column: str) -> tuple[str, ...]:
         """The names that a column may have: that of conversations is `conversations` in ShareGPT's files."""
@@ -27,15 +31,20 @@ class Columns:
 
     def read(self) -> list[str]:
         """All names of the columns that are read."""
-        return [name for column in (*self.required, *self.optional) for name in self.names(column)]
+        return [name for column in (*self.required, *self.optional, *self.instead) for name in self.names(column)]
 
-    def are_in(self, there: list[str]) -> bool:
-        """Whether each required column is there, under one of its names."""
-        return all(set(self.names(column)) & set(there) for column in self.required)
+    def fit(self, row: Row) -> bool:
+        """Whether a row has the required columns, or those instead, as texts or as lists, whichever is read."""
+        has_lists = any(isinstance(row.get(name), list) for name in (*self.required, *self.instead))
+        if self.are_texts:
+            return set(self.required) <= set(row) and not has_lists
+        is_named = all(set(self.names(column)) & set(row) for column in self.required)
+        return is_named or (bool(self.instead) and set(self.instead) <= set(row) and has_lists)
 
-    def unread(self, there: list[str]) -> list[str]:
-        """Those of the columns that are there of which nothing is taken."""
-        return [name for name in there if name not in self.read()]
+    def unread(self, there: list[str], rows: list[Row]) -> list[str]:
+        """Those of the columns that are there of which nothing is taken; `rows` are what `keep_columns` has kept."""
+        ours = set(self.read()) - {name for name in self.instead if not any(name in row for row in rows)}
+        return [name for name in there if name not in ours]
 
 
 # The format of data that has such a column.
@@ -48,6 +57,8 @@ def check_columns(source: DataSource, there: list[str], columns: Columns, *, emp
         raise DataError(
             "the data set has no rows", where=f"{source.path}, split {source.split}", fix="check the file and the split"
         )
+    if columns.instead and set(columns.instead) <= set(there):
+        return
     for column in columns.required:
         if not set(columns.names(column)) & set(there):
             raise DataError(
@@ -62,7 +73,10 @@ def _other_columns(column: str, there: list[str], columns: Columns) -> str:
     close = nearest(column, there)
     hint = f"did you mean {close[0]!r}? " if close else ""
     if not columns.are_texts:
-        return f"{hint}give the column of the conversations the name `messages`, or choose another `data.format`"
+        return (
+            f"{hint}give the column of the conversations the name `messages`, or those of their parts `prompt` and "
+            "`completion`, or choose another `data.format`"
+        )
     formats = [_FORMATS[name] for name in there if name in _FORMATS and name not in columns.required]
     choice = f"set data.format: {formats[0]}" if formats else "choose another `data.format`"
     return f"{hint}{choice}, or templates `data.prompt` and `data.completion`"
@@ -83,6 +97,9 @@ def keep_columns(source: DataSource, rows: Rows, columns: Columns) -> Rows:
 
 def _kept(row: Row, where: str, columns: Columns) -> Row:
     new = {column: _value(row, columns.names(column)) for column in columns.required}
+    others = {column: row.get(column) for column in columns.instead}
+    if all(map(_is_missing, new.values())) and not all(map(_is_missing, others.values())):
+        new = others
     new |= {column: "" if _is_missing(row.get(column)) else row[column] for column in columns.optional}
     for column, value in new.items():
         problem = _problem(value, are_texts=columns.are_texts)
@@ -110,8 +127,8 @@ def _problem(value: Any, *, are_texts: bool) -> tuple[str, str] | None:
         is_chat = isinstance(value, list) and all(
             isinstance(item, dict) and {"role", "from"} & set(item) for item in value
         )
-        one_list = "set data.format: chat, with the whole conversation in a column `messages`"
-        return f"is {kind}, not text", one_list if is_chat else "write the text to learn into a column of its own"
+        chat = "set data.format: chat, with the conversation in a column `messages`, or in `prompt` and `completion`"
+        return f"is {kind}, not text", chat if is_chat else "write the text to learn into a column of its own"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     try:
         text.encode()

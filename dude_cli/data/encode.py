@@ -42,9 +42,9 @@ class Encoded:
 
     `leading` tokens (BOS) are never cut; `context` counts the tokens before the first learned one of the answer.
     In a conversation, `words` says from and to which token of the context is what others than the assistant say, behind
-    the system's message, `stops` behind how many tokens each learned turn ends, and `closing` is what ends one that is
-    cut there, where turns have no end of their own. A document is split where it is too long, and not cut. An answer is
-    empty that has no words.
+    the system's message, `stops` behind how many tokens each learned turn ends, and `closings` which tokens end a row
+    that is cut there: none where the turn has an end of its own. It `goes_on` if others say something behind the last
+    one that is learned too. A document is split where it is too long, and not cut. An answer without words is empty.
     """
 
     ids: list[int]
@@ -53,7 +53,8 @@ class Encoded:
     context: int
     words: tuple[int, int] | None = None
     stops: tuple[int, ...] = ()
-    closing: int | None = None
+    closings: tuple[tuple[int, ...], ...] = ()
+    goes_on: bool = False
     is_document: bool = False
     is_empty: bool = False
 
@@ -63,7 +64,7 @@ def format_columns(form: RowForm) -> Columns:
     if form.format == "alpaca":
         return Columns(("instruction", "output"), ("input",))
     if form.format == "chat":
-        return Columns(("messages",), ("tools", "system"), are_texts=False)
+        return Columns(("messages",), ("tools", "system"), are_texts=False, instead=("prompt", "completion"))
     return Columns(tuple(dict.fromkeys(name for text in _templates(form) for name in parse_template(text))))
 
 

@@ -1,8 +1,9 @@
 """Conversations as users have them, in the one form that chat templates take.
 
 Messages have `role` and `content`, or ShareGPT's `from` and `value`. What OpenAI's fine-tuning files have is taken too:
-`weight: 0` for a message that is not learned, content in parts, and calls of tools in place of content. Beside the
-messages a row may have descriptions of tools, and, as ShareGPT's may, the system's message.
+`weight: 0` for a message that is not learned, content in parts, and calls of tools in place of content. TRL's rows have
+two lists, a prompt and the completion that is learned. Beside the messages a row may have descriptions of tools, and,
+as ShareGPT's may, the system's message.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from dude_cli.data.chat_template import Templates
 from dude_cli.errors import DataError
 
 Message = dict[str, Any]
@@ -31,6 +33,16 @@ class Conversation:
     learned: list[bool]
     tools: list[dict[str, Any]] | None
 
+    def goes_on(self) -> bool:
+        """Whether others than the assistant say something behind its last message that is to be learned."""
+        learned, behind = iter(self.learned), False
+        for message in self.messages:
+            if message["role"] != "assistant":
+                behind = True
+            elif next(learned):
+                behind = False
+        return behind
+
     def has_empty_answer(self) -> bool:
         """Whether a message that is to be learned says nothing, calls nothing and thinks nothing."""
         answers = [message for message in self.messages if message["role"] == "assistant"]
@@ -40,32 +52,35 @@ class Conversation:
         )
 
 
-def conversation_of(row: Mapping[str, Any], *, template: str, where: str) -> Conversation:
-    """Return a row's conversation. Raises DataError, naming `where`, for one that `template` cannot be given.
+def conversation_of(
+    row: Mapping[str, Any], *, templates: Templates, where: str, learn_all: bool = False
+) -> Conversation:
+    """Return a row's conversation. Raises DataError, naming `where`, for one that its template cannot be given.
 
-    The row has `messages`, and may have `tools`: a list of their descriptions or the same as JSON, and `system`: the
-    text of a message in front of the others.
+    The row has `messages`, or `prompt` and `completion`, which go on from each other: what the assistant says in the
+    prompt is not learned, unless all is. It may have `tools`: a list of their descriptions or the same as JSON, and
+    `system`: the text of a message in front of the others.
     """
-    messages = _read_json(row["messages"])
-    found = [_fields(message) for message in messages] if isinstance(messages, list | tuple) else []
-    if not found or None in found:
-        raise DataError(
-            f"`messages` is not a conversation: {str(messages)[:80]}",
-            where=where,
-            fix='write it as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]',
-        )
-    plain, learned = [], []
-    for number, fields in enumerate(filter(None, found), start=1):
-        try:
-            weight = fields.pop("weight", 1)
-            message = fields | {"role": _role(fields["role"], template)} | _content(fields)
-            if message["role"] == "assistant":
-                learned.append(_is_learned(weight))
-        except _PartError as error:
-            raise DataError(f"message {number} {error.what}", where=where, fix=error.fix) from error
-        plain.append(message)
     try:
-        return Conversation(_with_system(row.get("system"), plain), learned, _tools(row.get("tools"), template))
+        tools = _tools(row.get("tools"), templates)
+    except _PartError as error:
+        raise DataError(error.what, where=where, fix=error.fix) from error
+    template = templates.of(tools)
+    plain, learned = [], []
+    for column in ("messages",) if "messages" in row else ("prompt", "completion"):
+        is_context = column == "prompt" and not learn_all
+        for number, fields in enumerate(_messages(row, column, where), start=1):
+            try:
+                weight = fields.pop("weight", 1)
+                message = fields | {"role": _role(fields["role"], template)} | _content(fields)
+                if message["role"] == "assistant":
+                    learned.append(_is_learned(weight) and not is_context)
+            except _PartError as error:
+                name = f"message {number}" if column == "messages" else f"message {number} of `{column}`"
+                raise DataError(f"{name} {error.what}", where=where, fix=error.fix) from error
+            plain.append(message)
+    try:
+        return Conversation(_with_system(row.get("system"), plain), learned, tools)
     except _PartError as error:
         raise DataError(error.what, where=where, fix=error.fix) from error
 
@@ -75,6 +90,21 @@ class _PartError(Exception):
 
     def __init__(self, what: str, fix: str) -> None:
         self.what, self.fix = what, fix
+
+
+def _messages(row: Mapping[str, Any], column: str, where: str) -> list[Message]:
+    """The fields of each message in a column, of which a prompt may have none. Raises DataError for anything else."""
+    value = _read_json(row[column])
+    found = [_fields(message) for message in value] if isinstance(value, list | tuple) else [None]
+    messages = [fields for fields in found if fields is not None]
+    if len(messages) < len(found) or not (messages or column == "prompt"):
+        start = '{"role": "user", "content": "..."}'
+        answer = '{"role": "assistant", "content": "..."}'
+        fix = "write it as [" + {"prompt": start, "completion": answer}.get(column, f"{start}, {answer}") + "]"
+        if column != "messages" and isinstance(value, str):
+            fix += ", or set data.format: prompt_completion if both columns are texts"
+        raise DataError(f"`{column}` is not a conversation: {str(value)[:80]}", where=where, fix=fix)
+    return messages
 
 
 def _fields(message: Any) -> Message | None:
@@ -168,13 +198,13 @@ def _with_system(text: Any, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _tools(tools: Any, template: str) -> list[dict[str, Any]] | None:
+def _tools(tools: Any, templates: Templates) -> list[dict[str, Any]] | None:
     found = _parsed(tools, "column 'tools' is not JSON") if isinstance(tools, str) and tools.strip() else tools
     if not found or isinstance(found, str):
         return None
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise _PartError("column 'tools' is no list of tools", "write a list of JSON schemas, as OpenAI does")
-    if not re.search(r"\btools\b", template):
+    if not re.search(r"\btools\b", templates.of(found)):
         raise _PartError(
             "column 'tools' has tools, and the chat template has no place for them",
             "use a model whose chat template takes tools, or remove that column",

@@ -26,7 +26,8 @@ from dude_cli.errors import DataError
 class PreparedData:
     """Encoded training and validation rows; `fingerprint` is a SHA-256 of the training rows as they are encoded.
 
-    `chat_template` is what they went through, in format chat. `revisions` has the commit of each data set from the hub.
+    `chat_template` is what they went through, in format chat (`Templates.text`). `revisions` has the commit of each
+    data set from the hub.
     """
 
     train: EncodedRows
@@ -90,7 +91,7 @@ def prepare_data(
     for name, report in (("data.train", train_report), ("data.validation", validation_report)):
         for note in report.notes() if report is not None else ():
             say(f"{name}: {note}")
-    template = None if encoder.chat is None else encoder.chat.template
+    template = None if encoder.chat is None else encoder.chat.templates.text
     return PreparedData(
         train, validation, train_report, validation_report, train.fingerprint(), template, encoder.revisions
     )
@@ -113,7 +114,7 @@ def _sequences(
         lost_starts=int((table.lost_starts & ~table.lost_questions & ~table.cut_answers)[kept].sum()),
         lost_questions=int((table.lost_questions & ~table.cut_answers)[kept].sum()),
         cut_answers=int(table.cut_answers[kept].sum()),
-        shortened_chats=int((table.lost_turns[kept] > 0).sum()),
+        shortened_chats=int(table.lost_ends[kept].sum()),
         lost_turns=int(table.lost_turns[kept].sum()),
         rows_without_target=len(rows) - len(kept),
         split_documents=int((np.unique(table.sources[rows], return_counts=True)[1] > 1).sum()),

@@ -14,7 +14,7 @@ class DataReport:
     A document of more than `max_length` tokens is several rows; `split_documents` counts such.
     `truncated_rows` were longer than `max_length`; of those among `rows`, `lost_starts` lost the start of their prompt,
     `lost_questions` all that is said in front of the first answer, `cut_answers` the end of an answer, with its EOS,
-    and `shortened_chats` turns at their end that would be learned, `lost_turns` in all.
+    and `shortened_chats` messages at their end that would be learned, with `lost_turns` of the assistant's in all.
     `tokens` and `target_tokens` are over `rows`, after truncation; `longest_row` is in tokens, before it.
     `packed_sequences` is None without packing. `example` is the first row as pieces of text, each with whether it
     is learned.
@@ -66,10 +66,8 @@ class DataReport:
                 f"{limit}"
             )
         if self.shortened_chats:
-            found.append(
-                f"{self.shortened_chats:,} conversations lose their last messages, with {self.lost_turns:,} turns of "
-                f"the assistant's, to {limit}"
-            )
+            turns = f", with {self.lost_turns:,} turns of the assistant's," if self.lost_turns else ""
+            found.append(f"{self.shortened_chats:,} conversations lose their last messages{turns} to {limit}")
         if self.empty_answers:
             found.append(
                 f"{self.empty_answers:,} of {self.rows:,} rows have an empty answer: only its end can be learned"

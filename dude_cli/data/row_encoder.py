@@ -55,7 +55,7 @@ class RowEncoder:
         for path, unread in seen.unread.items():
             if unread:
                 say(f"note: {path}: columns that are not read: {', '.join(unread)}")
-        template = None if self.chat is None else self.chat.template
+        template = None if self.chat is None else self.chat.templates.text
         key = token_key(self.tokenizer, chain.from_iterable(map(Part.key, parts)), self.config, template)
         table = encoded_once(key, lambda: TokenTable.of(self._all_rows(parts, name), self.config.max_length), say)
         for part in parts:
@@ -100,8 +100,8 @@ class RowEncoder:
         rendered = []
         for row, where in zip(part.rows, part.places, strict=True):
             with bad.collected():
-                rendered.append(self.chat.render(row, where))
-        return [] if bad.count else self.chat.encode_all(rendered, learn_all=learn_all)
+                rendered.append(self.chat.render(row, where, learn_all=learn_all))
+        return [] if bad.count else self.chat.encode_all(rendered)
 
 
 def _glued(part: Part) -> str | None:

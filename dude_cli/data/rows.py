@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import HUB_NAME, DataSource
 from dude_cli.data.columns import Columns, check_columns, keep_columns
-from dude_cli.data.row_files import FILE_SUFFIXES, SUFFIXES_HINT, Rows, first_line, numbered, read_file, without_fillers
+from dude_cli.data.row_files import (
+    FILE_SUFFIXES,
+    SUFFIXES_HINT,
+    Row,
+    Rows,
+    first_line,
+    numbered,
+    read_file,
+    without_fillers,
+)
 from dude_cli.errors import DataError, nearest
 from dude_cli.system.cache_dir import folder_cache
 
@@ -48,16 +57,15 @@ def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
         return _read_dataset(source, found, columns, seen)
     there = list(found.values[0]) if found.values else []
     check_columns(source, there, columns, empty=not found.values)
-    seen.note(source.path, columns.unread(there))
-    return keep_columns(source, found, columns)
+    return _kept(source, found, columns, there, seen)
 
 
-def source_columns(source: DataSource) -> list[str]:
-    """The columns of a source, by its first row. Raises DataError where it cannot be read."""
+def first_row(source: DataSource) -> Row | None:
+    """The first row of a source, None of one without rows. Raises DataError where it cannot be read."""
     found = _open_source(source)
     if isinstance(found, Rows):
-        return list(found.values[0]) if found.values else []
-    return list(found.column_names)
+        return found.values[0] if found.values else None
+    return dict(found[0]) if len(found) else None
 
 
 def _open_source(source: DataSource) -> Rows | Dataset:
@@ -70,6 +78,13 @@ def _open_source(source: DataSource) -> Rows | Dataset:
     if path.is_dir() or not _looks_like_a_path(source.path):
         return _dataset(source)
     raise _missing_path(source)
+
+
+def _kept(source: DataSource, rows: Rows, columns: Columns, there: list[str], seen: Seen) -> Rows:
+    """The rows with just the columns asked for; those of the columns `there` that are not among them are noted."""
+    kept = keep_columns(source, rows, columns)
+    seen.note(source.path, columns.unread(there, kept.values))
+    return kept
 
 
 def _local_path(source: DataSource) -> Path:
@@ -151,11 +166,11 @@ def _read_dataset(source: DataSource, dataset: Dataset, columns: Columns, seen: 
         seen.revisions[asked] = ", ".join(commits)
     there = list(dataset.column_names)
     check_columns(source, there, columns, empty=len(dataset) == 0)
-    seen.note(source.path, columns.unread(there))
     kept = [name for name in columns.read() if name in there]
     values = dataset.select_columns(kept).with_format(None)[:]
     rows = [dict(zip(kept, cells, strict=True)) for cells in zip(*(values[name] for name in kept), strict=True)]
-    return keep_columns(source, numbered(without_fillers(rows), f"{source.path}, split {source.split}"), columns)
+    found = numbered(without_fillers(rows), f"{source.path}, split {source.split}")
+    return _kept(source, found, columns, there, seen)
 
 
 def _dataset(source: DataSource) -> Dataset:

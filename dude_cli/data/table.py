@@ -25,8 +25,8 @@ class TokenTable:
     - `learned` (tokens, bool): which of them are learned. The first of a row never is, because nothing stands before
       it to predict it from.
     - `full_lengths` (rows, int64): tokens before truncation
-    - `lost_starts`, `lost_questions`, `cut_answers` (rows, bool), `lost_turns` (rows, int64): what truncation took
-      (`Truncated`)
+    - `lost_starts`, `lost_questions`, `cut_answers`, `lost_ends` (rows, bool), `lost_turns` (rows, int64): what
+      truncation took (`Truncated`)
     - `empty_answers` (rows, bool): whether the answer has no words
     - `sources` (rows, int64): which row of the data it is, or is a part of
     """
@@ -38,6 +38,7 @@ class TokenTable:
     lost_starts: npt.NDArray[np.bool_]
     lost_questions: npt.NDArray[np.bool_]
     cut_answers: npt.NDArray[np.bool_]
+    lost_ends: npt.NDArray[np.bool_]
     lost_turns: npt.NDArray[np.int64]
     empty_answers: npt.NDArray[np.bool_]
     sources: npt.NDArray[np.int64]
@@ -47,7 +48,7 @@ class TokenTable:
         """Store `rows`, each truncated to `max_length` tokens, documents split into rows of so many."""
         ids: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         learned: list[npt.NDArray[np.bool_]] = [np.empty(0, np.bool_)]
-        full_lengths, sources, empty, truncated = [], [], [], []
+        full_lengths, sources, empty, lost = [], [], [], []
         for source, whole in enumerate(rows):
             for row in split(whole, max_length) if whole.is_document else [whole]:
                 kept = truncate(row, max_length)
@@ -57,8 +58,9 @@ class TokenTable:
                 full_lengths.append(len(row.ids))
                 sources.append(source)
                 empty.append(row.is_empty)
-                truncated.append((kept.is_start_lost, kept.is_question_lost, kept.is_answer_cut, kept.lost_turns))
-        lost_starts, lost_questions, cut_answers, lost_turns = np.array(truncated, np.int64).reshape(-1, 4).T
+                flags = (kept.is_start_lost, kept.is_question_lost, kept.is_answer_cut, kept.is_end_lost)
+                lost.append((*flags, kept.lost_turns))
+        lost_starts, lost_questions, cut_answers, lost_ends, lost_turns = np.array(lost, np.int64).reshape(-1, 5).T
         return cls(
             offsets=np.cumsum([len(row_ids) for row_ids in ids], dtype=np.int64),
             input_ids=np.concatenate(ids),
@@ -67,6 +69,7 @@ class TokenTable:
             lost_starts=lost_starts.astype(np.bool_),
             lost_questions=lost_questions.astype(np.bool_),
             cut_answers=cut_answers.astype(np.bool_),
+            lost_ends=lost_ends.astype(np.bool_),
             lost_turns=lost_turns.copy(),
             empty_answers=np.array(empty, np.bool_),
             sources=np.array(sources, np.int64),

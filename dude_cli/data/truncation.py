@@ -13,7 +13,8 @@ class Truncated:
     """A row in its length, and what it lost for that.
 
     `is_start_lost`: tokens of its context; `is_question_lost`: all that others than the assistant say in front of the
-    first answer; `is_answer_cut`: the end of its answer, with its EOS; `lost_turns`: how many learned turns.
+    first answer; `is_answer_cut`: the end of its answer, with its EOS; `is_end_lost`: messages at its end that would be
+    learned, of which `lost_turns` are the assistant's.
     """
 
     ids: list[int]
@@ -21,6 +22,7 @@ class Truncated:
     is_start_lost: bool = False
     is_question_lost: bool = False
     is_answer_cut: bool = False
+    is_end_lost: bool = False
     lost_turns: int = 0
 
 
@@ -34,9 +36,10 @@ def truncate(row: Encoded, max_length: int) -> Truncated:
     """
     shorter = _without_last_turns(row, max_length)
     lost_turns = len(row.stops) - len(shorter.stops)
+    is_end_lost = lost_turns > 0 or (row.goes_on and shorter is not row)
     excess = len(shorter.ids) - max_length
     if excess <= 0:
-        return Truncated(shorter.ids, shorter.learned, lost_turns=lost_turns)
+        return Truncated(shorter.ids, shorter.learned, is_end_lost=is_end_lost, lost_turns=lost_turns)
     start, stop = row.words or (0, 0)
     is_within_words = excess < stop - start
     front = start if is_within_words else row.leading
@@ -49,6 +52,7 @@ def truncate(row: Encoded, max_length: int) -> Truncated:
         is_start_lost=kept_from > front,
         is_question_lost=row.words is not None and not is_within_words,
         is_answer_cut=any(learned[max_length:]),
+        is_end_lost=is_end_lost,
         lost_turns=lost_turns,
     )
 
@@ -56,13 +60,11 @@ def truncate(row: Encoded, max_length: int) -> Truncated:
 def _without_last_turns(row: Encoded, max_length: int) -> Encoded:
     if len(row.ids) <= max_length or not row.stops:
         return row
-    closing = [] if row.closing is None else [row.closing]
-    kept = max(1, sum(stop + len(closing) <= max_length for stop in row.stops))
-    stop = row.stops[kept - 1]
-    if stop == len(row.ids):  # it has its closing
-        return row
+    ends = [(stop, list(closing)) for stop, closing in zip(row.stops, row.closings, strict=True)]
+    kept = max(1, sum(stop + len(closing) <= max_length for stop, closing in ends))
+    stop, closing = ends[kept - 1]
     ids, learned = row.ids[:stop] + closing, row.learned[:stop] + [True] * len(closing)
-    return replace(row, ids=ids, learned=learned, stops=row.stops[:kept])
+    return replace(row, ids=ids, learned=learned, stops=row.stops[:kept], closings=row.closings[:kept])
 
 
 def split(row: Encoded, max_length: int) -> Iterator[Encoded]:

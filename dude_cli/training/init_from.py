@@ -71,7 +71,9 @@ def template_note(config: Config, tokenizer: Any) -> str | None:
     if not config.data.trains_on_chats or config.adapter.init_from is None or keeps_own_start(config):
         return None
     file = source_folder(config) / "chat_template.jinja"
-    if not file.is_file() or file.read_text(encoding="utf-8") == tokenizer.chat_template:
+    own = tokenizer.chat_template
+    default = own.get("default") if isinstance(own, dict) else own  # the others are in files of their own
+    if not file.is_file() or file.read_text(encoding="utf-8") == default:
         return None
     return f"note: adapter.init_from was trained with another chat template; data.chat_template={file} takes that one"
 

@@ -149,7 +149,7 @@ def _data_table(prepared: Prepared) -> Table:
         "nothing to learn, left out": lambda report: f"{report.rows_without_target:,}",
     }
     if any(report.shortened_chats for report in present.values()):
-        lines["conversations that lost turns at their end"] = lambda report: f"{report.shortened_chats:,}"
+        lines["conversations that lost messages at their end"] = lambda report: f"{report.shortened_chats:,}"
     if any(report.split_documents for report in present.values()):
         lines["longer texts, split into several rows"] = lambda report: f"{report.split_documents:,}"
     if prepared.config.data.packing:

@@ -16,6 +16,7 @@ from dude_cli.config import DataConfig
 from dude_cli.data import prepare_data, set_chat_template
 from dude_cli.data.chat import ChatEncoder
 from dude_cli.data.encode import TextEncoder
+from dude_cli.data.truncation import truncate
 from dude_cli.errors import DataError
 
 FOLDER = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
@@ -159,6 +160,33 @@ def test_thoughts_inside_of_an_answer_are_there_once(encode, name):
     tokenizer, row = encode(template_of(name), thinking)
     assert tokenizer.decode(row.ids).count("It is a lake.") == 1
     assert "It is a lake." in turns_of(tokenizer, row)[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - PARTS_ONLY))
+def test_a_conversation_that_is_cut_behind_a_turn_ends_once(encode, name):
+    """GLM's template ends a turn with the first token of the next one, and the last turn not at all."""
+    tokenizer, row = encode(template_of(name), [*TWO, *ONE])
+    assert len(row.stops) == 3
+    for number, stop in enumerate(row.stops[:-1], start=1):
+        cut = truncate(row, stop + 1)
+        assert turns_of(tokenizer, cut) == turns_of(tokenizer, row)[:number]
+        assert cut.learned[-1]
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_named(make_tokenizer):
+    """Llama 3's template puts BOS in front of a text, which fails without one; others write nothing in its place."""
+    tokenizer = make_tokenizer(None, eos_token="</s>")
+    tokenizer.chat_template = template_of("llama3")
+    encoder = ChatEncoder(TextEncoder(tokenizer))
+    row = {"messages": ONE}
+    for use in (lambda: encoder.encode(row, where="row 1", learn_all=False), lambda: encoder.prompt(ONE[:1])):
+        with pytest.raises(DataError) as caught:
+            use()
+        assert caught.value.what == "the chat template asks for `bos_token`, which the tokenizer does not have"
+        assert "tokenizer_config.json" in caught.value.fix
+        assert "data.chat_template" in caught.value.fix
+    tokenizer.bos_token = "<s>"
+    encoder.encode(row, where="row 1", learn_all=False)
 
 
 # They write what the assistant says beside a call behind the tool's answer.

@@ -211,6 +211,26 @@ def test_turns_that_a_long_conversation_loses_are_counted_and_a_warning_names_th
     ]
 
 
+def test_with_train_on_inputs_a_last_question_that_is_lost_is_told_too(prepare, chat_tokenizer):
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}")
+    question, answer = {"role": "user", "content": "hello"}, {"role": "assistant", "content": " there"}
+    talks = [
+        [question, answer],  # its line break does not fit, and is no loss
+        [question, answer, question],
+        [question, answer, question, answer | {"weight": 0}],
+        [question, answer, question, answer],
+        [question, answer, answer | {"weight": 0}],  # what is lost would not be learned
+    ]
+    rows = [{"messages": talk} for talk in talks]
+    longest = {"format": "chat", "tokenizer": tokenizer, "train_on_inputs": True}
+    length = prepare(rows[:1], **longest).train_report.longest_row - 1
+    report = prepare(rows, **longest, max_length=length).train_report
+    assert (report.truncated_rows, report.shortened_chats, report.lost_turns) == (5, 3, 1)
+    (warning,) = prepare(rows[:3], **longest, max_length=length).warnings()
+    assert warning.startswith(f"data.train: 2 conversations lose their last messages to data.max_length ({length})")
+    assert prepare(rows[1:3], format="chat", tokenizer=tokenizer, max_length=length).warnings() == []
+
+
 def test_conversations_that_lose_the_whole_question_are_counted_and_no_others(prepare, chat_tokenizer):
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"

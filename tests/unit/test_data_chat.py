@@ -159,7 +159,7 @@ def test_the_date_that_a_template_tells_is_that_of_the_moment_it_is_given(chat_t
     row = encoder.encode({"messages": CONVERSATION}, where="row 1", learn_all=False)
     assert tokenizer.decode(row.ids).startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
     assert encoder.prompt(CONVERSATION[:1])[0].startswith("01 Mar 2026, 2026-03-01\n<|im_start|>")
-    assert "strftime_now" not in encoder.template
+    assert "strftime_now" not in encoder.templates.text
     now = datetime.now()
     assert tokenizer.decode(encode(tokenizer).ids).startswith((f"{now:%d %b %Y}", f"{datetime.now():%d %b %Y}"))
 
@@ -270,6 +270,8 @@ def test_a_conversation_that_is_cut_behind_a_turn_ends_as_one_that_is_not(chat_t
     kept = truncate(three, len(one.ids))
     assert (kept.ids, kept.learned, kept.lost_turns) == (one.ids, one.learned, 2)
     assert truncate(three, len(one.ids) - 1).lost_turns == 2  # not one is whole then
+    two = encode(tokenizer, talk * 2)
+    assert truncate(three, len(two.ids) - 1).ids == one.ids  # there would be no room for the second one's EOS
     assert truncate(three, len(three.ids)).ids == three.ids
     assert truncate(three, len(three.ids) - 1).lost_turns == 1
 

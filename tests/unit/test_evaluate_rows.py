@@ -144,20 +144,26 @@ def test_rows_are_cut_as_the_training_cuts_them_and_to_the_context(tmp_path: Pat
     assert as_trained([source], None, 64).max_length == 64
 
 
-COLUMNS = {
+ROWS = {
     "chat": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    "chat in two parts": {
+        "prompt": [{"role": "user", "content": "q"}],
+        "completion": [{"role": "assistant", "content": "a"}],
+    },
     "prompt_completion": {"prompt": "q", "completion": "a"},
     "alpaca": {"instruction": "q", "output": "a"},
     "text": {"text": "q"},
 }
+FORMATS = ("chat", "prompt_completion", "alpaca", "text")
 
 
-@given(names=st.lists(st.sampled_from(sorted(COLUMNS)), min_size=1, unique=True), own=st.sampled_from(sorted(COLUMNS)))
-@settings(max_examples=30, deadline=None)
+@given(names=st.lists(st.sampled_from(FORMATS), min_size=1, unique=True), kind=st.sampled_from(sorted(ROWS)))
+@settings(max_examples=40, deadline=None)
 def test_the_form_is_the_first_of_the_trainings_that_the_columns_fit(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], own: str
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], kind: str
 ) -> None:
-    source = write(tmp_path_factory.mktemp("rows") / "own.jsonl", [COLUMNS[own]])
+    own = kind.split()[0]
+    source = write(tmp_path_factory.mktemp("rows") / "own.jsonl", [ROWS[kind]])
     trained = DataConfig(train=[DataSource(path=f"{name}.jsonl", format=name) for name in names])
     if own in names:
         assert as_trained([source], trained, 64).train[0].format == own
