@@ -23,7 +23,7 @@ def record_trained_rows(folder: Path, rows: EncodedRows, *runs: Path | None) -> 
 
     known = [found for run in runs if run is not None and (found := trained_rows(run)) is not None]
     content = io.BytesIO()
-    np.save(content, np.unique(np.concatenate([rows.row_hashes(), *known])), allow_pickle=False)
+    np.save(content, np.unique(np.concatenate([rows.row_hashes(), *known])))
     files.write_bytes(folder / TRAINED_ROWS_FILE, content.getvalue())
 
 
@@ -32,7 +32,7 @@ def trained_rows(run: Path) -> npt.NDArray[np.uint64] | None:
     import numpy as np
 
     try:
-        found: npt.NDArray[np.uint64] = np.load(run / TRAINED_ROWS_FILE, allow_pickle=False)
+        found: npt.NDArray[np.uint64] = np.load(run / TRAINED_ROWS_FILE)
     except (OSError, ValueError, EOFError):
         return None
     return found if found.dtype == np.uint64 and found.ndim == 1 else None
