@@ -28,7 +28,7 @@ from dude_cli.reproduce import (
 )
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, estimate_hours, number_of_steps
-from dude_cli.reproduce.scores import Measured
+from dude_cli.reproduce.scores import Measured, eval_loss
 from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, over_seeds, setting_scores
 
 RECIPES = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
@@ -223,6 +223,19 @@ def test_the_commonsense_recipe_has_the_prompt_of_doras_training(tmp_path: Path)
         "                ### Response:\n                "
     )
     assert (config.adapter.alpha, config.adapter.rank, config.data.train_on_inputs) == (64, 32, True)
+
+
+def test_the_development_loss_is_that_of_the_adapter_that_is_kept(tmp_path: Path) -> None:
+    kept, last = TEXT.replace("seeds:", "set: [train.eval_steps=1, train.keep=best]\nseeds:"), TEXT
+    for name, text, expected in (("kept", kept, 0.5), ("last", last, 0.7)):
+        (tmp_path / name).mkdir()
+        run = plan_of(tmp_path / name, text).settings[0].search[0]
+        finish(run, eval_loss=0.7)
+        with (run.folder / "metrics.jsonl").open("r+") as log:
+            earlier = log.read().replace('{"step": 0, "eval_loss": 9.0}', '{"step": 0, "eval_loss": 0.5, "kept": true}')
+            log.seek(0)
+            log.write(earlier)
+        assert eval_loss(run) == Measured(expected)
 
 
 def test_the_rate_with_the_lowest_development_loss_is_chosen_whatever_the_test_score(tmp_path: Path) -> None:
