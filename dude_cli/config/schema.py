@@ -21,6 +21,8 @@ from pydantic_core import PydanticCustomError
 from dude_cli.template import parse_template
 
 PositiveInt = Annotated[int, Field(gt=0)]
+# Far above any that trains, and below those with which a step of AdamW has no number in float32.
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
 Method = Literal["dude", "dora", "pissa", "lora"]
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
@@ -320,8 +322,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    learning_rate: float = Field(
-        2.0e-5, gt=0, description="Peak rate. SVD starts (dude, pissa) want about a tenth of LoRA's."
+    learning_rate: LearningRate = Field(
+        2.0e-5, description="Peak rate. SVD starts (dude, pissa) want about a tenth of LoRA's."
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the rate after the warm-up; cosine and linear fall to 0."

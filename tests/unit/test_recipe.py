@@ -97,6 +97,7 @@ def test_every_problem_of_a_recipe_is_reported_at_once_with_its_line(tmp_path: P
         ),
         ("seeds: [1, 2, 3]", "seeds: [1, 1]", "has a value twice"),
         ("seeds: [1, 2, 3]", "seeds: 3", "`seeds` is 3; wanted a list of one or more whole numbers"),
+        ("4e-3]", "4e3]", "`matrix.0.learning_rate.2` is 4000.0; wanted a number above 0 and of at most 1000"),
         ("[1e-3, 2e-3, 4e-3]", "1e-3", "learning_rate` is 0.001; wanted a list of numbers"),
         ("    task: quickstart_problems", "    task: gsm8k", "the task gsm8k is not in `evaluation.tasks`"),
         ("    tolerance: 1.0\n", "", "needs a `tolerance`"),
