@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from report_runs import scored
 from scipy import stats
 
@@ -29,7 +32,7 @@ from dude_cli.reproduce import (
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, estimate_hours, number_of_steps
 from dude_cli.reproduce.scores import Measured, eval_loss
-from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, over_seeds, setting_scores
+from dude_cli.reproduce.verdict import Choice, OverSeeds, Verdict, choose_rate, judge, over_seeds, setting_scores
 
 RECIPES = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
 TEXT = """\
@@ -351,9 +354,39 @@ def test_the_report_has_every_score_of_the_chosen_rate_also_without_numbers(tmp_
     choices = {setting.name: Choice(0.002, {}) for setting in plan.settings}
     scores = {setting.name: setting_scores(setting, choices[setting.name]) for setting in plan.settings}
     page = Result(plan, choices, [], scores, Failures()).markdown()
-    row = "| lora-r16 | 0.002 | quickstart_problems exact_match,strict-match | 0.3000 | 0.1000 | 3 | 0.0200 |"
+    row = "| lora-r16 | 0.002 | quickstart\\_problems exact\\_match,strict-match | 0.3000 | 0.1000 | 3 | 0.0200 |"
     assert row in page
     assert "0.9" not in page
+
+
+TEXTS = ["a | b\\|c", "*a* _b_ __c__ ~~d~~", "a `b", "``a``", "`a", "<b>[a](b)&amp;$x$", "# a\\", "a\nb\n\n# c\n| d |"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_text_of_a_recipe_is_markup_in_its_report(text: str, tmp_path: Path) -> None:
+    """As a reader of Markdown sees it: each text stands there as it is, and the tables are whole."""
+    plan = plan_of(tmp_path)
+    number = plan.recipe.numbers[0].model_copy(update={"name": text, "source": text, "unknown": text})
+    plan = dataclasses.replace(
+        plan,
+        name=text,
+        recipe=plan.recipe.model_copy(update={"notes": [text]}),
+        settings=tuple(dataclasses.replace(setting, name=text) for setting in plan.settings),
+    )
+    verdict = Verdict(number, "not comparable", None, None, text)
+    scores = {text: {text: OverSeeds(0.1, None, 1, None)}}
+    page = Result(plan, {text: Choice(0.002, {})}, [verdict], scores, Failures({text: text})).markdown()
+    shown = " ".join(text.split())
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(page)
+    lines = [token for token in tokens if token.type == "inline"]
+    kinds = {child.type for line in lines for child in line.children or []}
+    assert kinds <= {"text", "text_special"}
+    texts = ["".join(child.content for child in line.children or []) for line in lines]
+    found = [line for line in texts if shown in line]
+    # The title, a note, and cells: two of the verdict, the settings' of the rates, two of each one's score.
+    once = [f"{shown} ({shown}): {shown}", f"{shown}: {shown}"]
+    assert Counter(found) == Counter([*once, *[shown] * (1 + 1 + 2 + 2 + 4)])
+    assert page.count("\n## ") == sum(token.type == "heading_open" for token in tokens) - 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
