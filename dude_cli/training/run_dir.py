@@ -13,7 +13,7 @@ from dude_cli.config import ADAPTER_FIXED, TRACKERS, Config, load_config
 from dude_cli.errors import UsageError
 from dude_cli.model import refuse_moved_folder
 from dude_cli.system import files
-from dude_cli.system.lock import locked
+from dude_cli.system.lock import LOCK_FILE, alone_in
 from dude_cli.system.ranks import on_main_rank
 from dude_cli.training.checkpoint import BEST, CHECKPOINTS, checkpoints
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 INITIAL, RESULT = "initial", "adapter"
-LOCK_FILE = ".lock"
 REPORT_FILES = ("report.html", "report.md")
 FILES = ("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, *REPORT_FILES)
 FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", *TRACKERS)
@@ -46,22 +45,11 @@ def alone_in_run_dir(config: Config, accelerator: Accelerator, say: Callable[[st
 
     The main rank, which is the one that writes, holds a lock.
     """
+    where, fix = f"output_dir: {config.run_dir}", "choose another output_dir"
     with ExitStack() as stack:
-        on_main_rank(accelerator, lambda: _lock(config.run_dir, stack, say))
+        own = alone_in(config.run_dir, say, where=where, fix=fix)
+        on_main_rank(accelerator, lambda: stack.enter_context(own))
         yield
-
-
-def _lock(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
-    try:
-        stack.enter_context(locked(folder / LOCK_FILE, say))
-    except BlockingIOError as error:
-        raise UsageError(
-            f"another dude command works in {folder}: {error.strerror}",
-            where=f"output_dir: {folder}",
-            fix="wait until it has ended, or stop it, or choose another output_dir",
-        ) from error
-    except OSError:
-        pass  # nobody can write there, and the checks that follow have words for it
 
 
 def check_run_dir(config: Config) -> None:
