@@ -129,7 +129,7 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
     """
     import torch
 
-    from dude_cli.adapter import cast_parameters, check_base, load_adapter
+    from dude_cli.adapter import cast_model, check_base, load_adapter
     from dude_cli.adapter.state import base_fingerprint
     from dude_cli.system.runtime import best_device, quiet_libraries
 
@@ -157,7 +157,7 @@ def load_target(target: Target, how: Loading = AS_TRAINED) -> LoadedTarget:
         fingerprint = saved.base_fingerprint
     # What was trained on is cast: rounded to float16 from the files, the same base would have another fingerprint.
     if chosen is not None:
-        cast_parameters(model, model.dtype, getattr(torch, chosen))
+        cast_model(model, model.dtype, getattr(torch, chosen))
         config = config.model_copy(update={"dtype": chosen})
     load_adapter(model, folder, allow_other_base=True)
     return LoadedTarget(model, target_tokenizer(target, how), config, saved, fingerprint)

@@ -6,7 +6,7 @@ save_adapter(model, folder)
 load_adapter(fresh_base_model, folder)
 """
 
-from dude_cli.adapter.casting import cast_parameters
+from dude_cli.adapter.casting import cast_model
 from dude_cli.adapter.decomposition_cache import DecompositionCache
 from dude_cli.adapter.factors import Factors
 from dude_cli.adapter.folder import SavedAdapter, read_adapter_config
@@ -45,7 +45,7 @@ __all__ = [
     "SavedAdapter",
     "SvdConfig",
     "adapter_layers",
-    "cast_parameters",
+    "cast_model",
     "check_base",
     "check_factors",
     "check_ranks",

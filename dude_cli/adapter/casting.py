@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def cast_parameters(model: PreTrainedModel, before: torch.dtype, after: torch.dtype) -> None:
+def cast_model(model: PreTrainedModel, before: torch.dtype, after: torch.dtype) -> None:
     """Cast `model`, which was loaded in `before`, in place: then it is as loaded in `after`, config and buffers too.
 
     What somebody has put into another dtype than it was loaded in stays as it is.

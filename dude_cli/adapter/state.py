@@ -49,8 +49,7 @@ def save_adapter(
         raise AdapterError("the model has no adapter to save", fix="call patch_model first")
     with files.new_folder(Path(folder)) as partial:
         if tokenizer is not None:
-            with files.disk_errors(partial):
-                tokenizer.save_pretrained(partial)
+            files.save_tokenizer(tokenizer, partial)
         if model_card is not None:
             (partial / "README.md").write_text(model_card, encoding="utf-8")
         files.save_tensors(adapter_tensors(model), partial / TENSORS_FILE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dude_cli.commands.scoring import EvalOptions, evaluate_tasks
 from dude_cli.commands.training import train
 from dude_cli.console import Output
+from dude_cli.system.lock import alone_in
 
 if TYPE_CHECKING:
     from dude_cli.reproduce import Job
@@ -32,20 +33,23 @@ def reproduce(
     if smoke:
         recipe, folder = recipes.smoke_recipe(recipe), folder.with_name(f"{folder.name}-smoke")
     plan = recipes.make_plan(recipe, file, folder, smoke=smoke)
-    recipes.check_runs(plan)
     if plan_only:
         from rich.console import Group
 
+        recipes.check_runs(plan)
         shown = Group(recipes.plan_table(plan), "", recipes.plan_summary(plan))
         output.result(shown, recipes.plan_document(plan))
         return
-    output.say(recipes.plan_summary(plan))
-    places = recipes.slots(jobs, recipe.threads)
-    result = recipes.reproduce(plan, places, reproduce_run, data_dir=data_dir, say=output.say)
-    output.result(recipes.result_table(result), result.document())
-    output.say(f"wrote {folder / 'report.md'} and report.json")
-    if result.finished:
-        write_report_if_possible(result.finished, folder / "runs.html", output.say)
+    # Two recipes may have runs of one name, and of one recipe both would write the logs and the report.
+    with alone_in(folder, output.say, where=str(folder), fix="choose another folder with --output"):
+        recipes.check_runs(plan)
+        output.say(recipes.plan_summary(plan))
+        places = recipes.slots(jobs, recipe.threads)
+        result = recipes.reproduce(plan, places, reproduce_run, data_dir=data_dir, say=output.say)
+        output.result(recipes.result_table(result), result.document())
+        output.say(f"wrote {folder / 'report.md'} and report.json")
+        if result.finished:
+            write_report_if_possible(result.finished, folder / "runs.html", output.say)
     recipes.check_result(result)
 
 

@@ -129,7 +129,7 @@ FOREIGN: dict[str, tuple[str, str, str]] = {
     "eval_strategy": ("transformers'", "train.eval_steps", ""),
     "save_strategy": ("transformers'", "train.save_steps", ""),
     "early_stopping_threshold": ("transformers'", "train.early_stopping_patience", " (any lower loss counts)"),
-    "load_best_model_at_end": ("transformers'", "train.early_stopping_patience", " (the best adapter is kept with it)"),
+    "load_best_model_at_end": ("transformers', TRL's and axolotl's", "train.keep", " (`best`)"),
     "metric_for_best_model": ("transformers'", "", "the best model is the one with the lowest evaluation loss"),
     "ddp_timeout": ("transformers'", "train.distributed_timeout_s", ""),
     "use_wandb": ("axolotl's", "train.report_to", " (`[wandb]`)"),

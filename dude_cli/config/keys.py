@@ -65,7 +65,7 @@ def without_union_tags(loc: Loc, root: type[Section] = Config) -> Loc:
 
 def wanted_entry(field: FieldInfo) -> str:
     """Say in words what the entries of a field's list are."""
-    return next(iter(_alternatives(next(_flat(get_args(_list_in(field))[0])))))
+    return next(_alternatives(get_args(_list_in(field))[0]))
 
 
 def wanted(field: FieldInfo) -> str:

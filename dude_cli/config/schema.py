@@ -21,6 +21,8 @@ from pydantic_core import PydanticCustomError
 from dude_cli.template import parse_template
 
 PositiveInt = Annotated[int, Field(gt=0)]
+# Far above any that trains, and below those with which a step of AdamW has no number in float32.
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
 Method = Literal["dude", "dora", "pissa", "lora"]
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
@@ -320,8 +322,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    learning_rate: float = Field(
-        2.0e-5, gt=0, description="Peak rate. SVD starts (dude, pissa) want about a tenth of LoRA's."
+    learning_rate: LearningRate = Field(
+        2.0e-5, description="Peak rate. SVD starts (dude, pissa) want about a tenth of LoRA's."
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Shape of the rate after the warm-up; cosine and linear fall to 0."
@@ -349,8 +351,15 @@ class TrainConfig(Section):
         500, description="Steps between two checkpoints; null: none but the result, and one after a signal."
     )
     save_total_limit: PositiveInt = Field(2, description="Checkpoints to keep; older ones are deleted.")
+    keep: Literal["best", "last"] | None = Field(
+        None,
+        description=(
+            "Which adapter the run ends with: `best` is that of the lowest evaluation loss, the one before the first "
+            "step included; `last` the last step's; null: best with early stopping, else last."
+        ),
+    )
     early_stopping_patience: PositiveInt | None = Field(
-        None, description="Stop after so many evaluations without a new lowest loss; the lowest one's adapter is kept."
+        None, description="Stop after so many evaluations without a new lowest loss."
     )
     distributed: Distributed = Field(
         "ddp",
@@ -371,6 +380,11 @@ class TrainConfig(Section):
     report_to: list[TrackerName] = Field(
         default_factory=list, description="Trackers beside metrics.jsonl; `wandb` is Weights & Biases."
     )
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the adapter of its lowest evaluation loss."""
+        return self.keep == "best" or (self.keep is None and self.early_stopping_patience is not None)
 
     def contradictions(self) -> Iterator[Contradiction]:
         if self.max_steps is not None and "num_train_epochs" in self.model_fields_set:
@@ -450,9 +464,12 @@ class Config(Section):
         return os.path.expanduser(folder)
 
     def contradictions(self) -> Iterator[Contradiction]:
-        for key in ("eval_steps", "early_stopping_patience"):
-            if getattr(self.train, key) is not None and self.data.validation is None:
-                yield f"`train.{key}` needs `data.validation`", (f"train.{key}", "data.validation")
+        if self.data.validation is None:
+            for key in ("eval_steps", "early_stopping_patience"):
+                if getattr(self.train, key) is not None:
+                    yield f"`train.{key}` needs `data.validation`", (f"train.{key}", "data.validation")
+            if self.train.keep == "best":
+                yield "`train.keep: best` needs `data.validation`", ("train.keep", "data.validation")
         if self.train.distributed == "fsdp" and self.model.quantization is not None:
             yield (
                 "`train.distributed: fsdp` cannot shard the packed weights of `model.quantization`: give one",
@@ -462,6 +479,11 @@ class Config(Section):
             yield (
                 "`train.early_stopping_patience` counts evaluations: give `train.eval_steps` too",
                 ("train.early_stopping_patience", "train.eval_steps"),
+            )
+        if self.train.keep == "best" and self.train.eval_steps is None:
+            yield (
+                "`train.keep: best` chooses between evaluations: give `train.eval_steps` too",
+                ("train.keep", "train.eval_steps"),
             )
 
     @property

@@ -73,7 +73,7 @@ def export_lora(
     peft_layers = {name: PeftLayer(given.lora_A, given.lora_B) for name, given in factors.items()}
     with files.fresh_folder(out) as partial:
         write_peft_adapter(partial, peft_layers, adapter_lora_config(loaded, peft_layers, alpha=rank))
-        loaded.tokenizer.save_pretrained(partial)
+        files.save_tokenizer(loaded.tokenizer, partial)
         loss = difference(peft_logits(loaded.model, partial), in_memory)
         allowed = tolerance(loaded.model, loaded.config.dtype)
         check(loss, allowed, "the LoRA, loaded by PEFT,")

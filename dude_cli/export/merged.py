@@ -54,7 +54,7 @@ def export_merged(
         merge_adapter(model, dtype)
         with files.disk_errors(partial):
             model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
-        loaded.tokenizer.save_pretrained(partial)
+        files.save_tokenizer(loaded.tokenizer, partial)
         if model.config.sub_configs:
             _copy_processor(loaded.config, partial)
         model.to_empty(device="meta")  # before the second model is loaded, the first gives its memory back

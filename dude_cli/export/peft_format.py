@@ -47,7 +47,7 @@ def export_peft(loaded: LoadedTarget, out: Path) -> ExportReport:
     expected = probe_logits(loaded.model)
     with files.fresh_folder(out) as partial:
         write_peft_adapter(partial, layers, config)
-        loaded.tokenizer.save_pretrained(partial)
+        files.save_tokenizer(loaded.tokenizer, partial)
         found = difference(peft_logits(loaded.model, partial), expected)
         allowed = tolerance(loaded.model, loaded.config.dtype)
         check(found, allowed, "the adapter, loaded by PEFT,")

@@ -71,8 +71,8 @@ class Run:
 
     @property
     def eval_loss(self) -> float | None:
-        """The last evaluation's, or with early stopping that of the adapter that is kept, as its scores are."""
-        if self.config.train.early_stopping_patience is None:
+        """The last evaluation's, or where the best is kept that of its adapter, as its scores are."""
+        if not self.config.train.keeps_best:
             return self.last("eval_loss")
         return next((line["eval_loss"] for line in self.evaluations if line["step"] == self.kept_step), None)
 

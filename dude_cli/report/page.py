@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dude_cli import __version__
 from dude_cli.report.content import Report, Section, Table
+from dude_cli.report.markup import escaped, escaped_but_code, table_row
 
 _TEMPLATE = Path(__file__).parent / "page.html.j2"
 
@@ -23,9 +24,9 @@ def html_page(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The same tables and texts; the charts are on the page alone."""
-    lines = [f"# {_escaped(report.title)}", "", _escaped(report.subtitle), ""]
+    lines = [f"# {escaped(report.title)}", "", escaped(report.subtitle), ""]
     for warning in report.warnings:
-        lines += [f"> {_escaped(warning)}", ""]
+        lines += [f"> {escaped_but_code(warning)}", ""]
     for section in report.sections:
         lines += _section(section)
     return "\n".join(lines).rstrip() + "\n"
@@ -37,36 +38,25 @@ def _section(section: Section) -> Iterator[str]:
         return
     yield from (f"## {section.title}", "")
     if section.text and not section.charts:
-        yield from (_escaped(section.text), "")
+        yield from (escaped_but_code(section.text), "")
     for table in tables:
         if table.title != section.title:
             yield from (f"### {table.title}", "")
         yield from (markdown_table(table), "")
     for heading, items in section.lists.items():
-        yield from (f"{_escaped(heading)}:", "")
-        yield from (f"- {_escaped(item)}" for item in items)
+        yield from (f"{escaped(heading)}:", "")
+        yield from (f"- {escaped(item)}" for item in items)
         yield ""
 
 
 def markdown_table(table: Table) -> str:
     """A table and, under it, its note."""
     lines = [
-        _row([column.heading for column in table.columns]),
+        table_row([column.heading for column in table.columns]),
         "| " + " | ".join("---" if column.is_text else "---:" for column in table.columns) + " |",
-        *(_row(table.cells(row)) for row in table.rows),
+        *(table_row(table.cells(row)) for row in table.rows),
     ]
-    return "\n".join([*lines, "", _escaped(table.note)] if table.note else lines)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    for character in "\\|*_<[#&$":
-        text = text.replace(character, "\\" + character)
-    return " ".join(text.split())
+    return "\n".join([*lines, "", escaped_but_code(table.note)] if table.note else lines)
 
 
 def _with_code(text: str) -> str:

@@ -78,8 +78,8 @@ def headline_table(settings: Sequence[Setting]) -> Table:
         ],
         rows,
         "Mean ± standard deviation over the runs of a setting (n - 1 in its denominator), which differ in their "
-        "seed; of one run there is no deviation. The loss is the last evaluation's, or with early stopping that of the "
-        "adapter that is kept; the memory is the training's.",
+        "seed; of one run there is no deviation. The loss is the last evaluation's, or that of the best adapter where "
+        "that is kept; the memory is the training's.",
     )
 
 
@@ -116,7 +116,7 @@ def runs_table(settings: Sequence[Setting]) -> Table:
         ],
         rows,
         "The training loss is the last value of its running mean."
-        + (" With early stopping the adapter and the evaluation loss are the kept step's." if has_earlier else ""),
+        + (" Adapter and evaluation loss are those of the kept step, where one is named." if has_earlier else ""),
     )
 
 

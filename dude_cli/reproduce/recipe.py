@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dude_cli.config import EvalConfig, Method, Section, find_file, load_sections
-from dude_cli.config.schema import Contradiction, PositiveInt
+from dude_cli.config.schema import Contradiction, LearningRate, PositiveInt
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -26,7 +26,7 @@ class Block(Section):
     model: list[str] = Field(default_factory=list, description="Base models, as `model.name_or_path`.")
     method: list[Method] = Field(default_factory=list, description="Methods, as `adapter.method`.")
     rank: list[PositiveInt] = Field(default_factory=list, description="Ranks, as `adapter.rank`.")
-    learning_rate: list[PositiveFloat] = Field(
+    learning_rate: list[LearningRate] = Field(
         default_factory=list, description="Rates, as `train.learning_rate`; of several the best is chosen."
     )
     set: list[str] = Field(default_factory=list, description="Other changes to the config, `key.sub=value`.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dude_cli.report.markup import escaped, table_row
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Plan, Setting, estimate_hours
 from dude_cli.reproduce.recipe import EVAL_LOSS
@@ -85,7 +87,7 @@ class Result:
     def markdown(self) -> str:
         """The result as a page."""
         recipe = self.plan.recipe
-        parts = [f"# {self.plan.name}", ""]
+        parts = [f"# {escaped(self.plan.name)}", ""]
         if self.verdicts:
             parts += [
                 *_markdown_table(VERDICT_COLUMNS, [verdict_cells(verdict) for verdict in self.verdicts]),
@@ -96,19 +98,20 @@ class Result:
         unknown = [verdict.number for verdict in self.verdicts if verdict.number.unknown]
         if unknown:
             parts += ["Not known of the published set-ups:", ""]
-            parts += [f"- {number.name} ({number.source}): {number.unknown}" for number in unknown] + [""]
+            lines = [f"{number.name} ({number.source}): {number.unknown}" for number in unknown]
+            parts += [*_bullets(lines), ""]
         searched = [setting for setting in self.plan.settings if setting.search]
         if searched:
             what = "loss" if recipe.selection is None or recipe.selection.task is None else str(recipe.selection.task)
             seed = recipe.selection.seed if recipe.selection is not None else ""
-            parts += [f"## Learning rates, by development {what} (seed {seed})", ""]
+            parts += [f"## Learning rates, by development {escaped(what)} (seed {seed})", ""]
             parts += [*_markdown_table(*self._rates(searched)), ""]
         parts += ["## Scores at the chosen rate", "", *_markdown_table(*self.score_rows()), ""]
         if self.failed:
             parts += ["## Failed runs", ""]
-            parts += [f"- {name}: {message}" for name, message in self.failed.items()] + [""]
+            parts += [*_bullets(f"{name}: {message}" for name, message in self.failed.items()), ""]
         if recipe.notes:
-            parts += ["## Notes", "", *(f"- {note}" for note in recipe.notes), ""]
+            parts += ["## Notes", "", *_bullets(recipe.notes), ""]
         return "\n".join(parts)
 
     def score_rows(self) -> tuple[list[str], list[list[str]]]:
@@ -285,5 +288,8 @@ def _summary(summary: OverSeeds | None) -> dict[str, Any] | None:
 
 
 def _markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return [table_row(columns), "| " + " | ".join(["---"] * len(columns)) + " |", *map(table_row, rows)]
+
+
+def _bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {escaped(line)}" for line in lines]

@@ -25,9 +25,8 @@ def eval_loss(run: Run) -> Measured | None:
     """The development loss of the adapter that the run has kept; None if it is not finished or has no such rows."""
     if not run.is_finished:
         return None
-    stops_early = run.config.train.early_stopping_patience is not None
     config = run.config.model_copy(update={"output_dir": str(run.folder)})
-    loss = run_summary(config)["lowest_eval_loss" if stops_early else "last_eval_loss"]
+    loss = run_summary(config)["kept_eval_loss" if config.train.keeps_best else "last_eval_loss"]
     return None if loss is None else Measured(float(loss))
 
 

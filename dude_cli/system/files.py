@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 
 def sha256(path: Path) -> str:
@@ -49,6 +50,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
     with disk_errors(path):
         save_file(dict(tensors), path)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files to `folder`. Raises OSError as other writes do, where tokenizers has its own error."""
+    with disk_errors(folder):
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager

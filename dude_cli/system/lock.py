@@ -6,11 +6,13 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from dude_cli.errors import UsageError
 from dude_cli.system.files import make_folder
 
+LOCK_FILE = ".lock"
 _held: set[int] = set()
 
 
@@ -22,6 +24,26 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def alone_in(folder: Path, say: Callable[[str], None], *, where: str, fix: str) -> Iterator[None]:
+    """Within, no other command works in `folder`. Raises UsageError if one does; `fix` names another folder's option.
+
+    A folder in which nobody can write is left to the checks that follow: they have words for it.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder / LOCK_FILE, say))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another dude command works in {folder}: {error.strerror}",
+                where=where,
+                fix=f"wait until it has ended, or stop it, or {fix}",
+            ) from error
+        except OSError:
+            pass
+        yield
 
 
 @contextmanager

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BEST = "best"  # the adapter of the lowest evaluation loss so far, with early stopping
+BEST = "best"  # the adapter of the lowest evaluation loss so far, where the run keeps it
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 
@@ -153,12 +153,12 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
     return state
 
 
-def restore_best(folder: Path, run_dir: Path, *, has_patience: bool) -> None:
+def restore_best(folder: Path, run_dir: Path, *, keeps_best: bool) -> None:
     """Put the best adapter of a valid checkpoint into the run folder, or take away what is there if it has none.
 
-    Without patience none is kept: a lower loss would come, and the adapter would stay.
+    A run that ends with its last step keeps none: a lower loss would come, and the adapter would stay.
     """
-    if not has_patience or not (folder / BEST).is_dir():
+    if not keeps_best or not (folder / BEST).is_dir():
         files.delete(run_dir / BEST)
         return
     with files.new_folder(run_dir / BEST) as partial:

@@ -49,7 +49,7 @@ def run_bytes(config: Config, model: PreTrainedModel, tokenizer_bytes: int) -> i
     factors = sum(adapter.rank * (out_features + in_features) for out_features, in_features in shapes)
     trained = factors + (sum(out_features for out_features, _ in shapes) if adapter.has_magnitude else 0)
     saved = trained + (factors if adapter.has_svd_init else 0)
-    bests = 1 if train.early_stopping_patience is not None else 0
+    bests = int(train.keeps_best)
     checkpoints = 1 if train.save_steps is None else train.save_total_limit + 1  # a signal saves one too
     adapters = (2 + bests) + checkpoints * (1 + bests)
     return 4 * (adapters * saved + checkpoints * 2 * trained) + adapters * tokenizer_bytes + SMALL_FILES_BYTES

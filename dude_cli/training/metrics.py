@@ -48,8 +48,8 @@ def run_summary(config: Config) -> dict[str, Any]:
 
     `first_step_s` is the time from the start of the process to its first step; of the last part of a run in parts.
     `memory` has the most bytes that the training held, predicted and measured.
-    `kept_step` is the step whose adapter is the result: the last, or with early stopping the lowest evaluation's since
-    it is on, which is `kept_eval_loss`.
+    `kept_step` is the step whose adapter is the result: the last, or where the best is kept the lowest evaluation's
+    since it is, which is `kept_eval_loss`.
     """
     records = read_metrics(config.run_dir)
     steps = [record for record in records if "loss" in record]
@@ -57,8 +57,8 @@ def run_summary(config: Config) -> dict[str, Any]:
     last = steps[-1] if steps else {"step": 0}
     lowest = min(evaluations, key=lambda record: record["eval_loss"], default=None)
     kept = last
-    if config.train.early_stopping_patience is not None and lowest is not None:
-        # A run may have got its patience on its way, after a lower evaluation. Earlier versions did not say.
+    if config.train.keeps_best and lowest is not None:
+        # A run may be told so on its way, after a lower evaluation. Earlier versions did not say which is kept.
         kept = next((record for record in reversed(evaluations) if record.get("kept")), lowest)
     return {
         "run_dir": str(config.run_dir),

@@ -169,7 +169,8 @@ def prepare(
         checkpoint = checkpoint_to_continue(config.run_dir, origin, accelerator, say, allow_changes=allow_changes)
     memory = None
     if accelerator.is_main_process:
-        memory = forecast(config, plan, int(data.train.lengths.max()), say)
+        pinned = config.model_copy(update={"model": base})
+        memory = forecast(pinned, plan, int(data.train.lengths.max()), say)
     peak_memory = PeakMemory(accelerator.device)
     model = _load_base(config, base, tokenizer, data, accelerator, say)
     ends = on_main_rank(accelerator, lambda: untrained_ends(model, tokenizer, config))

@@ -16,13 +16,13 @@ from dude_cli.training.run_dir import RESULT
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Write the end of a run; `adapter/` is the last step's, or with early stopping the best evaluation's.
+    """Write the end of a run; `adapter/` is the last step's or the best evaluation's, as `train.keep` says.
 
     Returns the run's summary.
     """
     from dude_cli.adapter import restore_adapter
 
-    if run.config.train.early_stopping_patience is not None:
+    if run.config.train.keeps_best:
         restore_adapter(run.model, run.run_dir / BEST)
     on_main_rank(run.accelerator, lambda: _write(run))
     return run_summary(run.config)

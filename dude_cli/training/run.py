@@ -166,13 +166,12 @@ def _state(
     if folder is None:
         return TrainState(prepared.origin, per_device_batch_size=plan.per_device_batch_size)
     state = load_checkpoint(folder, prepared.model, optimizer)
-    has_patience = train.early_stopping_patience is not None
-    on_main_rank(accelerator, lambda: restore_best(folder, prepared.config.run_dir, has_patience=has_patience))
+    on_main_rank(accelerator, lambda: restore_best(folder, prepared.config.run_dir, keeps_best=train.keeps_best))
     state.validation_is_new = not state.origin.has_validation_of(prepared.origin)
     state.origin = prepared.origin
     is_at_the_end = state.step >= plan.total_steps and state.evaluated_step != state.step
-    # It had no patience so far, and kept no adapter: this step's is the first to compare with.
-    is_without_best = has_patience and not (folder / BEST).is_dir()
+    # It was to end with its last step so far: this step's adapter is the first to compare with.
+    is_without_best = train.keeps_best and not (folder / BEST).is_dir()
     if state.validation_is_new or is_without_best:
         state.best_eval_loss, state.evaluations_since_best = None, 0
     state.evaluation_is_due |= state.validation_is_new or is_without_best or is_at_the_end

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dude_cli.config import ADAPTER_FIXED, TRACKERS, Config, load_config
-from dude_cli.errors import UsageError
+from dude_cli.errors import ConfigError, UsageError
 from dude_cli.model import refuse_moved_folder
 from dude_cli.system import files
-from dude_cli.system.lock import locked
+from dude_cli.system.lock import LOCK_FILE, alone_in
 from dude_cli.system.ranks import on_main_rank
 from dude_cli.training.checkpoint import BEST, CHECKPOINTS, checkpoints
 from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, METRICS_FILE
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 INITIAL, RESULT = "initial", "adapter"
-LOCK_FILE = ".lock"
 REPORT_FILES = ("report.html", "report.md")
 FILES = (
     *("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, TRAINED_ROWS_FILE),
@@ -50,22 +49,11 @@ def alone_in_run_dir(config: Config, accelerator: Accelerator, say: Callable[[st
 
     The main rank, which is the one that writes, holds a lock.
     """
+    where, fix = f"output_dir: {config.run_dir}", "choose another output_dir"
     with ExitStack() as stack:
-        on_main_rank(accelerator, lambda: _lock(config.run_dir, stack, say))
+        own = alone_in(config.run_dir, say, where=where, fix=fix)
+        on_main_rank(accelerator, lambda: stack.enter_context(own))
         yield
-
-
-def _lock(folder: Path, stack: ExitStack, say: Callable[[str], None]) -> None:
-    try:
-        stack.enter_context(locked(folder / LOCK_FILE, say))
-    except BlockingIOError as error:
-        raise UsageError(
-            f"another dude command works in {folder}: {error.strerror}",
-            where=f"output_dir: {folder}",
-            fix="wait until it has ended, or stop it, or choose another output_dir",
-        ) from error
-    except OSError:
-        pass  # nobody can write there, and the checks that follow have words for it
 
 
 def check_run_dir(config: Config) -> None:
@@ -140,13 +128,17 @@ def begun_base_revision(config: Config) -> str | None:
 
 
 def check_base(config: Config) -> None:
-    """Raise UsageError if the run's steps were made on a base in a folder, and there is none of its name any more."""
-    folder = config.run_dir
-    if begun_at(config) is None or _recorded_of_steps(folder, "model_revision") is not None:
+    """Raise UsageError if the run was prepared on a base in a folder, and there is none of its name any more."""
+    folder, name = config.run_dir, config.model.name_or_path
+    if _recorded(folder, "begun_at") is None or _recorded(folder, "model_revision") is not None:
         return
-    name = config.model.name_or_path
-    if load_config(folder / "config.yaml").model.name_or_path == name:
-        fix = "put it back; or say where it is: model.name_or_path=FOLDER, with --allow-changes"
+    try:
+        before = load_config(folder / "config.yaml").model.name_or_path
+    except ConfigError:  # of a run without steps: it is written anew
+        return
+    if before == name:
+        fix = "put it back; or say where it is: model.name_or_path=FOLDER"
+        fix += ", with --allow-changes" if has_steps(folder) else ""
         refuse_moved_folder(config.model, where=f"model.name_or_path: {name}", fix=fix)
 
 
@@ -192,8 +184,11 @@ def has_steps(folder: Path) -> bool:
 
 def _recorded_of_steps(folder: Path, key: str) -> str | None:
     """What environment.json has of the steps in the run folder; None without steps."""
-    if not has_steps(folder):
-        return None
+    return _recorded(folder, key) if has_steps(folder) else None
+
+
+def _recorded(folder: Path, key: str) -> str | None:
+    """What environment.json has of the run, prepared or begun; None if there is none that can be read."""
     try:
         found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dude_cli import quickstart
 from dude_cli.config import Config, ModelConfig, RowForm, resolved
 from dude_cli.model import is_flash
+from dude_cli.system import files
 from dude_cli.target import smoke_inputs
 from dude_cli.template import parse_template
 
@@ -96,8 +97,9 @@ def write_smoke_inputs(config: Config) -> None:
         tokenizer.chat_template = _CHAT_TEMPLATE
     folder = _inputs_dir(config)
     folder.mkdir(parents=True, exist_ok=True)
-    smoke_model(config, tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    with files.disk_errors(folder / "model"):
+        smoke_model(config, tokenizer).save_pretrained(folder / "model")
+    files.save_tokenizer(tokenizer, folder / "model")
     for number, form in enumerate(config.data.forms()):
         _write_rows(folder / f"train-{number}.jsonl", generated_rows(form, TRAIN_ROWS, config.seed))
         _write_rows(folder / f"validation-{number}.jsonl", generated_rows(form, VALIDATION_ROWS, config.seed + 1))

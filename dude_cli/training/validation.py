@@ -39,7 +39,7 @@ def evaluate(run: Run, stop: StopSignal) -> bool:
             fix=f"lower train.learning_rate, or raise train.warmup_ratio{run.or_wider_dtype}",
         )
     is_best = state.best_eval_loss is None or loss < state.best_eval_loss
-    is_kept = is_best and run.config.train.early_stopping_patience is not None
+    is_kept = is_best and run.config.train.keeps_best
     marks = {"kept": is_kept, "new_rows": state.validation_is_new}
     run.log({"eval_loss": loss} | {name: True for name, is_set in marks.items() if is_set})
     state.evaluated_step, state.validation_is_new = state.step, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,26 @@ def test_a_full_disk_in_an_export_has_its_own_exit_code(kind, place):
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(place.glob("out")) + list(place.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("kind", ["merged", "peft", "lora"])
+def test_a_disk_that_fills_up_in_the_tokenizer_alone_is_no_bug(kind, place, tmp_path):
+    """With a tokenizer of more bytes than the weights have, and a limit between the two."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    file = tmp_path / "run/adapter/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    token = tokenizer["added_tokens"][-1]
+    tokenizer["added_tokens"].append(token | {"id": token["id"] + 1, "content": "x" * 6_000_000})
+    file.write_text(json.dumps(tokenizer))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, before[1]))
+    try:
+        done = dude_here("export", "run", "out", "--format", kind, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.returncode == 5, done.stderr
+    assert "the disk is full: File too large" in done.stderr
+    assert not list(tmp_path.glob("out")) + list(tmp_path.glob(".*partial*"))
 
 
 def test_a_base_may_have_moved_and_another_one_must_be_allowed(tmp_path):

@@ -11,9 +11,8 @@ import pytest
 from command import dude_here
 from quickstart_config import quickstart_config
 
-from dude_cli.system.lock import locked
+from dude_cli.system.lock import LOCK_FILE, locked
 from dude_cli.training import prepare, result
-from dude_cli.training.run_dir import LOCK_FILE
 
 COMMANDS = [("init",), ("train",), ("train", "--overwrite")]
 

@@ -10,10 +10,13 @@ from training import train_here
 
 from dude_cli.errors import DivergedError
 
+# The first step makes A and B 1e33 times as large.
+OVERFLOWING = ("train.learning_rate=1000", "train.weight_decay=1e30", "train.warmup_ratio=0")
+
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(tmp_path):
     """There is no validation data, so only the step itself can find it."""
-    settings = ["data.validation=null", "train.learning_rate=1e30", "train.max_grad_norm=null", "train.warmup_ratio=0"]
+    settings = ["data.validation=null", *OVERFLOWING, "train.max_grad_norm=null"]
     stopped = dude_here("train", quickstart_config(tmp_path), *settings)
     assert stopped.returncode == 4, stopped.stderr
     assert "no weight was changed" in stopped.stderr
@@ -23,7 +26,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_rows(tmp_
 
 
 def test_an_evaluation_loss_that_is_not_finite_stops_the_run(tmp_path):
-    settings = ["train.learning_rate=1e30", "train.warmup_ratio=0", "train.eval_steps=1"]
+    settings = [*OVERFLOWING, "train.eval_steps=1"]
     with pytest.raises(DivergedError, match=r"the evaluation loss is (nan|inf) after step 1"):
         train_here(quickstart_config(tmp_path), *settings)
     assert not (tmp_path / "run/adapter").exists()

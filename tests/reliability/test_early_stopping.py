@@ -1,4 +1,4 @@
-"""The adapter of the lowest evaluation is kept, and the card says which it is."""
+"""The adapter of the lowest evaluation is kept where it is to be, and the card says which it is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dude_cli.config import load_config
 from dude_cli.data import collate, prepare_data
 from dude_cli.errors import StoppedError
 from dude_cli.model import load_model, load_tokenizer
+from dude_cli.report.build import build_report
+from dude_cli.report.collect import read_run
 from dude_cli.system.files import delete
 from dude_cli.system.runtime import StopSignal, make_accelerator
 from dude_cli.training.checkpoint import checkpoints
@@ -51,6 +53,32 @@ def test_early_stopping_keeps_the_lowest_evaluations_adapter(tmp_path):
     assert f"of step {summary['kept_step']}, evaluation loss {summary['lowest_eval_loss']:.4f}" in card
     assert f"{summary['lowest_eval_loss']:.4f}" in card
     assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_without_early_stopping_the_best_adapter_is_kept_if_it_is_asked_for(tmp_path):
+    """A rate far too high, and all steps: the adapter is that of the lowest evaluation all the same."""
+    path = quickstart_config(tmp_path, extra="  eval_steps: 2\n  keep: best\n  warmup_ratio: 0.5", max_steps="8")
+    summary = train_here(path, "train.learning_rate=0.1")
+    assert 0 < summary["kept_step"] < summary["steps"] == 8
+    assert summary["kept_eval_loss"] == summary["lowest_eval_loss"] < summary["last_eval_loss"] - 0.01
+    assert validation_loss(load_config(path), tmp_path / "run/adapter") == pytest.approx(summary["kept_eval_loss"])
+    card = (tmp_path / "run/adapter/README.md").read_text()
+    assert f"of step {summary['kept_step']}, evaluation loss {summary['kept_eval_loss']:.4f}" in card
+    (row,) = build_report([read_run(tmp_path / "run")], title="").record()["tables"]["runs"]["rows"]
+    assert (row["kept"], row["eval_loss"]) == (summary["kept_step"], summary["kept_eval_loss"])
+
+
+def test_early_stopping_ends_with_the_last_adapter_if_it_is_asked_for(tmp_path):
+    extra = "  eval_steps: 1\n  early_stopping_patience: 1\n  warmup_ratio: 0.0"
+    path = quickstart_config(tmp_path, extra=extra)
+    summary = train_here(path, TOO_HIGH, "train.keep=last")
+    assert summary["kept_step"] == summary["steps"] == 1
+    assert summary["kept_eval_loss"] is None
+    assert not (tmp_path / "run/best").exists()
+    kept = validation_loss(load_config(path), tmp_path / "run/adapter")
+    assert kept == pytest.approx(summary["last_eval_loss"], rel=1e-5)
+    assert kept > summary["lowest_eval_loss"] + 0.01
+    assert read_run(tmp_path / "run").eval_loss == summary["last_eval_loss"]
 
 
 @pytest.mark.parametrize("steps", [8, 3], ids=["with steps to go", "at its last step"])

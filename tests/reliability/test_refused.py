@@ -17,7 +17,7 @@ from dude_cli import quickstart, target
 from dude_cli.config import load_config
 from dude_cli.errors import StoppedError, UsageError
 from dude_cli.model import load_tokenizer
-from dude_cli.training import prepare
+from dude_cli.training import forecast, prepare
 from dude_cli.training.checkpoint import Origin, checkpoints, read_state
 from dude_cli.training.metrics import read_metrics
 from dude_cli.training.run_dir import changed_settings, is_finished_run
@@ -260,3 +260,32 @@ def test_a_base_that_was_a_folder_is_not_looked_for_on_the_hub(tmp_path, monkeyp
     monkeypatch.undo()
     done = dude_here("train", config, f"model.name_or_path={tmp_path / 'moved'}", "--allow-changes")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [("init",), ("init", "--estimate"), ("train",)], ids=" ".join)
+def test_nor_is_that_of_a_run_that_was_prepared_alone(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(quickstart.MODEL_DIR, "base2")
+    config = quickstart_config(tmp_path, max_steps="1", rows="4")
+    init_here(config, "model.name_or_path=base2")
+    (tmp_path / "base2").rename("moved")
+    for module, name in ((prepare, "hub_commit"), (forecast, "load_tokenizer")):
+        monkeypatch.setattr(module, name, lambda config: pytest.fail("the hub was asked"))
+    done = dude_here(*command, config, "model.name_or_path=base2")
+    assert done.returncode == 2
+    assert "there is no folder `base2` here, where the adapter's base model was" in done.stderr
+    assert "fix:   put it back; or say where it is: model.name_or_path=FOLDER\n" in done.stderr
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    done = dude_here(*command, config, "model.name_or_path=moved")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_config_of_a_run_without_steps_is_written_anew(tmp_path):
+    config = quickstart_config(tmp_path, max_steps="1", rows="4")
+    init_here(config)
+    written = tmp_path / "run/config.yaml"
+    before = written.read_text()
+    written.write_text("{")
+    init_here(config)
+    assert written.read_text() == before

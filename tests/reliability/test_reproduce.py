@@ -11,15 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import dude_here, environment
 
-from dude_cli import shipped
+from dude_cli import report, shipped
+from dude_cli import reproduce as reproduce_package
+from dude_cli.commands import reproducing
 from dude_cli.errors import DivergedError, NumberNotMetError, StoppedError, UsageError
 from dude_cli.reproduce import Job, Plan, Slot, check_result, execute, load_recipe, make_plan, reproduce, slots
 from dude_cli.reproduce.execute import Failures, run_jobs
+from dude_cli.system.lock import LOCK_FILE, locked
 
 RECIPE = """\
 config: {config}
@@ -219,6 +224,41 @@ def test_ctrl_c_while_the_server_of_the_runs_starts_is_one_line(tmp_path: Path) 
     assert process.returncode == 75, line + said
     assert "Traceback" not in said
     assert "the same command continues" in said
+
+
+def test_a_second_command_in_a_recipes_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first look at the runs to the page of all of them, the first one has the folder for itself."""
+    recipe, out, codes = recipe_file(tmp_path), tmp_path / "out", list[int]()
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text() + "set: [train.max_steps=30]\n")
+    told: list[str] = []
+
+    def with_second(function: Callable[..., Any]) -> Callable[..., Any]:
+        def both(*args: Any, **kwargs: Any) -> Any:
+            with monkeypatch.context() as undone:
+                undone.setattr(reproduce_package, "check_runs", lambda plan: 1 / 0)  # what it does after the lock
+                done = dude_here("reproduce", other, "--output", out)
+            codes.append(done.returncode)
+            told.append(done.stderr)
+            return function(*args, **kwargs)
+
+        return both
+
+    monkeypatch.setattr(reproducing, "reproduce_run", write_finished)
+    for module, name in ((reproduce_package, "check_runs"), (report, "write_report_if_possible")):
+        monkeypatch.setattr(module, name, with_second(getattr(module, name)))
+    assert dude_here("reproduce", recipe, "--output", out).returncode == 6  # these runs have no scores
+    assert codes == [2, 2]
+    assert all(f"another dude command works in {out}: process {os.getpid()} on" in text for text in told)
+    assert all("or choose another folder with --output" in text for text in told)
+    assert not list(out.glob(".*"))
+
+
+def test_a_plan_is_shown_while_its_runs_are_made(tmp_path: Path) -> None:
+    with locked(tmp_path / "out" / LOCK_FILE, print):
+        done = dude_here("reproduce", recipe_file(tmp_path), "--output", tmp_path / "out", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def tables(folder: Path) -> tuple[str, str]:

@@ -19,7 +19,8 @@ from dude_cli.errors import UsageError
 from dude_cli.evaluation import write_results
 from dude_cli.model import load_model, load_tokenizer
 from dude_cli.system import files
-from dude_cli.training.run_dir import FILES, FOLDERS, LOCK_FILE
+from dude_cli.system.lock import LOCK_FILE
+from dude_cli.training.run_dir import FILES, FOLDERS
 
 TOKEN = "hf_" + "Abc123" * 6
 

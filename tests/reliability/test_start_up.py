@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 from quickstart_config import quickstart_config
-from training import StopAfter, train_here
+from training import StopAfter, init_here, train_here
 
 from dude_cli.data import row_encoder
 from dude_cli.data.encode import TextEncoder
 from dude_cli.errors import StoppedError
+from dude_cli.model import load_shape
 from dude_cli.system.runtime import process_age_s
+from dude_cli.training import estimate, prepare
 from dude_cli.training.metrics import read_metrics
 
 RESULT = "adapter/adapter.safetensors"
@@ -30,6 +32,15 @@ def test_the_time_to_the_first_step_is_in_the_log_and_in_the_summary(tmp_path):
     assert list(found) == [2, 4]  # the first logged step of each part
     assert before < found[2] < middle < found[4] < process_age_s()
     assert summary["first_step_s"] == found[4]
+
+
+def test_the_forecast_is_of_the_commit_that_is_trained_on(tmp_path, monkeypatch):
+    """Not of what the branch points to by then, for which the hub would be asked once more."""
+    asked = []
+    monkeypatch.setattr(prepare, "hub_commit", lambda config: "a" * 40)
+    monkeypatch.setattr(estimate, "load_shape", lambda config: asked.append(config.revision) or load_shape(config))
+    init_here(quickstart_config(tmp_path))
+    assert asked == ["a" * 40]
 
 
 def test_a_run_on_rows_that_were_encoded_before_ends_in_the_same_bytes(tmp_path, monkeypatch):

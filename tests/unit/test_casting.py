@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dude_cli.adapter import AdapterConfig, cast_parameters, merge_adapter, patch_model
+from dude_cli.adapter import AdapterConfig, cast_model, merge_adapter, patch_model
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -81,7 +81,7 @@ def assert_equal(found: PreTrainedModel, expected: PreTrainedModel) -> None:
 @pytest.mark.parametrize(("before", "after"), CASTS, ids=str)
 def test_a_cast_model_is_the_one_that_is_loaded_in_that_dtype(saved, before, after):
     model = loaded(saved / "first", before)
-    cast_parameters(model, before, after)
+    cast_model(model, before, after)
     assert_equal(model, loaded(saved / str(before), after))
 
 
@@ -95,7 +95,7 @@ def test_a_merged_model_is_the_one_that_is_loaded_in_that_dtype(saved, before, a
 def test_what_somebody_has_put_into_another_dtype_stays_in_it():
     model = tiny_model("llama", torch.bfloat16)
     model.lm_head.float()
-    cast_parameters(model, torch.bfloat16, torch.float16)
+    cast_model(model, torch.bfloat16, torch.float16)
     assert model.lm_head.weight.dtype == torch.float32
     assert model.model.norm.weight.dtype == torch.float16
 
@@ -103,5 +103,5 @@ def test_what_somebody_has_put_into_another_dtype_stays_in_it():
 def test_a_parameter_that_only_this_model_has_follows():
     model = tiny_model("llama")
     model.register_parameter("own", nn.Parameter(torch.ones(3)))
-    cast_parameters(model, torch.float32, torch.float16)
+    cast_model(model, torch.float32, torch.float16)
     assert model.own.dtype == torch.float16

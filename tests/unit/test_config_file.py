@@ -142,6 +142,7 @@ def test_an_alias_bomb_is_cheap(load: Load) -> None:
         ("model.dtype=bf16", "did you mean `bfloat16`?"),
         ("train.learning_rate=.inf", "wanted a number above 0"),
         ("train.learning_rate=.nan", "wanted a number above 0"),
+        ("train.learning_rate=2e5", "`train.learning_rate` is 200000.0; wanted a number above 0 and of at most 1000"),
         ("train.report_to=tensorboard", "write `[tensorboard]`"),
         ("data.train=rows.jsonl", "write `[{path: rows.jsonl}]`"),
         ("data.train={path: rows.jsonl}", "start each entry with a dash: `- path: ...`"),
@@ -175,6 +176,7 @@ def test_a_wrong_value_says_what_is_wanted(load: Load, override: str, expected: 
         ("train.per_device_train_batch_size=3", "here: `train.per_device_batch_size`"),
         ("train.gradient_accumulation_steps=3", "global_batch_size / (per_device_batch_size * world size)"),
         ("train.fp16=true", "here: `model.dtype` (`float16`)"),
+        ("train.load_best_model_at_end=true", "here: `train.keep` (`best`)"),
         ("train.resume_from_checkpoint=a", "the same `dude train` command goes on with an interrupted run"),
         ("overwrite_output_dir=true", "`dude train --overwrite` starts anew"),
         ("data.train.0.type=alpaca", "it is axolotl's name; here: `data.train.format`"),
@@ -215,6 +217,13 @@ def test_values_that_contradict_each_other(load: Load, text: str, expected: str)
     found = problems(load, MINIMAL + text)
     assert len(found) == 1
     assert expected in found[0]
+
+
+def test_the_best_adapter_is_of_evaluations(load: Load) -> None:
+    without = problems(load, MINIMAL + "train: {keep: best}")
+    assert any("`train.keep: best` needs `data.validation`" in problem for problem in without)
+    (problem,) = problems(load, MINIMAL.replace("]}", "], validation: 0.1}") + "train: {keep: best}")
+    assert ":3:9: `train.keep: best` chooses between evaluations: give `train.eval_steps` too" in problem
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def configs(draw: st.DrawFn) -> Config:
     maybe_text = st.none() | free_text()
     source = st.fixed_dictionaries({"path": free_text(), "name": maybe_text, "split": free_text()})
     number = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+    rate = st.floats(min_value=0, exclude_min=True, max_value=1000)
     length = draw(st.sampled_from(["max_steps", "num_train_epochs"]))
     values: dict[str, Any] = {
         "model": {"name_or_path": draw(free_text()), "revision": draw(maybe_text)},
@@ -86,7 +87,7 @@ def configs(draw: st.DrawFn) -> Config:
             "completion": draw(st.none() | free_text().map(braces_doubled)),
             "packing": draw(st.booleans()),
         },
-        "train": {"learning_rate": draw(number), length: draw(st.integers(1, 99)), "adam_epsilon": draw(number)},
+        "train": {"learning_rate": draw(rate), length: draw(st.integers(1, 99)), "adam_epsilon": draw(number)},
         "eval": {"tasks": [{"name": draw(free_text())}] if draw(st.booleans()) else []},
         "output_dir": draw(free_text()),
     }

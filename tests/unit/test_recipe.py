@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from report_runs import scored
 from scipy import stats
 
@@ -28,8 +31,8 @@ from dude_cli.reproduce import (
 )
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Run, estimate_hours, number_of_steps
-from dude_cli.reproduce.scores import Measured
-from dude_cli.reproduce.verdict import Choice, Verdict, choose_rate, judge, over_seeds, setting_scores
+from dude_cli.reproduce.scores import Measured, eval_loss
+from dude_cli.reproduce.verdict import Choice, OverSeeds, Verdict, choose_rate, judge, over_seeds, setting_scores
 
 RECIPES = [name for name, _ in shipped.list_shipped() if name.startswith("recipes/")]
 TEXT = """\
@@ -97,6 +100,7 @@ def test_every_problem_of_a_recipe_is_reported_at_once_with_its_line(tmp_path: P
         ),
         ("seeds: [1, 2, 3]", "seeds: [1, 1]", "has a value twice"),
         ("seeds: [1, 2, 3]", "seeds: 3", "`seeds` is 3; wanted a list of one or more whole numbers"),
+        ("4e-3]", "4e3]", "`matrix.0.learning_rate.2` is 4000.0; wanted a number above 0 and of at most 1000"),
         ("[1e-3, 2e-3, 4e-3]", "1e-3", "learning_rate` is 0.001; wanted a list of numbers"),
         ("    task: quickstart_problems", "    task: gsm8k", "the task gsm8k is not in `evaluation.tasks`"),
         ("    tolerance: 1.0\n", "", "needs a `tolerance`"),
@@ -225,6 +229,19 @@ def test_the_commonsense_recipe_has_the_prompt_of_doras_training(tmp_path: Path)
     assert (config.adapter.alpha, config.adapter.rank, config.data.train_on_inputs) == (64, 32, True)
 
 
+def test_the_development_loss_is_that_of_the_adapter_that_is_kept(tmp_path: Path) -> None:
+    kept, last = TEXT.replace("seeds:", "set: [train.eval_steps=1, train.keep=best]\nseeds:"), TEXT
+    for name, text, expected in (("kept", kept, 0.5), ("last", last, 0.7)):
+        (tmp_path / name).mkdir()
+        run = plan_of(tmp_path / name, text).settings[0].search[0]
+        finish(run, eval_loss=0.7)
+        with (run.folder / "metrics.jsonl").open("r+") as log:
+            earlier = log.read().replace('{"step": 0, "eval_loss": 9.0}', '{"step": 0, "eval_loss": 0.5, "kept": true}')
+            log.seek(0)
+            log.write(earlier)
+        assert eval_loss(run) == Measured(expected)
+
+
 def test_the_rate_with_the_lowest_development_loss_is_chosen_whatever_the_test_score(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     setting = plan.settings[0]
@@ -337,9 +354,39 @@ def test_the_report_has_every_score_of_the_chosen_rate_also_without_numbers(tmp_
     choices = {setting.name: Choice(0.002, {}) for setting in plan.settings}
     scores = {setting.name: setting_scores(setting, choices[setting.name]) for setting in plan.settings}
     page = Result(plan, choices, [], scores, Failures()).markdown()
-    row = "| lora-r16 | 0.002 | quickstart_problems exact_match,strict-match | 0.3000 | 0.1000 | 3 | 0.0200 |"
+    row = "| lora-r16 | 0.002 | quickstart\\_problems exact\\_match,strict-match | 0.3000 | 0.1000 | 3 | 0.0200 |"
     assert row in page
     assert "0.9" not in page
+
+
+TEXTS = ["a | b\\|c", "*a* _b_ __c__ ~~d~~", "a `b", "``a``", "`a", "<b>[a](b)&amp;$x$", "# a\\", "a\nb\n\n# c\n| d |"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_text_of_a_recipe_is_markup_in_its_report(text: str, tmp_path: Path) -> None:
+    """As a reader of Markdown sees it: each text stands there as it is, and the tables are whole."""
+    plan = plan_of(tmp_path)
+    number = plan.recipe.numbers[0].model_copy(update={"name": text, "source": text, "unknown": text})
+    plan = dataclasses.replace(
+        plan,
+        name=text,
+        recipe=plan.recipe.model_copy(update={"notes": [text]}),
+        settings=tuple(dataclasses.replace(setting, name=text) for setting in plan.settings),
+    )
+    verdict = Verdict(number, "not comparable", None, None, text)
+    scores = {text: {text: OverSeeds(0.1, None, 1, None)}}
+    page = Result(plan, {text: Choice(0.002, {})}, [verdict], scores, Failures({text: text})).markdown()
+    shown = " ".join(text.split())
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(page)
+    lines = [token for token in tokens if token.type == "inline"]
+    kinds = {child.type for line in lines for child in line.children or []}
+    assert kinds <= {"text", "text_special"}
+    texts = ["".join(child.content for child in line.children or []) for line in lines]
+    found = [line for line in texts if shown in line]
+    # The title, a note, and cells: two of the verdict, the settings' of the rates, two of each one's score.
+    once = [f"{shown} ({shown}): {shown}", f"{shown}: {shown}"]
+    assert Counter(found) == Counter([*once, *[shown] * (1 + 1 + 2 + 2 + 4)])
+    assert page.count("\n## ") == sum(token.type == "heading_open" for token in tokens) - 1
 
 
 @pytest.mark.parametrize("name", RECIPES)

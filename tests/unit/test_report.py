@@ -24,9 +24,10 @@ from dude_cli.evaluation import write_results
 from dude_cli.report import write_report
 from dude_cli.report.build import build_report
 from dude_cli.report.collect import read_run
-from dude_cli.report.content import Section, Style
+from dude_cli.report.content import Section, Style, Table, text_column
 from dude_cli.report.figures import Line, line_chart, thinned
 from dude_cli.report.numbers import running_mean, spikes
+from dude_cli.report.page import markdown_table
 from dude_cli.report.settings import group_runs
 
 BASE = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
@@ -217,6 +218,14 @@ def test_text_from_a_run_cannot_become_markup(tmp_path: Path) -> None:
     assert markdown.startswith("# \\<b>run a\\&\\$b\\$\n")
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in lines)
+
+
+def test_a_key_in_backticks_is_code_in_markdown_too() -> None:
+    note = "`train.eval_steps` is not set, 2 * 3 `is"
+    table = Table("t", "T", [text_column("a", "`a` | b")], [{"a": "`c`"}], note)
+    lines = markdown_table(table).splitlines()
+    assert lines[0] == "| \\`a\\` \\| b |"
+    assert lines[2:] == ["| \\`c\\` |", "", "`train.eval_steps` is not set, 2 \\* 3 \\`is"]
 
 
 def test_the_same_runs_give_the_same_bytes_in_any_order(runs: list[Path], tmp_path: Path) -> None:
