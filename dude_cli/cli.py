@@ -198,12 +198,13 @@ def evaluate(
         output_dir=output_dir,
         loading=_loading(dtype, base_model, allow_other_base, chat_template, chat_template_kwargs),
         num_processes=num_processes,
+        compare_base=base,
         rescore=rescore,
     )
     if compare is not None:
-        comparing.compare(compare, options, target_name=target, compare_base=base, output=output)
+        comparing.compare(compare, options, target_name=target, output=output)
     else:
-        scoring.evaluate(target, options, compare_base=base, output=output)
+        scoring.evaluate(target, options, output)
 
 
 @verb()

@@ -36,10 +36,15 @@ class Target:
     path: Path | None = None
 
     @property
+    def run_dir(self) -> Path | None:
+        """The folder of a run; None for all else."""
+        return self.path if self.kind == "run" else None
+
+    @property
     def adapter_dir(self) -> Path | None:
         """The folder of the trained adapter; None for a plain model."""
-        if self.kind == "run" and self.path is not None:
-            return self.path / "adapter"
+        if self.run_dir is not None:
+            return self.run_dir / "adapter"
         return self.path if self.kind == "adapter" else None
 
     def __str__(self) -> str:
@@ -259,7 +264,7 @@ def data_config(target: Target) -> DataConfig | None:
 
 def results_dir(target: Target) -> Path | None:
     """Where the results of a run go by themselves; None for an adapter or a model."""
-    return target.path / "eval" if target.kind == "run" and target.path is not None else None
+    return None if target.run_dir is None else target.run_dir / "eval"
 
 
 def smoke_inputs(output_dir: str) -> Path:
@@ -356,7 +361,7 @@ def _model_config(target: Target) -> ModelConfig | None:
 
 
 def _config_file(target: Target) -> Path | None:
-    return target.path / "config.yaml" if target.kind == "run" and target.path is not None else None
+    return None if target.run_dir is None else target.run_dir / "config.yaml"
 
 
 def check_dtype(dtype: str | None) -> DType | None:

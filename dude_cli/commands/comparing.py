@@ -22,14 +22,12 @@ from dude_cli.console import Output
 from dude_cli.errors import UsageError
 
 
-def compare(
-    names: tuple[str, str], options: EvalOptions, *, target_name: str | None, compare_base: bool, output: Output
-) -> None:
+def compare(names: tuple[str, str], options: EvalOptions, *, target_name: str | None, output: Output) -> None:
     """Compare two results, or the scores of two runs, adapters or models, and show what differs.
 
     Raises UsageError for a target or a base beside the two.
     """
-    if target_name is not None or compare_base:
+    if target_name is not None or options.compare_base:
         what = f"`{target_name}`" if target_name is not None else "--base"
         raise UsageError(
             f"--compare takes the two that it names, and {what} is given too",
@@ -40,7 +38,7 @@ def compare(
     tasks = _compared_tasks(sides, options) or _stored_by_both(sides, options, output)
     if any(task.apply_chat_template for task in tasks):
         _refuse_other_templates(sides, options)
-    with all_scored(sides, tasks, options, output, compare_base=False) as output:
+    with all_scored(sides, tasks, options, output) as output:
         _show(names, [tuple(side.scores[task.name] for side in sides) for task in tasks], output)
 
 
@@ -70,7 +68,8 @@ def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTas
         )
     for name, task in found.items():
         pairs = {
-            "--task": (" ".join(options.task_names) or None, task.name),
+            "--task": (" ".join(options.task_names) or None, None if task.rows else task.name),
+            "--rows": (" ".join(options.rows) or None, " ".join(source.path for source in task.rows or ()) or None),
             "--num-fewshot": (options.num_fewshot, task.num_fewshot),
             "--limit": (options.limit, task.limit),
             "--apply-chat-template": (options.apply_chat_template or None, task.apply_chat_template),

@@ -70,5 +70,5 @@ def reproduce_run(job: Job) -> None:
         )
     missing = job.missing_tasks()
     if missing:
-        options = EvalOptions(data_dir=job.data_dir, num_processes=1)
-        evaluate_tasks(find_target(str(job.run.folder)), missing, options, compare_base=job.base, output=output)
+        options = EvalOptions(data_dir=job.data_dir, num_processes=1, compare_base=job.base)
+        evaluate_tasks(find_target(str(job.run.folder)), missing, options, output)

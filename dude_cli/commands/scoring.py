@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -43,6 +43,7 @@ class EvalOptions:
     output_dir: Path | None = None
     loading: Loading = AS_TRAINED
     num_processes: int | None = None
+    compare_base: bool = False
     rescore: bool = False
 
 
@@ -55,33 +56,27 @@ class Side:
     folder: Path | None = None  # where its results go
     stored: dict[str, dict[str, Any]] = field(default_factory=dict)  # what the folder has of it, by task
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)  # by task
-    own_rows: list[LoadedTask] = field(default_factory=list)  # of the tasks to score, those that are the user's rows
-    said_of_rows: list[str] = field(default_factory=list)
 
 
-def evaluate(target_name: str | None, options: EvalOptions, *, compare_base: bool, output: Output) -> None:
+def evaluate(target_name: str | None, options: EvalOptions, output: Output) -> None:
     """Score a run, an adapter or a model with lm-eval, show the table, write the results."""
     side = find_side(target_name, options, options.output_dir)
     tasks = asked_tasks([side], options)
     if not tasks:
         raise no_task([side])
-    _show_scores(side, tasks, options, compare_base=compare_base, output=output)
+    _show_scores(side, tasks, options, output)
 
 
-def evaluate_tasks(
-    target: Target, tasks: Sequence[EvalTask], options: EvalOptions, *, compare_base: bool, output: Output
-) -> None:
+def evaluate_tasks(target: Target, tasks: Sequence[EvalTask], options: EvalOptions, output: Output) -> None:
     """Score a target on these tasks, whatever `options` says of tasks; show the table, write the results."""
     side = Side(str(target), target, _results_folder(target, options.output_dir))
-    _show_scores(side, tasks, options, compare_base=compare_base, output=output)
+    _show_scores(side, tasks, options, output)
 
 
-def _show_scores(
-    side: Side, tasks: Sequence[EvalTask], options: EvalOptions, *, compare_base: bool, output: Output
-) -> None:
+def _show_scores(side: Side, tasks: Sequence[EvalTask], options: EvalOptions, output: Output) -> None:
     from dude_cli.evaluation import join_results, plain_results, results_table
 
-    with all_scored([side], tasks, options, output, compare_base=compare_base) as output:
+    with all_scored([side], tasks, options, output) as output:
         results = join_results(side.scores[task.name] for task in tasks)
         output.result(results_table(results, one_line=not output.out.is_terminal), plain_results(results))
 
@@ -100,18 +95,30 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
     """The tasks asked for, else those of the config of the first run that has some; there may be none."""
     from dude_cli.target import eval_config
 
+    _check_asked(options)
+    if options.task_names or options.rows:
+        asked = [*(EvalTask(name=name) for name in options.task_names), *map(_rows_as_task, options.rows)]
+        return [as_asked(task, options) for task in asked]
+    targets = [side.target for side in sides if side.target is not None]
+    found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
+    return [as_asked(task, options) for task in found]
+
+
+def _check_asked(options: EvalOptions) -> None:
+    """Raise UsageError for names and a text that say nothing, and for what is asked twice."""
+    names = [*options.task_names, *map(_name_of_rows, options.rows)]
+    for name in names:
+        if not name.strip():
+            raise UsageError("a name is empty", where="--task, --rows", fix="name a task, or a file of rows")
+        if names.count(name) > 1:
+            fix = "give it once; in a config, `eval.tasks`, rows may have another name"
+            raise UsageError(f"`{name}` is given twice", where="--task, --rows", fix=fix)
     for name in options.task_names:
         if "," in name:  # as lm-eval's own --tasks takes them
             repeated = " ".join(f"--task {part.strip()}" for part in name.split(",") if part.strip())
             raise UsageError("--task names one task", where=f"--task {name}", fix=f"write `{repeated}`")
     if options.system_instruction is not None and not options.system_instruction.strip():
         raise UsageError("it is empty", where="--system-instruction", fix="leave it out, or say something")
-    if options.task_names or options.rows:
-        benchmarks = [as_asked(EvalTask(name=name), options) for name in options.task_names]
-        return benchmarks + [as_asked(_rows_as_task(path), options) for path in options.rows]
-    targets = [side.target for side in sides if side.target is not None]
-    found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
-    return [as_asked(task, options) for task in found]
 
 
 def _rows_as_task(path: str) -> EvalTask:
@@ -119,7 +126,7 @@ def _rows_as_task(path: str) -> EvalTask:
 
 
 def _name_of_rows(path: str) -> str:
-    return Path(path).name
+    return Path(path).resolve().name if path else ""
 
 
 def no_task(sides: Sequence[Side], more: str = "") -> UsageError:
@@ -159,7 +166,7 @@ def as_asked(task: EvalTask, options: EvalOptions) -> EvalTask:
 
 @contextmanager
 def all_scored(
-    sides: Sequence[Side], tasks: Sequence[EvalTask], options: EvalOptions, output: Output, *, compare_base: bool
+    sides: Sequence[Side], tasks: Sequence[EvalTask], options: EvalOptions, output: Output
 ) -> Iterator[Output]:
     """Within, each side has the scores of all tasks; yields the output of this rank.
 
@@ -171,7 +178,7 @@ def all_scored(
     from dude_cli.system.runtime import part_ranks
 
     _refuse_meaningless_options(tasks, options)
-    notes = _take_stored(sides, tasks, options, compare_base=compare_base)
+    notes = _take_stored(sides, tasks, options)
     for one, other in pairwise(sides):
         for task in one.scores.keys() & other.scores.keys():
             refuse_other_questions(one.scores[task], other.scores[task])
@@ -180,15 +187,17 @@ def all_scored(
     for side, own in zip(sides, missing, strict=True):
         if side.target is not None and own:
             _check(side.target, own, options)
-            rows = [task for task in own if task.rows is not None]
-            side.own_rows = _loaded(rows, options, side.target, side.said_of_rows.append)
     accelerator = _eval_ranks(options) if any(missing) else None
     is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
     output = output.on_rank(is_main)
     output.say(*notes)
-    for side, own in zip(sides, missing, strict=True):
+    own_rows = [
+        _own_rows(side.target, own, options, accelerator, output) if side.target is not None else []
+        for side, own in zip(sides, missing, strict=True)
+    ]
+    for side, own, rows in zip(sides, missing, own_rows, strict=True):
         if accelerator is not None and side.target is not None and own:
-            _score(side, side.target, own, options, accelerator, output, compare_base=compare_base)
+            _score(side, side.target, own, rows, options, accelerator, output)
             free_models()  # before the next one is loaded
     yield output
     if accelerator is not None:
@@ -220,9 +229,7 @@ def _refuse_meaningless_options(tasks: Sequence[EvalTask], options: EvalOptions)
         )
 
 
-def _take_stored(
-    sides: Sequence[Side], tasks: Sequence[EvalTask], options: EvalOptions, *, compare_base: bool
-) -> list[str]:
+def _take_stored(sides: Sequence[Side], tasks: Sequence[EvalTask], options: EvalOptions) -> list[str]:
     """Take over the scores that the sides' folders have; returns what is to be said of it.
 
     A stored score is compared with its task as it is now, but where all of several sides have one: these are compared
@@ -235,7 +242,9 @@ def _take_stored(
     for side in sides:
         side.stored = _stored(side, tasks, options)
         if not options.rescore:
-            side.scores |= {name: have for name, have in side.stored.items() if "base" in have or not compare_base}
+            side.scores |= {
+                name: have for name, have in side.stored.items() if "base" in have or not options.compare_base
+            }
     doubtful = [
         task
         for task in tasks
@@ -270,19 +279,31 @@ def _take_stored(
     return notes
 
 
+def _own_rows(
+    target: Target, tasks: Sequence[EvalTask], options: EvalOptions, accelerator: Accelerator | None, output: Output
+) -> list[LoadedTask]:
+    """Those of the tasks that are rows of the user's own, read by `target`; the user is told what is to be known."""
+    rows = [task for task in tasks if task.rows is not None]
+    return _loaded(rows, options, target, accelerator, output)
+
+
 def _loaded(
     tasks: Sequence[EvalTask],
     options: EvalOptions,
     target: Target | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    accelerator: Accelerator | None = None,
+    output: Output | None = None,
 ) -> list[LoadedTask]:
-    """Tasks with their data; `target` reads those that are rows of the user's own."""
+    """Tasks with their data; `target` reads those that are rows of the user's own. Without an output all is quiet."""
     from dude_cli.evaluation import EvalRequest, load_request
 
     if not tasks:
         return []
     request = EvalRequest(tuple(tasks), data_dir=options.data_dir, include_paths=tuple(options.include_paths))
-    return load_request(request, reader=None if target is None else _reader(target, options), log=log)
+    reader = None if target is None else _reader(target, options)
+    if output is None:
+        return load_request(request, reader=reader)
+    return load_request(request, reader=reader, accelerator=accelerator, log=output.say, warn=output.warn)
 
 
 def _reader(target: Target, options: EvalOptions) -> RowReader:
@@ -291,7 +312,7 @@ def _reader(target: Target, options: EvalOptions) -> RowReader:
     from dude_cli.target import context_length, data_config, target_tokenizer
     from dude_cli.training.trained_rows import trained_rows
 
-    known = trained_rows(target.path) if target.kind == "run" and target.path is not None else None
+    known = None if target.run_dir is None else trained_rows(target.run_dir)
     tokenizer = target_tokenizer(target, options.loading)
     return RowReader(tokenizer, data_config(target), context_length(target, options.loading), known)
 
@@ -324,8 +345,8 @@ def _results_folder(target: Target, chosen: Path | None) -> Path | None:
     from dude_cli.target import results_dir
     from dude_cli.training.run_dir import REPORT_FILES, refuse_links
 
-    if chosen is None and target.kind == "run" and target.path is not None:
-        refuse_links(target.path, ["eval", *REPORT_FILES])
+    if chosen is None and target.run_dir is not None:
+        refuse_links(target.run_dir, ["eval", *REPORT_FILES])
     return chosen or results_dir(target)
 
 
@@ -355,13 +376,15 @@ def _score(
     side: Side,
     target: Target,
     tasks: Sequence[EvalTask],
+    own_rows: Sequence[LoadedTask],
     options: EvalOptions,
     accelerator: Accelerator,
     output: Output,
-    *,
-    compare_base: bool,
 ) -> None:
-    """Load a target and score it; the results of each task are written to its folder, if there is one, at once."""
+    """Load a target and score it on `tasks`, of which `own_rows` are loaded already.
+
+    The results of each task are written to its folder, if there is one, at once.
+    """
     from dude_cli.evaluation import EvalRequest, load_request
     from dude_cli.evaluation import evaluate as score
     from dude_cli.target import data_config, eval_config, load_target, results_dir
@@ -379,18 +402,17 @@ def _score(
         )
     request = EvalRequest(
         tasks=tuple(tasks),
-        batch_size=options.batch_size or _stored_batch_size(side, tasks) or eval_config(target).batch_size,
+        batch_size=options.batch_size or eval_config(target).batch_size,
+        earlier_batch_size=options.batch_size is None,
         data_dir=options.data_dir,
         include_paths=tuple(options.include_paths),
-        compare_base=compare_base,
+        compare_base=options.compare_base,
         earlier=side.stored,
         rescore=options.rescore,
     )
     benchmarks = replace(request, tasks=tuple(task for task in tasks if task.rows is None))
     # Quick beside the model.
     loaded_tasks = load_request(benchmarks, accelerator=accelerator, log=output.say) if benchmarks.tasks else []
-    for line in side.said_of_rows:
-        (output.warn if line.startswith("warning") else output.say)(line)
     loaded = load_target(target, options.loading)
     if loaded.is_on_other_base and folder == results_dir(target):
         folder = None
@@ -407,7 +429,7 @@ def _score(
             loaded.model,
             loaded.tokenizer,
             request,
-            tasks=[*loaded_tasks, *side.own_rows],
+            tasks=[*loaded_tasks, *own_rows],
             accelerator=accelerator,
             adapter_sha256=loaded.adapter_sha256,
             base_fingerprint=loaded.base_fingerprint,
@@ -415,12 +437,6 @@ def _score(
             log=output.say,
             on_progress=on_progress,
         )
-
-
-def _stored_batch_size(side: Side, tasks: Sequence[EvalTask]) -> int | None:
-    """What the stored parts of these tasks were scored with, so that the rest is too; None if there is no such one."""
-    sizes = {side.stored[task.name]["config"]["batch_size"] for task in tasks if task.name in side.stored}
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _write(results: dict[str, Any], target: Target, folder: Path, output: Output) -> None:

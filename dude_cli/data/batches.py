@@ -76,9 +76,9 @@ class EncodedRows(Sequence[EncodedRow]):
         )
         return np.frombuffer(b"".join(digests), np.uint64)
 
-    def shared_with(self, hashes: npt.NDArray[np.uint64]) -> int:
-        """How many of the rows are among those of `hashes`."""
-        return int(np.isin(self.row_hashes(), hashes).sum())
+    def shared_with(self, others: EncodedRows) -> int:
+        """How many of the rows are among `others` too."""
+        return int(np.isin(self.row_hashes(), others.row_hashes()).sum())
 
     def packed(self, groups: Sequence[Sequence[int]]) -> EncodedRows:
         """Return the same rows with those of each group in one sequence."""

@@ -52,7 +52,7 @@ class PreparedData:
         reports = {"data.train": self.train_report, "data.validation": self.validation_report}
         found = [f"{name}: {line}" for name, report in reports.items() if report for line in report.warnings()]
         if self.validation is not None:
-            shared = self.validation.shared_with(self.train.row_hashes())
+            shared = self.validation.shared_with(self.train)
             if shared:
                 found.append(
                     f"data.validation: {shared:,} of {len(self.validation.row_hashes()):,} rows are in data.train too: "
@@ -67,20 +67,21 @@ def prepare_data(
     seed: int,
     say: Callable[[str], None] = lambda line: None,
     moment: datetime | None = None,
+    train_name: str = "data.train",
 ) -> PreparedData:
     """Read, encode and, if asked, pack the rows of a config; `seed` chooses the rows of a held-out share.
 
     Rows that an earlier run has encoded are taken from the cache; see `data.token_cache`. `say` tells the user so.
-    `moment` is the time that a chat template is told, by default now.
+    `moment` is the time that a chat template is told, by default now, and `train_name` what messages call `config.train`.
     Raises DataError with what to do about it, for every way in which data can be wrong.
     """
     encoder = RowEncoder(config, tokenizer, moment)
-    train_table = encoder.table(config.train, "data.train", say)
+    train_table = encoder.table(config.train, train_name, say)
     train_rows = validation_rows = np.arange(len(train_table))
     if isinstance(config.validation, float):
         parts = split_rows(int(train_table.sources[-1]) + 1, config.validation, seed)  # a document stays in one of them
         train_rows, validation_rows = (np.flatnonzero(np.isin(train_table.sources, part)) for part in parts)
-    train, train_report = _sequences(config, tokenizer, train_table, train_rows, "data.train")
+    train, train_report = _sequences(config, tokenizer, train_table, train_rows, train_name)
     validation, validation_report = None, None
     if config.validation is not None:
         table = train_table
@@ -88,7 +89,7 @@ def prepare_data(
             table = encoder.table(config.validation, "data.validation", say)
             validation_rows = np.arange(len(table))
         validation, validation_report = _sequences(config, tokenizer, table, validation_rows, "data.validation")
-    for name, report in (("data.train", train_report), ("data.validation", validation_report)):
+    for name, report in ((train_name, train_report), ("data.validation", validation_report)):
         for note in report.notes() if report is not None else ():
             say(f"{name}: {note}")
     template = None if encoder.chat is None else encoder.chat.templates.text

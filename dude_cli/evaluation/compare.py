@@ -133,7 +133,7 @@ def answer_of(sample: Mapping[str, Any]) -> str:
     given = sample["filtered_resps"]
     if not given or not isinstance(given[0], (list, tuple)):
         return str(given[0]) if given else ""
-    if "loss" in sample:  # of rows of the user's own
+    if {"loss", "exact_match"} <= set(sample):  # of rows of the user's own
         return f"loss {sample['loss']:.4g}{', word for word' if sample['exact_match'] else ''}"
     # Log-likelihoods of the choices, each with whether it is what greedy decoding gives.
     likelihoods = [as_number(choice[0]) for choice in given]

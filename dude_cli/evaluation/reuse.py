@@ -58,6 +58,9 @@ def replaced_by(results: Mapping[str, Any], folder: Path) -> str | None:
         return None
     pairs = {key: [_value(side, key) for side in (before, results)] for key in _SCORED}
     lost = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
+    sources = [_sources(side) for side in (before, results)]
+    if sources[0] != sources[1]:
+        lost.append(f"its rows were {sources[0]} and are {sources[1]}")
     if "base" in before and "base" not in results:
         lost.append("it had the base's scores too")
     return f"{path.name} is replaced: {'; '.join(lost)}" if lost else None
@@ -105,6 +108,12 @@ def _doc_hash(doc: Any) -> str:
     from lm_eval.utils import handle_non_serializable, hash_string
 
     return str(hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)))
+
+
+def _sources(results: Mapping[str, Any]) -> str:
+    """Where the rows are from that a document is about, if they are the user's own."""
+    (request,) = results["requested"].values()
+    return ", ".join(source["path"] for source in request.get("rows") or ())
 
 
 def _value(results: Mapping[str, Any], key: str) -> str:

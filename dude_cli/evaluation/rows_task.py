@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task, TaskConfig
@@ -98,21 +99,23 @@ class RowsTask(Task):  # type: ignore[misc]
 
 
 def rows_task(
-    name: str, sources: Sequence[DataSource], reader: RowReader, limit: int | None, log: Callable[[str], None]
+    name: str,
+    sources: Sequence[DataSource],
+    reader: RowReader,
+    limit: int | None,
+    log: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> RowsTask:
     """The first `limit` rows of `sources`, read and encoded. Raises DataError as `prepare_data` does."""
     config = as_trained(sources, reader.trained, reader.context)
-
-    def say(line: str) -> None:
-        log(line.replace("data.train", name))
-
-    data = prepare_data(config, reader.tokenizer, 0, say, TOLD_DAY)
-    for warning in data.warnings():
-        say(f"warning: {warning}")
-    seen = 0 if reader.trained_rows is None else data.train.shared_with(reader.trained_rows)
+    data = prepare_data(config, reader.tokenizer, 0, log, TOLD_DAY, train_name=name)
+    for line in data.train_report.warnings():
+        warn(f"warning: {name}: {line}")
+    hashes = data.train.row_hashes()[:limit]
+    seen = 0 if reader.trained_rows is None else int(np.isin(hashes, reader.trained_rows).sum())
     if seen:
-        what = f"{seen:,} of {len(data.train):,} rows are among those that it was trained on"
-        log(f"warning: {name}: {what}: of them the scores do not tell what the model makes of new rows")
+        what = f"{seen:,} of {len(hashes):,} rows are among those that it was trained on"
+        warn(f"warning: {name}: {what}: of them the scores do not tell what the model makes of new rows")
     return RowsTask(name, data.train, reader.tokenizer, limit)
 
 

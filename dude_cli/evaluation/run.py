@@ -38,7 +38,8 @@ class EvalRequest:
     `data_dir` holds local copies, `mmlu/` and `gsm8k/`, and keeps the evaluation off the network; `include_paths` are
     folders with the user's own lm-eval task files; `compare_base` scores the model without its adapter as well.
 
-    `earlier` has documents of some of the tasks, of this model, with their samples: what they have is not scored again.
+    `earlier` has documents of some of the tasks, of this model, with their samples: what they have is not scored again,
+    and the rest with as many sequences per forward as they were, if `earlier_batch_size`.
     With `rescore` only the base's part of them is taken, and if `compare_base` asks for that too, nothing.
     """
 
@@ -48,6 +49,7 @@ class EvalRequest:
     include_paths: tuple[Path, ...] = ()
     compare_base: bool = False
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    earlier_batch_size: bool = True
     rescore: bool = False
 
 
@@ -57,10 +59,12 @@ def load_request(
     reader: RowReader | None = None,
     accelerator: Accelerator | None = None,
     log: Callable[[str], None] = lambda message: None,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> list[LoadedTask]:
     """The tasks of `request` with their data. What is wrong with them is told here, before any model is loaded.
 
-    `reader` is for rows of the user's own. Raises UsageError and DataError as `load_tasks` does.
+    `reader` is for rows of the user's own, and `warn` for what may spoil their scores. Raises UsageError and DataError
+    as `load_tasks` does.
     """
     with quiet(), _off_network(request):
         _seed()
@@ -70,6 +74,7 @@ def load_request(
                 data_dir=request.data_dir,
                 include_paths=request.include_paths,
                 log=log,
+                warn=warn,
                 reader=reader,
             )
 
@@ -117,19 +122,25 @@ def evaluate(
             where="--base",
             fix="give a run or an adapter, or leave --base out",
         )
-    start = time.time()
+    date = time.time()
     if tasks is None:
         tasks = load_request(request, accelerator=accelerator, log=log)
     with left_as_found(model), quiet(), _off_network(request):
         lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator, log)
         bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
-        names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint, "date": start}
+        names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint, "date": date}
         documents = []
         for found in tasks:
+            start, size = time.time(), lm.batch_size
+            earlier = request.earlier.get(found.request.name)
+            if earlier is not None and request.earlier_batch_size:
+                lm.batch_size_per_gpu = earlier["config"]["batch_size"]
             facts = _facts(lm, found, log)
             scores = _scored(lm, found, request, log, bootstrap_iters)
             took = {"total_evaluation_time_seconds": str(time.time() - start)}
             documents.append(names | _environment(lm, found.request) | scores | facts | took)
+            if earlier is not None:
+                lm.batch_size_per_gpu = size
             on_task(documents[-1])
         return join_results(documents)
 
@@ -151,7 +162,14 @@ def _scored(
         with disable_adapters(lm.model):
             base = _score(lm, found, " (base)", log, bootstrap_iters)
     if base is not None:
-        if base["task_hashes"] != tuned["task_hashes"]:  # not seen before: the example of a later prompt is another
+        if base["task_hashes"] != tuned["task_hashes"]:
+            if not earlier:
+                raise UsageError(
+                    "its prompts or questions are others each time it is asked, so two scores cannot be compared",
+                    where=f"--task {found.request.name}",
+                    fix="make nothing in its task file random, or leave --base out",
+                )
+            # Not seen before: the example of a later prompt is another.
             return _scored(lm, found, replace(request, earlier={}), log, bootstrap_iters)
         tuned["base"] = {key: base[key] for key in ("results", "groups", "samples") if key in base}
         tuned["difference"] = differences(base, tuned, _weighting(found))

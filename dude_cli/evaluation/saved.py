@@ -4,8 +4,9 @@
     samples_<task>.jsonl           each question's document, answer, scores and hashes
     samples_<task>.base.jsonl      the same of the base model
 
-Asked in the chat template, the names have `.chat` after the task, with another number of examples than the task's own,
-M, `.shots-M`, and with a limit N `.limit-N`: so a quick look does not replace the full score.
+Of rows of the user's own the names have `.rows` after the task; asked in the chat template `.chat`, and with a system's
+message of one's own `.system-SHA256`; with another number of examples than the task's own, M, `.shots-M`, and with a
+limit N `.limit-N`: so a quick look does not replace the full score.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         by_task = {key: document.get(key, {}) | part[key] for key in ("requested", *BY_TASK, "samples") if key in part}
         base = {"base": join_results([document.get("base", {}), part["base"]])} if "base" in part else {}
         document = {**document, **part, **by_task, **base}
+    took = [float(part["total_evaluation_time_seconds"]) for part in parts if "total_evaluation_time_seconds" in part]
+    document |= {"total_evaluation_time_seconds": str(sum(took))} if took else {}
     limits = {request["limit"] for request in document.get("requested", {}).values()}
     if len(limits) > 1:
         by_name = {name: request["limit"] for name, request in document["requested"].items()}
@@ -87,6 +90,7 @@ def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def results_path(folder: Path, task: EvalTask, shots: int | None) -> Path:
     """The document of a task in a folder of results; `shots` None for as many examples as the task has by default."""
     parts = [task.name.replace("/", "_")]  # a task file of someone's may be called ../../x
+    parts += ["rows"] if task.rows is not None else []
     parts += ["chat"] if task.apply_chat_template else []
     if task.system_instruction is not None:
         parts.append(f"system-{hashlib.sha256(task.system_instruction.encode()).hexdigest()[:12]}")

@@ -63,6 +63,7 @@ def load_tasks(
     data_dir: Path | None,
     include_paths: tuple[Path, ...],
     log: Callable[[str], None],
+    warn: Callable[[str], None] = lambda message: None,
     reader: RowReader | None = None,
 ) -> list[LoadedTask]:
     """Find every task, load its data, and set its number of few-shot examples; in the order asked for.
@@ -79,7 +80,7 @@ def load_tasks(
         for task in requested:
             log(f"loading {task.name}")
             if task.rows is not None:
-                loaded.append(_own_rows(task, task.rows, reader, log))
+                loaded.append(_own_rows(task, task.rows, reader, log, warn))
                 continue
             file = index.task_index[task.name].yaml_path
             is_users = file is not None and not file.is_relative_to(folder)
@@ -152,7 +153,7 @@ def _check_requests(requested: tuple[EvalTask, ...], data_dir: Path | None, incl
         raise UsageError("there is no task to score", where="--task", fix="name one, such as --task gsm8k")
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"the task `{name}` is given twice", where="--task, --rows", fix="give it once")
+            raise UsageError(f"the task `{name}` is given twice", where="--task", fix="give it once")
     for option, folder in [("--data-dir", data_dir), *(("--include-path", path) for path in include_paths)]:
         if folder is not None and not folder.is_dir():
             raise UsageError(f"there is no folder `{folder}`", where=option, fix="give a folder that exists")
@@ -253,12 +254,16 @@ def _load(index: Any, task: EvalTask, benchmark: str | None, data_dir: Path | No
 
 
 def _own_rows(
-    task: EvalTask, sources: Sequence[DataSource], reader: RowReader | None, log: Callable[[str], None]
+    task: EvalTask,
+    sources: Sequence[DataSource],
+    reader: RowReader | None,
+    log: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> LoadedTask:
     from dude_cli.evaluation.rows_task import rows_task
 
     assert reader is not None
-    return LoadedTask(task, {task.name: rows_task(task.name, sources, reader, task.limit, log)}, {})
+    return LoadedTask(task, {task.name: rows_task(task.name, sources, reader, task.limit, log, warn)}, {})
 
 
 def _not_loaded(name: str, benchmark: str | None, local: Path | None, error: Exception) -> UsageError:
