@@ -1,6 +1,6 @@
 """A run's config: the schema, and the strict reading of a YAML file into it or into another schema."""
 
-from dude_cli.config.read import dump_config, find_file, load_config, load_sections, resolved
+from dude_cli.config.read import dump_config, find_file, load_config, load_sections, parse_entry, resolved
 from dude_cli.config.schema import (
     ADAPTER_FIXED,
     DTYPES,
@@ -51,5 +51,6 @@ __all__ = [
     "find_file",
     "load_config",
     "load_sections",
+    "parse_entry",
     "resolved",
 ]

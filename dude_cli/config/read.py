@@ -45,6 +45,19 @@ def load_sections(file: Path, root: type[S], overrides: Sequence[str] = ()) -> S
     return valid
 
 
+def parse_entry(text: str, root: type[S], option: str) -> S:
+    """An entry of a config that is given as the value of `option`, such as `{path: openai/gsm8k, name: main}`.
+
+    Raises ConfigError with each of its problems.
+    """
+    document = _top_level(parse(text))
+    valid = validate(document, root)
+    if valid is None or document.problems:
+        messages = list(dict.fromkeys(problem.message for problem in document.problems))
+        raise ConfigError("\n".join(messages), where=f"{option} {text}", fix="write it as an entry of `data.train`")
+    return valid
+
+
 def find_file(path: Path, kind: str) -> Path:
     """The file at `path`, else the shipped one of that name; `kind` is what it is to be: config or recipe.
 
