@@ -99,33 +99,37 @@ class Generator:
     def _new_ids(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], stream: _TextStream | None = None
     ) -> list[list[int]]:
-        """The tokens of each answer, with the one that ended it. Shorter prompts are padded in front."""
-        import torch
-
+        """The tokens of each answer, with the one that ended it."""
         from dude_cli.adapter import constant_adapters
 
-        device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
-        pads = [width - len(prompt.ids) for prompt in prompts]
-        padded = [[self.form.encoder.eos_id] * pad + prompt.ids for pad, prompt in zip(pads, prompts, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-        choice = _Choice(self.sampling, numbers, device)
+        padded = self._padded(prompts)
+        choice = _Choice(self.sampling, numbers, self.model.device)
         with constant_adapters(self.model), self._own_settings():
-            output = self.model.generate(
-                input_ids=torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                streamer=stream,
-                logits_processor=[choice],
-            )
+            output = self.model.generate(**padded, streamer=stream, logits_processor=[choice])
+        width = padded["input_ids"].shape[1]
         return [self._until_the_end(ids) for ids in output[:, width:].tolist()]
 
-    def first_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """What each prompt of a batch, padded in front where `mask` is 0, has its first token chosen by."""
+    def first_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """What the first token of each of several answers is chosen by."""
         with self._own_settings():
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+                **self._padded(prompts), max_new_tokens=1, output_logits=True, return_dict_in_generate=True
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def _padded(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """A batch: shorter prompts are padded in front. transformers counts positions from where the mask begins."""
+        import torch
+
+        device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
+        pads = [width - len(prompt.ids) for prompt in prompts]
+        ids = [[self.form.encoder.eos_id] * pad + prompt.ids for pad, prompt in zip(pads, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        return {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+        }
 
     def _until_the_end(self, ids: list[int]) -> list[int]:
         """Without what a batch has behind the end of an answer that is not its longest."""

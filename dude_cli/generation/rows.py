@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from dude_cli.data import Prompt
 from dude_cli.data.bad_rows import BadRows
 from dude_cli.data.row_prompts import RowPrompt
 from dude_cli.errors import DataError, UsageError, is_out_of_memory, memory_errors
@@ -47,7 +48,7 @@ def answer_rows(
     from dude_cli.adapter import constant_adapters
 
     left = sorted(numbers, key=lambda number: -len(rows[number - 1].prompt.ids))
-    if batch_size > 1 and not pads_unseen(generator):
+    if batch_size > 1 and left and not pads_unseen(generator, rows[left[0] - 1].prompt.ids):
         say(f"{type(generator.model).__name__} sees the padding of a batch: rows are answered one by one")
         batch_size = 1
     with constant_adapters(generator.model):
@@ -92,20 +93,14 @@ def _record(number: int, row: RowPrompt, tuned: Answer, base: Answer | None) -> 
     return record if base is None else record | {"base": base.record()}
 
 
-def pads_unseen(generator: Generator) -> bool:
-    """Whether a prompt has the same logits alone and with padding in front of it.
+def pads_unseen(generator: Generator, ids: Sequence[int]) -> bool:
+    """Whether the first tokens of a prompt have the same logits alone and with padding in front of them.
 
     In most models what is padded is masked; seen otherwise with transformers 5.23: RWKV, RecurrentGemma, XLNet.
     """
-    import torch
-
-    model = generator.model
-    short, long = [3, 4, 5], list(range(3, 14))
-    padded = torch.tensor([[generator.form.encoder.eos_id] * 8 + short, long], device=model.device)
-    mask = torch.ones_like(padded)
-    mask[0, :8] = 0
-    alone = generator.first_logits(padded[:1, 8:], mask[:1, 8:])[0]
-    batched = generator.first_logits(padded, mask)[0]
+    short, long = Prompt("", list(ids[:3])), Prompt("", (list(ids[:3]) * 11)[:11])
+    (alone,) = generator.first_logits([short])
+    batched, _ = generator.first_logits([short, long])
     # Kernels differ with the shape, most in half precision; a model that sees the padding is off by a quarter or more.
     return float((alone - batched).abs().max()) <= 0.05 * float(alone.abs().max())
 

@@ -60,6 +60,22 @@ def test_each_batch_is_on_disk_before_the_next(tmp_path):
         assert lines(answers.partial)[1:] == [record(1)]
 
 
+def test_an_interruption_behind_a_write_loses_nothing(tmp_path, monkeypatch):
+    path, syncs = tmp_path / "answers.jsonl", []
+
+    def interrupted(file: int) -> None:
+        syncs.append(file)
+        if len(syncs) == 2:  # the first one is of the settings
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("dude_cli.generation.answers_file.os.fsync", interrupted)
+    with suppress(KeyboardInterrupt), answers_file(path, print) as answers:
+        answers.begin(SETTINGS)
+        answers.add([record(3)])
+    assert answers.answers == {3: record(3)}
+    assert written(path, [1], stop=True) == [3]
+
+
 def test_a_line_without_its_end_is_answered_again(tmp_path):
     path, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     written(path, [3, 1], stop=True)
