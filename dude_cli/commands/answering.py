@@ -152,9 +152,14 @@ def _check_rows_options(rows: str | None, out: Path | None, others: Sequence[str
         raise UsageError(
             "the answers to rows need a file", where="--output", fix="give one, such as --output answers.jsonl"
         )
-    is_entry = rows.lstrip().startswith("{")
-    source = parse_entry(rows, DataSource, "--rows") if is_entry else DataSource(path=rows)
-    return source, out.expanduser()
+    if rows.lstrip().startswith("{"):
+        return parse_entry(rows, DataSource, "--rows"), out.expanduser()
+    try:
+        return DataSource(path=rows), out.expanduser()
+    except ValueError as error:
+        raise UsageError(
+            f"{rows!r} names no data set", where="--rows", fix="give a file, a folder or a name on the hub"
+        ) from error
 
 
 def _settings(

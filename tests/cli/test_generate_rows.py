@@ -130,6 +130,8 @@ def test_what_cannot_be_answered_is_told_before_the_model_is_loaded(run, tmp_pat
         (["--rows", rows, "--output", rows], "is there already"),
         (["--rows", rows, "--output", out], "no column 'question'"),
         (["--rows", rows, "--output", out, "--top-p", "0.5"], "does nothing"),
+        (["--rows", "", "--output", out], "'' names no data set"),
+        (["--rows", "\udcff", "--output", out], "names no data set"),
         (["--rows", f"{{path: {rows}, spilt: x}}", "--output", out], "unknown key `spilt`"),
         (["--rows", rows, "--output", out, "--prompt", "a", "--raw"], "so does --prompt, --raw"),
         (["--rows", rows, "--output", out, "--interactive", "--system", "b"], "so does --interactive, --system"),
