@@ -140,7 +140,8 @@ def evaluate(
         typer.Option(
             "--rows",
             metavar="FILE",
-            help="Rows of your own with their answers, in the form of the training's; may be repeated.",
+            help="Rows of your own with their answers, in the form of the training's, or an entry of data.train in "
+            "braces; may be repeated.",
         ),
     ] = None,
     num_fewshot: Annotated[
@@ -184,10 +185,11 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a model with lm-eval or on rows of your own, or compare two."""
     from dude_cli.commands import comparing, scoring
+    from dude_cli.config import given_source
 
     options = scoring.EvalOptions(
         task_names=task or (),
-        rows=rows or (),
+        rows=[given_source(text, "--rows") for text in rows or ()],
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,
@@ -217,6 +219,16 @@ def generate(
         list[str] | None, typer.Option("--prompt", help="What to answer, - for standard input; may be repeated.")
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Answer line by line.")] = False,
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", help="Answer each row of this file, folder or hub data set, in the training's form."),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="With --rows: a new file, for one line of JSON for each row.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="With --rows: how many are answered at once; 8.")
+    ] = None,
     system: Annotated[
         str | None, typer.Option("--system", help="What the model is told before a chat; for runs on chats alone.")
     ] = None,
@@ -240,9 +252,27 @@ def generate(
     *,
     output: Output,
 ) -> None:
-    """Answer prompts with a run, an adapter or a model."""
+    """Answer prompts, or the rows of a data set, with a run, an adapter or a model."""
     from dude_cli.commands import answering
 
+    loading = _loading(dtype, base_model, allow_other_base, chat_template, chat_template_kwargs)
+    if not (rows is None and output_file is None and batch_size is None):
+        asked = {"--prompt": prompt, "--interactive": interactive, "--system": system is not None, "--raw": raw}
+        answering.generate_rows(
+            target,
+            rows,
+            output_file,
+            batch_size=batch_size,
+            others=[option for option, given in asked.items() if given],
+            compare_base=base,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            loading=loading,
+            output=output,
+        )
+        return
     answering.generate(
         target,
         prompt or [],
@@ -254,7 +284,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        loading=_loading(dtype, base_model, allow_other_base, chat_template, chat_template_kwargs),
+        loading=loading,
         output=output,
     )
 

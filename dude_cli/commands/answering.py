@@ -1,17 +1,22 @@
-"""What `dude generate` does: answer prompts, or the lines of a conversation."""
+"""What `dude generate` does: answer prompts, the lines of a conversation, or the rows of a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dude_cli.config import DataSource, given_source
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
-from dude_cli.target import Loading, data_config, find_target, load_target, target_tokenizer
+from dude_cli.target import LoadedTarget, Loading, Target, data_config, find_target, load_target, target_tokenizer
 
 if TYPE_CHECKING:
     from dude_cli.data import PromptForm
+    from dude_cli.data.row_prompts import RowPrompt
+    from dude_cli.generation.answers_file import AnswersFile
+    from dude_cli.generation.generate import Sampling
 
 
 def generate(
@@ -36,18 +41,13 @@ def generate(
 
     if interactive == bool(prompts):
         what = "--prompt and --interactive exclude each other" if interactive else "there is nothing to answer"
-        raise UsageError(what, where="--prompt", fix="give --prompt TEXT, or --prompt - to read it, or --interactive")
+        fix = "give --prompt TEXT, or --prompt - to read it, or --interactive, or --rows FILE"
+        raise UsageError(what, where="--prompt", fix=fix)
     if interactive and output.as_json:
         raise UsageError("a conversation is no JSON document", where="--json", fix="give --prompt TEXT with --json")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
-    target = find_target(target_name)
-    if compare_base and target.adapter_dir is None:
-        raise UsageError(
-            "the model has no adapter, so there is no base to compare it with",
-            where="--base",
-            fix="give a run or an adapter, or leave --base out",
-        )
+    target = _target(target_name, compare_base=compare_base)
     texts = [read_prompt(text, raw=raw) for text in prompts]
     if loading.changes_chat_template:  # before the model is loaded
         _check_is_chat(prompt_form(target_tokenizer(target, loading), data_config(target), raw=raw))
@@ -65,6 +65,128 @@ def generate(
         document = {"target": str(target), "adapter_sha256": loaded.adapter_sha256, "prompt_form": form.description}
         document |= {} if system is None else {"system": system}
         output.result("", document | {"sampling": asdict(sampling), "answers": answers})
+
+
+def generate_rows(
+    target_name: str | None,
+    rows: str | None,
+    out: Path | None,
+    *,
+    batch_size: int | None,
+    others: Sequence[str],
+    compare_base: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    loading: Loading,
+    output: Output,
+) -> None:
+    """Answer each row of a data set, and write the answers to a new file `out`; `others` are options against that."""
+    from dude_cli.data.row_prompts import row_prompts
+    from dude_cli.generation.answers_file import answers_file
+    from dude_cli.generation.generate import Generator, Sampling
+    from dude_cli.generation.rows import BATCH_SIZE, answer_rows, check_rows, summary, summary_lines
+    from dude_cli.system.runtime import quiet_libraries
+
+    source, path = _check_rows_options(rows, out, others)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
+    target = _target(target_name, compare_base=compare_base)
+    with answers_file(path, output.warn) as answers:
+        quiet_libraries()
+        tokenizer, trained = target_tokenizer(target, loading), data_config(target)
+        form, prompts = row_prompts(source, trained, tokenizer, say=output.say, moment=answers.begun_at)
+        if loading.changes_chat_template:
+            _check_is_chat(form)
+        output.say(f"answering {len(prompts)} rows with {target}", f"prompt form: {form.description}")
+        loaded = load_target(target, loading)
+        generator = Generator(loaded.model, loaded.tokenizer, form, sampling)
+        check_rows(generator, prompts, source.path)
+        answers.begin(_settings(target, loaded, sampling, prompts, compare_base=compare_base))
+        left = [number for number in range(1, len(prompts) + 1) if number not in answers.answers]
+        if len(left) < len(prompts):
+            output.say(f"{len(prompts) - len(left)} of {len(prompts)} answers are there already")
+        try:
+            with output.counter("answered") as count:
+                count(len(answers.answers), len(prompts))
+                for records in answer_rows(
+                    generator,
+                    prompts,
+                    left,
+                    batch_size=batch_size or BATCH_SIZE,
+                    compare_base=compare_base,
+                    say=output.say,
+                ):
+                    answers.add(records)
+                    count(len(answers.answers), len(prompts))
+            ordered = answers.finish()
+        except BaseException:
+            _tell_what_is_kept(answers, len(prompts), output)
+            raise
+    found = summary(ordered, compare_base=compare_base)
+    shown = [f"{len(ordered)} answers are in {path}", *summary_lines(found, max_new_tokens)]
+    document: dict[str, Any] = {"target": str(target), "adapter_sha256": loaded.adapter_sha256}
+    document |= {
+        "prompt_form": form.description,
+        "sampling": asdict(sampling),
+        "data": source.path,
+        "output": str(path),
+    }
+    output.result("\n".join(shown), document | found)
+
+
+def _check_rows_options(rows: str | None, out: Path | None, others: Sequence[str]) -> tuple[DataSource, Path]:
+    """The data set and the file of the answers. Raises UsageError where an option is missing or one too much."""
+    if rows is None:
+        raise UsageError(
+            "--output and --batch-size are for the answers to rows", where="--rows", fix="give --rows FILE too"
+        )
+    if others:
+        raise UsageError(
+            f"the rows say what is asked, and so does {', '.join(others)}",
+            where=f"--rows, {', '.join(others)}",
+            fix="give one; a row's system message belongs into its column `system` or its `messages`",
+        )
+    if out is None:
+        raise UsageError(
+            "the answers to rows need a file", where="--output", fix="give one, such as --output answers.jsonl"
+        )
+    return given_source(rows, "--rows"), out.expanduser()
+
+
+def _settings(
+    target: Target, loaded: LoadedTarget, sampling: Sampling, rows: Sequence[RowPrompt], *, compare_base: bool
+) -> dict[str, Any]:
+    """What the answers depend on, but for the batches, by its name for the user."""
+    from dude_cli.generation.rows import prompts_sha256
+
+    return {
+        "adapter": loaded.adapter_sha256,
+        "model": loaded.base_fingerprint or f"{target}, {getattr(loaded.model.config, '_commit_hash', None)}",
+        "dtype": loaded.config.dtype,
+        "sampling": asdict(sampling),
+        "comparison with the base": compare_base,
+        "rows or prompts": prompts_sha256(rows),
+    }
+
+
+def _tell_what_is_kept(answers: AnswersFile, rows: int, output: Output) -> None:
+    answers.close()
+    if answers.answers:
+        kept = f"{len(answers.answers)} of {rows} answers are kept in {answers.partial}"
+        output.warn(f"{kept}; the same command goes on from there")
+
+
+def _target(name: str | None, *, compare_base: bool) -> Target:
+    target = find_target(name)
+    if compare_base and target.adapter_dir is None:
+        raise UsageError(
+            "the model has no adapter, so there is no base to compare it with",
+            where="--base",
+            fix="give a run or an adapter, or leave --base out",
+        )
+    return target
 
 
 def _check_is_chat(form: PromptForm) -> None:

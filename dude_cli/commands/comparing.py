@@ -17,7 +17,7 @@ from dude_cli.commands.scoring import (
     no_task,
     stored_tasks,
 )
-from dude_cli.config import EvalTask
+from dude_cli.config import DataSource, EvalTask
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 
@@ -69,7 +69,7 @@ def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTas
     for name, task in found.items():
         pairs = {
             "--task": (" ".join(options.task_names) or None, None if task.rows else task.name),
-            "--rows": (" ".join(options.rows) or None, " ".join(source.path for source in task.rows or ()) or None),
+            "--rows": (_paths(options.rows), _paths(task.rows or ())),
             "--num-fewshot": (options.num_fewshot, task.num_fewshot),
             "--limit": (options.limit, task.limit),
             "--apply-chat-template": (options.apply_chat_template or None, task.apply_chat_template),
@@ -83,6 +83,10 @@ def _compared_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTas
                     fix=f"leave {option} out, or give a run, an adapter or a model in place of the file",
                 )
     return list(found.values())[:1] or asked_tasks(sides, options)
+
+
+def _paths(sources: Sequence[DataSource]) -> str | None:
+    return " ".join(source.path for source in sources) or None
 
 
 def _stored_by_both(sides: Sequence[Side], options: EvalOptions, output: Output) -> list[EvalTask]:

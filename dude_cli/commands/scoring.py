@@ -32,7 +32,7 @@ class EvalOptions:
     """The options of `dude eval` that say how a target is scored; None and empty ones leave it to the target."""
 
     task_names: Sequence[str] = ()
-    rows: Sequence[str] = ()  # paths of rows of the user's own
+    rows: Sequence[DataSource] = ()  # of the user's own
     num_fewshot: int | None = None
     limit: int | None = None
     apply_chat_template: bool = False
@@ -97,8 +97,9 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
 
     _check_asked(options)
     if options.task_names or options.rows:
-        asked = [*(EvalTask(name=name) for name in options.task_names), *map(_rows_as_task, options.rows)]
-        return [as_asked(task, options) for task in asked]
+        named = [EvalTask(name=name) for name in options.task_names]
+        own = [EvalTask(name=_name_of(source), rows=[source]) for source in options.rows]
+        return [as_asked(task, options) for task in (*named, *own)]
     targets = [side.target for side in sides if side.target is not None]
     found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
     return [as_asked(task, options) for task in found]
@@ -106,7 +107,7 @@ def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
 
 def _check_asked(options: EvalOptions) -> None:
     """Raise UsageError for names and a text that say nothing, and for what is asked twice."""
-    names = [*options.task_names, *map(_name_of_rows, options.rows)]
+    names = [*options.task_names, *map(_name_of, options.rows)]
     for name in names:
         if not name.strip():
             raise UsageError("a name is empty", where="--task, --rows", fix="name a task, or a file of rows")
@@ -121,12 +122,8 @@ def _check_asked(options: EvalOptions) -> None:
         raise UsageError("it is empty", where="--system-instruction", fix="leave it out, or say something")
 
 
-def _rows_as_task(path: str) -> EvalTask:
-    return EvalTask(name=_name_of_rows(path), rows=[DataSource(path=path)])
-
-
-def _name_of_rows(path: str) -> str:
-    return Path(path).resolve().name if path else ""
+def _name_of(source: DataSource) -> str:
+    return Path(source.path).resolve().name
 
 
 def no_task(sides: Sequence[Side], more: str = "") -> UsageError:
@@ -251,7 +248,7 @@ def _take_stored(sides: Sequence[Side], tasks: Sequence[EvalTask], options: Eval
         if len(sides) == 1
         or not all(task.name in side.scores for side in sides)
         or (task.apply_chat_template and options.loading.changes_chat_template)
-        or task.name in map(_name_of_rows, options.rows)  # a file may have changed, or be another one of that name
+        or task.name in map(_name_of, options.rows)  # a file may have changed, or be another one of that name
     ]
     doubtful = [task for task in doubtful if any(task.name in side.stored for side in sides)]
     benchmarks = _loaded([task for task in doubtful if task.rows is None], options)

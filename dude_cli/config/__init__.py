@@ -1,6 +1,6 @@
 """A run's config: the schema, and the strict reading of a YAML file into it or into another schema."""
 
-from dude_cli.config.read import dump_config, find_file, load_config, load_sections, resolved
+from dude_cli.config.read import dump_config, find_file, given_source, load_config, load_sections, resolved
 from dude_cli.config.schema import (
     ADAPTER_FIXED,
     DTYPES,
@@ -49,6 +49,7 @@ __all__ = [
     "TrainConfig",
     "dump_config",
     "find_file",
+    "given_source",
     "load_config",
     "load_sections",
     "resolved",

@@ -12,9 +12,9 @@ import yaml
 from dude_cli import shipped
 from dude_cli.config.overrides import apply_overrides
 from dude_cli.config.problems import validate
-from dude_cli.config.schema import Config, Section
+from dude_cli.config.schema import Config, DataSource, Section
 from dude_cli.config.strict_yaml import SCALAR_PATTERNS, Document, Place, Problem, parse, place_of
-from dude_cli.errors import ConfigError, nearest
+from dude_cli.errors import ConfigError, UsageError, nearest
 
 S = TypeVar("S", bound=Section)
 
@@ -42,6 +42,25 @@ def load_sections(file: Path, root: type[S], overrides: Sequence[str] = ()) -> S
         ordered = dict.fromkeys(sorted(document.problems, key=lambda problem: problem.place))
         lines = [f"{problem.place.in_file(str(file))}: {problem.message}" for problem in ordered]
         raise ConfigError("\n".join(lines), problems=[problem.record(str(file)) for problem in ordered])
+    return valid
+
+
+def given_source(text: str, option: str) -> DataSource:
+    """A data set given as the value of `option`: its path, or an entry such as `{path: openai/gsm8k, name: main}`.
+
+    Raises UsageError for an empty path, ConfigError with each of an entry's problems.
+    """
+    if not text.lstrip().startswith("{"):
+        try:
+            return DataSource(path=text)
+        except ValueError as error:  # empty, or no UTF-8
+            fix = "give a file, a folder or a name on the hub"
+            raise UsageError(f"{text!r} names no data set", where=option, fix=fix) from error
+    document = _top_level(parse(text))
+    valid = validate(document, DataSource)
+    if valid is None or document.problems:
+        messages = list(dict.fromkeys(problem.message for problem in document.problems))
+        raise ConfigError("\n".join(messages), where=f"{option} {text}", fix="write it as an entry of `data.train`")
     return valid
 
 

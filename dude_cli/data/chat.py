@@ -130,22 +130,64 @@ class ChatEncoder:
             is_empty=rendered.is_empty,
         )
 
-    def prompt(self, messages: list[Message]) -> tuple[str, list[int]]:
+    def prompt(
+        self, messages: list[Message], tools: list[Any] | None = None, where: str = "the prompt"
+    ) -> tuple[str, list[int]]:
         """Return what a training row has in front of the assistant's next turn, as text and as ids.
 
         That is the template's generation prompt. A template with `{% generation %}` blocks may have none; then it is
-        the text up to the block. Raises DataError if the template does not fit the conversation.
+        the text up to the block. Raises DataError, naming `where`, if the template does not fit the conversation.
         """
         try:
-            text = self._render(messages, None, True)
-            if _marks_turns(self.templates.of(None)):
+            text = self._render(messages, tools, True)
+            if _marks_turns(self.templates.of(tools)):
                 answer = {"role": "assistant", "content": "answer"}
-                whole, turns = self._marked_turns(Conversation([*messages, answer], [], None))
+                whole, turns = self._marked_turns(Conversation([*messages, answer], [], tools))
                 before = whole[: turns[-1][0]]
                 text = text if whole.startswith(text) and len(text) > len(before) else before
         except Exception as error:  # as in `encode`
-            raise _refused(error, "the prompt") from error
+            raise _refused(error, where) from error
         return text, self.encoder.raw([text])[0]
+
+    def asked(self, row: Mapping[str, Any], where: str) -> tuple[str, list[int], str | None]:
+        """Return the prompt for a row's last answer, as text and as ids, and that answer as the template writes it.
+
+        A row that does not end with a message of the assistant's is asked as it is, and has no answer. Special tokens
+        are no part of an answer. Raises DataError, naming `where`, as `render` does, and for a row that is nothing but
+        an answer.
+        """
+        given = {column: value for column, value in row.items() if column != "completion" or value}
+        talk = conversation_of(given, templates=self.templates, where=where)
+        *before, last = talk.messages
+        if last["role"] != "assistant":
+            before, answer = talk.messages, None
+        elif before:
+            answer = last
+        else:
+            raise DataError(
+                "the conversation is an answer alone, with no message that it answers",
+                where=where,
+                fix="leave out such rows",
+            )
+        text, ids = self.prompt(before, talk.tools, where)
+        asked = [False] * sum(message["role"] == "assistant" for message in before)
+        check_written(Conversation(before, asked, talk.tools), text, [], where)
+        return text, ids, None if answer is None else self._written(talk, text, where)
+
+    def _written(self, talk: Conversation, prompt: str, where: str) -> str | None:
+        """The last message as a model would have to write it behind the prompt; None for one without words.
+
+        Where the template asks with text that it does not write in an answer, that is the message's content.
+        """
+        try:
+            whole = self._render(talk.messages, talk.tools, False)
+        except Exception as error:  # as in `encode`
+            raise _refused(error, where) from error
+        content = str(talk.messages[-1].get("content", ""))
+        written = whole.removeprefix(prompt) if whole.startswith(prompt) else content
+        for token in self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids)):
+            written = written.replace(token, "")
+        return written.rstrip() or None
 
     def other_prompt(self, row: Mapping[str, Any], where: str) -> str | None:
         """Return the generation prompt for a row's last answer if the row itself has another text there, else None.

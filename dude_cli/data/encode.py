@@ -68,6 +68,25 @@ def format_columns(form: RowForm) -> Columns:
     return Columns(tuple(dict.fromkeys(name for text in _templates(form) for name in parse_template(text))))
 
 
+def prompt_columns(form: RowForm) -> Columns:
+    """Return the columns for rows that are to be answered: those of the answer alone may be absent or null.
+
+    A form without a column in its prompt needs all of its own.
+    """
+    found = format_columns(form)
+    if form.format == "chat":
+        return Columns(found.required, (*found.optional, "completion"), are_texts=False, instead=("prompt",))
+    needed = parse_template(prompt_template(form))
+    if not needed:
+        return found
+    return Columns(tuple(needed), tuple(name for name in (*found.required, *found.optional) if name not in needed))
+
+
+def answer_columns(form: RowForm) -> list[str]:
+    """Return the columns of the answer alone, in any format but chat."""
+    return [name for name in format_columns(form).required if name in prompt_columns(form).optional]
+
+
 def _templates(form: RowForm) -> tuple[str, str]:
     """The templates of prompt and completion; plain text is a completion without a prompt."""
     if is_documents(form):

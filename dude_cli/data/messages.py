@@ -57,9 +57,9 @@ def conversation_of(
 ) -> Conversation:
     """Return a row's conversation. Raises DataError, naming `where`, for one that its template cannot be given.
 
-    The row has `messages`, or `prompt` and `completion`, which go on from each other: what the assistant says in the
-    prompt is not learned, unless all is. It may have `tools`: a list of their descriptions or the same as JSON, and
-    `system`: the text of a message in front of the others.
+    The row has `messages`, or `prompt` and `completion`, which go on from each other, or that prompt alone: what the
+    assistant says in it is not learned, unless all is. It may have `tools`: a list of their descriptions or the same
+    as JSON, and `system`: the text of a message in front of the others.
     """
     try:
         tools = _tools(row.get("tools"), templates)
@@ -67,7 +67,8 @@ def conversation_of(
         raise DataError(error.what, where=where, fix=error.fix) from error
     template = templates.of(tools)
     plain, learned = [], []
-    for column in ("messages",) if "messages" in row else ("prompt", "completion"):
+    parts = [column for column in ("prompt", "completion") if column in row]
+    for column in ["messages"] if "messages" in row else parts:
         is_context = column == "prompt" and not learn_all
         for number, fields in enumerate(_messages(row, column, where), start=1):
             try:

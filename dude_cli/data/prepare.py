@@ -72,7 +72,7 @@ def prepare_data(
     """Read, encode and, if asked, pack the rows of a config; `seed` chooses the rows of a held-out share.
 
     Rows that an earlier run has encoded are taken from the cache; see `data.token_cache`. `say` tells the user so.
-    `moment` is the time that a chat template is told, by default now, and `train_name` what messages call `config.train`.
+    `moment` is the time that a chat template is told, by default now; messages call `config.train` by `train_name`.
     Raises DataError with what to do about it, for every way in which data can be wrong.
     """
     encoder = RowEncoder(config, tokenizer, moment)

@@ -81,7 +81,7 @@ def prompt_form(tokenizer: Any, data: DataConfig | None, *, raw: bool) -> Prompt
     columns = parse_template(template)
     if len(columns) > 1:
         why = f"the training's template has {len(columns)} columns: {json.dumps(template, ensure_ascii=False)}"
-        return PromptForm(f"the text as it is, for {why}", encoder)
+        return PromptForm(f"the text as it is, for {why}; --rows FILE answers rows that have them", encoder)
     if not columns:
         return PromptForm("the text as it is, for the training's prompts have no column", encoder)
     if template == f"{{{columns[0]}}}":

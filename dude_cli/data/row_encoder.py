@@ -52,9 +52,8 @@ class RowEncoder:
         seen = Seen()
         parts = [self.part(source, seen) for source in sources]
         self.revisions |= seen.revisions
-        for path, unread in seen.unread.items():
-            if unread:
-                say(f"note: {path}: columns that are not read: {', '.join(unread)}")
+        for note in seen.notes():
+            say(note)
         template = None if self.chat is None else self.chat.templates.text
         key = token_key(self.tokenizer, chain.from_iterable(map(Part.key, parts)), self.config, template)
         table = encoded_once(key, lambda: TokenTable.of(self._all_rows(parts, name), self.config.max_length), say)

@@ -46,6 +46,14 @@ class Seen:
         """Add what an entry does not read of a path; another one may."""
         self.unread[path] = [name for name in self.unread.get(path, unread) if name in unread]
 
+    def notes(self) -> list[str]:
+        """What to say of columns that no entry reads."""
+        return [
+            f"note: {path}: columns that are not read: {', '.join(unread)}"
+            for path, unread in self.unread.items()
+            if unread
+        ]
+
 
 def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     """Return the rows of a source, each with just the columns asked for; what else there is to know goes to `seen`.

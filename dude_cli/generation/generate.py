@@ -1,4 +1,4 @@
-"""Text from a model: the answer to one prompt, as it grows."""
+"""Text from a model: the answer to one prompt, as it grows, or to several at once."""
 
 from __future__ import annotations
 
@@ -73,36 +73,70 @@ class Generator:
         prompt, its first space included, special tokens left out. Raises UsageError for an empty prompt and one that
         leaves no room in the model's context, DivergedError for logits that are NaN, ResourceError out of memory.
         """
+        prompt = self.form.prompt(conversation)
+        self.check_room(prompt)
+        stream = _TextStream(self.tokenizer, prompt.ids, self.stop_ids, on_text)
+        fix = "lower it, shorten the prompt, or use --dtype bfloat16"
+        with memory_errors("out of memory", where="--max-new-tokens", fix=fix):
+            (new_ids,) = self._new_ids([prompt], [number], stream)
+        return self._answer(prompt, stream.text, new_ids)
+
+    def answer_all(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> list[Answer]:
+        """The answers to several prompts at once, each the one that `answer` gives with its number, but for rounding.
+
+        Raises DivergedError, and what torch raises out of memory.
+        """
+        found = []
+        for prompt, new_ids in zip(prompts, self._new_ids(prompts, numbers), strict=True):
+            stream = _TextStream(self.tokenizer, prompt.ids, self.stop_ids, lambda text: None)
+            stream.put_all(new_ids)
+            found.append(self._answer(prompt, stream.text, new_ids))
+        return found
+
+    def _answer(self, prompt: Prompt, completion: str, new_ids: list[int]) -> Answer:
+        return Answer(prompt, completion, len(new_ids), "eos" if new_ids[-1] in self.stop_ids else "length")
+
+    def _new_ids(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], stream: _TextStream | None = None
+    ) -> list[list[int]]:
+        """The tokens of each answer, with the one that ended it."""
+        from dude_cli.adapter import constant_adapters
+
+        padded = self._padded(prompts)
+        choice = _Choice(self.sampling, numbers, self.model.device)
+        with constant_adapters(self.model), self._own_settings():
+            output = self.model.generate(**padded, streamer=stream, logits_processor=[choice])
+        width = padded["input_ids"].shape[1]
+        return [self._until_the_end(ids) for ids in output[:, width:].tolist()]
+
+    def first_logits(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """What the first token of each of several answers is chosen by."""
+        with self._own_settings():
+            output = self.model.generate(
+                **self._padded(prompts), max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _padded(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """A batch: shorter prompts are padded in front. transformers counts positions from where the mask begins."""
         import torch
 
-        from dude_cli.adapter import constant_adapters
-        from dude_cli.system.runtime import seed_everything
+        device, width = self.model.device, max(len(prompt.ids) for prompt in prompts)
+        pads = [width - len(prompt.ids) for prompt in prompts]
+        ids = [[self.form.encoder.eos_id] * pad + prompt.ids for pad, prompt in zip(pads, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        return {
+            "input_ids": torch.tensor(ids, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+        }
 
-        prompt = self.form.prompt(conversation)
-        self._check_room(prompt)
-        stream = _TextStream(self.tokenizer, prompt.ids, self.stop_ids, on_text)
-        ids = torch.tensor([prompt.ids], device=self.model.device)
-        seed_everything(self.sampling.seed, number)
-        fix = "lower it, shorten the prompt, or use --dtype bfloat16"
-        no_memory = memory_errors("out of memory", where="--max-new-tokens", fix=fix)
-        with no_memory, constant_adapters(self.model), self._own_settings():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=stream,
-                logits_processor=[self._scores],
-            )
-        new_ids = output[0, len(prompt.ids) :].tolist()
-        is_ended = bool(new_ids) and new_ids[-1] in self.stop_ids
-        return Answer(prompt, stream.text, len(new_ids), "eos" if is_ended else "length")
+    def _until_the_end(self, ids: list[int]) -> list[int]:
+        """Without what a batch has behind the end of an answer that is not its longest."""
+        return ids[: next((place for place, token in enumerate(ids, 1) if token in self.stop_ids), len(ids))]
 
-    def _scores(self, _ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """What the next token is chosen by, before `top_p`: transformers has no temperature to divide by."""
-        _refuse_nan(logits)
-        temperature = self.sampling.temperature
-        return at_temperature(logits, temperature) if temperature > 0 else logits
-
-    def _check_room(self, prompt: Prompt) -> None:
+    def check_room(self, prompt: Prompt) -> None:
+        """Raise UsageError for an empty prompt, and for one that leaves no room for the longest answer."""
         if not prompt.ids:
             raise UsageError("the prompt is empty", where="--prompt", fix="give some text")
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -120,18 +154,48 @@ class Generator:
         """transformers fills what a call leaves open from the model's generation config: ours takes its place."""
         from transformers import GenerationConfig
 
-        sampling, before = self.sampling, self.model.generation_config
-        is_random = sampling.temperature > 0
+        before = self.model.generation_config
         self.model.generation_config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=self.sampling.max_new_tokens,
             eos_token_id=sorted(self.stop_ids),
-            pad_token_id=self.form.encoder.eos_id,  # one prompt at a time: nothing is padded, but one must be named
-            **({"do_sample": True, "top_p": sampling.top_p, "top_k": 0} if is_random else {}),
+            pad_token_id=self.form.encoder.eos_id,  # behind the end of an answer, while others in its batch go on
         )
         try:
             yield
         finally:
             self.model.generation_config = before
+
+
+class _Choice:
+    """Chooses the next token of each prompt of a batch: of the logits it leaves that one.
+
+    At random each has a generator of its own, so that an answer does not depend on what else is in the batch.
+    transformers has one for all, and no temperature to divide by.
+    """
+
+    def __init__(self, sampling: Sampling, numbers: Sequence[int], device: torch.device) -> None:
+        import torch
+
+        from dude_cli.system.runtime import torch_seed
+
+        self._sampling = sampling
+        self._generators = [torch.Generator(device).manual_seed(torch_seed(sampling.seed, each)) for each in numbers]
+
+    def __call__(self, ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        import torch
+        from transformers import TopPLogitsWarper
+
+        _refuse_nan(logits)
+        sampling = self._sampling
+        if sampling.temperature == 0:
+            return logits
+        scores = at_temperature(logits, sampling.temperature)
+        if sampling.top_p < 1:
+            scores = TopPLogitsWarper(sampling.top_p)(ids, scores)
+        shares = scores.softmax(-1)
+        pairs = zip(shares, self._generators, strict=True)
+        chosen = torch.stack([torch.multinomial(share, 1, generator=generator) for share, generator in pairs])
+        return torch.full_like(logits, -math.inf).scatter(1, chosen, 0.0)
 
 
 class _TextStream:
@@ -150,12 +214,21 @@ class _TextStream:
 
     def put(self, tokens: torch.Tensor) -> None:
         if self._has_begun:  # the first call brings the prompt
-            self._ids += [token for token in tokens.flatten().tolist() if token not in self._stop_ids]
-            self._emit(is_last=False)
+            self._add(tokens.flatten().tolist())
         self._has_begun = True
+
+    def put_all(self, new_ids: Sequence[int]) -> None:
+        """Take a whole answer, token by token as if it came so."""
+        for token in new_ids:
+            self._add([token])
+        self.end()
 
     def end(self) -> None:
         self._emit(is_last=True)
+
+    def _add(self, tokens: list[int]) -> None:
+        self._ids += [token for token in tokens if token not in self._stop_ids]
+        self._emit(is_last=False)
 
     def _emit(self, *, is_last: bool) -> None:
         before, after = self._decode(self._ids[: self._shown]), self._decode(self._ids)

@@ -44,10 +44,19 @@ def seed_everything(*parts: object) -> None:
     import numpy as np
     import torch
 
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    digest = _digest(*parts)
     random.seed(digest)
     np.random.seed(int.from_bytes(digest[:4], "big"))
-    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+    torch.manual_seed(torch_seed(*parts))
+
+
+def torch_seed(*parts: object) -> int:
+    """What `seed_everything` seeds torch with, for a generator beside torch's own."""
+    return int.from_bytes(_digest(*parts)[:7], "big")
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
 
 
 class StopSignal:

@@ -761,7 +761,24 @@ def test_own_rows_are_scored_again_when_they_are_others(runs: Path, tmp_path: Pa
     assert "own.jsonl is scored again: it has other questions now" in evaluated(runs, *ask).stderr
     assert scored == ["own.jsonl"] * 2
     evaluated(runs, *ask, "--limit", "2")
-    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"own.jsonl.json", "own.jsonl.limit-2.json"}
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {
+        "own.jsonl.rows.json",
+        "own.jsonl.rows.limit-2.json",
+    }
+
+
+def test_rows_of_another_place_take_the_place_of_those_of_their_name_with_a_word(
+    runs: Path, tmp_path: Path, scored: list[str]
+) -> None:
+    said = []
+    for folder, count in (("one", 3), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        own_rows(tmp_path / folder / "own.jsonl", count=count)
+        said.append(
+            evaluated(tmp_path, runs / "runs/a", "--rows", f"{folder}/own.jsonl", "--output", tmp_path / "out").stderr
+        )
+    assert ["its rows were one/own.jsonl and are two/own.jsonl" in text for text in said] == [False, True]
+    assert scored == ["own.jsonl"] * 2
 
 
 def test_two_runs_are_compared_on_own_rows_and_not_on_what_a_file_was(
@@ -778,8 +795,11 @@ def test_two_runs_are_compared_on_own_rows_and_not_on_what_a_file_was(
     document = json.loads(evaluated(runs, *compare, "--rows", rows, "--json").stdout)
     assert scored == ["own.jsonl"] * 4
     assert document["comparisons"][0]["test"]["n"] == 2
-    # A file says which rows it is of.
-    evaluated(runs, "--compare", tmp_path / "out/a/own.jsonl.json", "runs/b", "--output", tmp_path / "other")
+    # A file says which rows it is of, and others are not for it.
+    assert "--rows" in refused(
+        runs, "--compare", tmp_path / "out/a/own.jsonl.rows.json", "runs/b", "--rows", "others.jsonl"
+    )
+    evaluated(runs, "--compare", tmp_path / "out/a/own.jsonl.rows.json", "runs/b", "--output", tmp_path / "other")
     assert scored == ["own.jsonl"] * 5
 
 
@@ -789,6 +809,9 @@ def test_two_runs_are_compared_on_own_rows_and_not_on_what_a_file_was(
         ("own.jsonl", ("--num-fewshot", "2"), "--num-fewshot"),
         ("own.jsonl", ("--apply-chat-template",), "--apply-chat-template"),
         ("own.jsonl", ("--rows", "own.jsonl"), "given twice"),
+        ("own.jsonl", ("--task", "own.jsonl"), "given twice"),
+        ("", (), "names no data set"),
+        ("{path: own.jsonl, splitt: test}", (), "did you mean `split`"),
         ("others.jsonl", (), "the rows of the training have 'prompt' and 'completion'"),
         ("owm.jsonl", (), "did you mean own.jsonl"),
     ],

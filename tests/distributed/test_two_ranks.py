@@ -199,7 +199,7 @@ def test_an_evaluation_that_two_ranks_share_has_the_prompts_and_scores_of_one(sh
 
 def test_own_rows_that_two_ranks_share_have_the_loss_of_one(sharded):
     folder, _ = sharded
-    file = "own.jsonl.limit-3.json"
+    file = "own.jsonl.rows.limit-3.json"
     two, one = (json.loads((place / file).read_text()) for place in (folder / "run/eval", folder / "alone"))
     assert two["prompt_hashes"] == one["prompt_hashes"]
     for side in ((two, one), (two["base"], one["base"])):
