@@ -211,6 +211,32 @@ def test_of_what_was_scored_before_the_base_alone_is_missing(runs: Path, tmp_pat
     assert "batch_size differs: 8 and 3" in done.stderr
 
 
+def test_each_base_that_is_scored_later_has_the_batch_size_of_its_own_task(
+    runs: Path, tmp_path: Path, scored: list[str]
+) -> None:
+    place = ("--output", tmp_path)
+    evaluated(runs, "runs/a", "--task", "quickstart_problems", "--limit", "2", "--batch-size", "3", *place)
+    evaluated(runs, "runs/a", *CHOICES, "--batch-size", "2", *place)
+    scored.clear()
+    evaluated(runs, "runs/a", *BOTH, "--base", *place)
+    assert scored == ["quickstart_choices", "quickstart_problems"]
+    for task, size in (("quickstart_problems", 3), ("quickstart_choices", 2)):
+        document = json.loads((tmp_path / f"{task}.limit-2.json").read_text())
+        assert document["config"]["batch_size"] == size
+
+
+def test_a_task_whose_prompts_are_others_each_time_has_no_difference_to_the_base(
+    runs: Path, tmp_path: Path, scored: list[str]
+) -> None:
+    (tmp_path / "asked.py").write_text("import os\n\n\ndef text(doc):\n    return os.urandom(4).hex() + ' Answer:'\n")
+    text = '"{{question.strip()}} Answer:"'
+    (tmp_path / "drawn.yaml").write_text(DRAWN.replace(text, "!function asked.text").replace("num_fewshot: 1", ""))
+    ours = ("runs/a", "--task", "drawn", "--limit", "2", "--include-path", tmp_path, "--output", tmp_path / "out")
+    evaluated(runs, *ours)
+    assert "its prompts or questions are others each time" in refused(runs, *ours, "--base", "--rescore")
+    assert scored == ["drawn"] * 3
+
+
 def test_scoring_again_keeps_the_bases_part(runs: Path, tmp_path: Path, scored: list[str]) -> None:
     place = ("--output", tmp_path)
     evaluated(runs, "runs/a", *CHOICES, "--base", *place)

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dude_cli.evaluation import results_json, results_table, write_results
+from dude_cli.config import DataSource, EvalTask
+from dude_cli.evaluation import join_results, results_json, results_table, write_results
+from dude_cli.evaluation.compare import answer_of
 from dude_cli.evaluation.results import differences
+from dude_cli.evaluation.saved import results_path
 from dude_cli.evaluation.statistics import paired_difference, weighted_standard_error
 
 
@@ -246,3 +249,17 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == old
+
+
+def test_rows_of_the_users_own_never_take_the_file_of_a_benchmark() -> None:
+    rows = EvalTask(name="gsm8k", rows=[DataSource(path="openai/gsm8k")])
+    assert results_path(Path("eval"), rows, None) != results_path(Path("eval"), EvalTask(name="gsm8k"), None)
+
+
+def test_of_several_tasks_the_time_is_that_of_all() -> None:
+    parts = [{"total_evaluation_time_seconds": took, "results": {}} for took in ("1.5", "2.25")]
+    assert join_results(parts)["total_evaluation_time_seconds"] == "3.75"
+
+
+def test_a_generated_answer_is_shown_whatever_its_task_calls_its_metrics() -> None:
+    assert answer_of({"filtered_resps": ["42"], "loss": 0.5, "target": "42"}) == "42"
