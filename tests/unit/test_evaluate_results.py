@@ -261,5 +261,6 @@ def test_of_several_tasks_the_time_is_that_of_all() -> None:
     assert join_results(parts)["total_evaluation_time_seconds"] == "3.75"
 
 
-def test_a_generated_answer_is_shown_whatever_its_task_calls_its_metrics() -> None:
-    assert answer_of({"filtered_resps": ["42"], "loss": 0.5, "target": "42"}) == "42"
+def test_a_choice_is_shown_whatever_its_task_calls_its_metrics() -> None:
+    sample = {"filtered_resps": [(-1.0, False), (-0.5, True)], "loss": 0.5, "target": "1", "doc": {}}
+    assert answer_of(sample) == "choice 2"
