@@ -162,3 +162,14 @@ def test_rows_that_are_too_long_are_named_before_the_first_answer(run, tmp_path)
 def test_a_prompt_for_two_columns_points_to_the_rows(run):
     done = dude_here("generate", run, "--prompt", "Ann", "--max-new-tokens", "1")
     assert "--rows FILE answers rows that have them" in done.stderr
+
+
+def test_as_many_answers_are_exact_as_an_evaluation_on_the_rows_says(tmp_path):
+    """One generates them, the other asks how likely the rows' own answers are."""
+    rows = ("--rows", "{path: 'embedded:quickstart', split: 'dev[:30]'}")
+    answered = dude_here("generate", "embedded:quickstart", *rows, "--output", tmp_path / "answers.jsonl", "--json")
+    scored = dude_here("eval", "embedded:quickstart", *rows, "--json", cwd=tmp_path)
+    exact = json.loads(answered.stdout)["exact_matches"]
+    assert 0 < exact < 30
+    score = json.loads(scored.stdout)["results"]["embedded:quickstart"]["exact_match,none"]
+    assert score == pytest.approx(exact / 30)
