@@ -11,7 +11,7 @@ from typing import Any
 
 from dude_cli.errors import UsageError
 from dude_cli.evaluation.chat import chat_template, prompt_settings
-from dude_cli.evaluation.harness import own_generation_length, quiet
+from dude_cli.evaluation.harness import own_generation_length, quiet, templates_compiled_once
 from dude_cli.evaluation.results import plain
 from dude_cli.evaluation.saved import other_examples, read_results, requested_task, results_path
 from dude_cli.evaluation.tasks import FEWSHOT_SEED, LoadedTask
@@ -29,8 +29,7 @@ def changes_since(results: Mapping[str, Any], found: LoadedTask, tokenizer: Any 
     """What is not as it was when a task's stored `results` were made, in words; none if they can be taken again.
 
     `tokenizer` is the model's as it is now, for a task that is asked in its chat template.
-    A prompt is made of the task's template, its examples and the question. All prompts would take minutes for mmlu, so
-    the first one of each part is made, which shows the first two, and the questions are compared by their hashes.
+    All prompts are made, and they and the questions with their answers compared by their hashes.
     """
     version = importlib.metadata.version("lm_eval")
     if results["lm_eval_version"] != version:
@@ -44,7 +43,7 @@ def changes_since(results: Mapping[str, Any], found: LoadedTask, tokenizer: Any 
     if found.request.apply_chat_template and results["chat_template"] != chat_template(tokenizer):
         return ["its chat template is another one now"]
     settings = prompt_settings(found.request, tokenizer)
-    with quiet():
+    with quiet(), templates_compiled_once():
         changed = [_change(results, name, task, found.request.limit, settings) for name, task in found.tasks.items()]
     return list(dict.fromkeys(filter(None, changed)))
 
@@ -79,9 +78,18 @@ def _change(
     asked = {sample["doc_id"]: sample["doc_hash"] for sample in results["samples"].get(name, [])}
     if asked != {number: _doc_hash(doc) for number, doc in task.doc_iterator(limit=limit)}:
         return "it has other questions now"
+    is_same = _prompts_hash(task, limit, settings) == results["prompt_hashes"][name]
+    return None if is_same else "its prompts are others now"
+
+
+def _prompts_hash(task: Any, limit: int | None, settings: Mapping[str, Any]) -> str:
+    """What the results of a task have as its `prompt_hashes`."""
+    from lm_eval.utils import hash_string
+
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    task.build_all_requests(limit=1, **settings)
-    return None if task.instances[0].args[0] == results["prompt_examples"][name] else "its prompts are others now"
+    task.build_all_requests(limit=limit, **settings)
+    first = {instance.doc_id: instance for instance in reversed(task.instances)}  # of each question's requests
+    return str(hash_string("".join(hash_string(first[number].args[0]) for number in sorted(first))))
 
 
 def _judging(config: Mapping[str, Any]) -> Any:

@@ -15,7 +15,14 @@ from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError, memory_errors
 from dude_cli.evaluation.chat import chat_renderer, chat_template, check_system_instruction, has_place_for_system
 from dude_cli.evaluation.compare import different_settings
-from dude_cli.evaluation.harness import OnProgress, fit_generation_length, harness_model, left_as_found, quiet
+from dude_cli.evaluation.harness import (
+    OnProgress,
+    fit_generation_length,
+    harness_model,
+    left_as_found,
+    quiet,
+    templates_compiled_once,
+)
 from dude_cli.evaluation.results import BY_TASK, differences
 from dude_cli.evaluation.row_reader import RowReader
 from dude_cli.evaluation.saved import join_results
@@ -125,7 +132,7 @@ def evaluate(
     date = time.time()
     if tasks is None:
         tasks = load_request(request, accelerator=accelerator, log=log)
-    with left_as_found(model), quiet(), _off_network(request):
+    with left_as_found(model), quiet(), templates_compiled_once(), _off_network(request):
         lm = harness_model(model, tokenizer, request.batch_size, on_progress, accelerator, log)
         bootstrap_iters = BOOTSTRAP_ITERS if accelerator is None or accelerator.is_main_process else 0
         names = {"adapter_sha256": adapter_sha256, "base_fingerprint": base_fingerprint, "date": date}

@@ -25,6 +25,7 @@ from dude_cli.errors import UsageError
 from dude_cli.evaluation import chat_template
 from dude_cli.evaluation.tasks import offline
 from dude_cli.model import load_model
+from dude_cli.quickstart import documents
 from dude_cli.reproduce import Job
 from dude_cli.reproduce.plan import Run
 
@@ -284,6 +285,19 @@ def test_a_task_that_has_changed_is_scored_again(runs: Path, tmp_path: Path, sco
     assert scored == ["drawn"]
     task.write_text(DRAWN.replace(*CHANGES[change]))
     assert "drawn is scored again: " in evaluated(runs, *ours).stderr
+    assert scored == ["drawn"] * 2
+
+
+def test_a_prompt_that_has_changed_far_behind_the_first_is_seen(runs: Path, tmp_path: Path, scored: list[str]) -> None:
+    task, text = tmp_path / "drawn.yaml", "{{question.strip()}} Answer:"
+    task.write_text(DRAWN)
+    ours = ("runs/a", "--task", "drawn", "--limit", "5", "--include-path", tmp_path, "--output", tmp_path / "out")
+    last = list(documents.choice_splits()["test"])[4]["question"].strip()
+    evaluated(runs, *ours)
+    task.write_text(
+        DRAWN.replace(text, "{{question.strip()}}{% if question.strip() == '" + last + "' %}!{% endif %} Answer:")
+    )
+    assert "drawn is scored again: its prompts are others now" in evaluated(runs, *ours).stderr
     assert scored == ["drawn"] * 2
 
 

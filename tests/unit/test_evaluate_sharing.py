@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 
+import lm_eval.utils
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,3 +58,17 @@ def test_out_of_memory_an_evaluation_goes_on_with_half_of_the_batch(monkeypatch)
     most = 0
     with pytest.raises(ResourceError, match="out of memory, with one prompt at a time too"):
         evaluate(model, tokenizer, EvalRequest(TASKS, batch_size=2))
+
+
+def test_an_evaluation_compiles_each_template_once(monkeypatch):
+    compiled = []
+    environment = type(lm_eval.utils.env)
+    ours = environment.from_string
+
+    def from_string(env, source, **settings):
+        compiled.append(source)
+        return ours(env, source, **settings)
+
+    monkeypatch.setattr(environment, "from_string", from_string)
+    evaluate(load_model(QUICKSTART), load_tokenizer(QUICKSTART), EvalRequest(TASKS[:1], batch_size=4))
+    assert len(compiled) == len(set(compiled)) > 0

@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lm_eval.utils
 import pytest
 
 from dude_cli.config import EvalTask
 from dude_cli.errors import UsageError
+from dude_cli.evaluation.harness import templates_compiled_once
 from dude_cli.evaluation.tasks import LoadedTask, load_tasks, offline
 
 MMLU_README = """---
@@ -220,3 +222,27 @@ def test_a_task_and_a_group_that_has_it_are_refused(data_dir: Path, tmp_path: Pa
     (tmp_path / "mine" / "group.yaml").write_text("{group: pair, task: [mine]}")
     with pytest.raises(UsageError, match="`mine` is part of both `pair` and `mine`"):
         load(EvalTask(name="pair"), EvalTask(name="mine"), data_dir=data_dir, include_paths=(tmp_path / "mine",))
+
+
+def test_each_template_of_a_task_is_compiled_once(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval does it for each question and each example: minutes for mmlu. The prompts are the same."""
+    (found,) = load(EvalTask(name="mmlu_anatomy"), data_dir=data_dir)
+    (task,) = found.tasks.values()
+    compiled: list[str] = []
+    environment = type(lm_eval.utils.env)
+    ours = environment.from_string
+
+    def from_string(env: Any, source: str, **settings: Any) -> Any:
+        compiled.append(source)
+        return ours(env, source, **settings)
+
+    monkeypatch.setattr(environment, "from_string", from_string)
+    plain = prompts(task)
+    assert len(compiled) > len(set(compiled)) > 0
+    compiled.clear()
+    with templates_compiled_once():
+        assert prompts(task) == plain
+    assert len(compiled) == len(set(compiled)) > 0
+    compiled.clear()
+    prompts(task)  # as before
+    assert len(compiled) > len(set(compiled))
