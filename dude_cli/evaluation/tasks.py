@@ -168,6 +168,7 @@ def _write_task_files(folder: Path, data_dir: Path | None) -> dict[str, str]:
     files = {root / "gsm8k" / "gsm8k.yaml": "gsm8k"}
     files |= dict.fromkeys(sorted((root / "mmlu" / "default").glob("*.yaml")), "mmlu")
     benchmarks = {} if data_dir is None else _write_protocol_files(folder / PROTOCOLS, data_dir)
+    local = {} if data_dir is None else {name: _local_data(data_dir / name) for name in set(files.values())}
     for official, benchmark in files.items():
         config = yaml.safe_load(official.read_text(encoding="utf-8"))
         benchmarks[config.get("group") or config["task"]] = benchmark
@@ -176,9 +177,8 @@ def _write_task_files(folder: Path, data_dir: Path | None) -> dict[str, str]:
         changed: dict[str, Any] = {"include": str(official)}
         if benchmark == "gsm8k":
             changed["fewshot_config"] = {"sampler": "first_n"}
-        if data_dir is not None:
-            # A group hands its keys on to its members, so this reaches the subjects under `mmlu` as well.
-            changed |= _local_data(data_dir / benchmark)
+        # A group hands its keys on to its members, so this reaches the subjects under `mmlu` as well.
+        changed |= local.get(benchmark, {})
         ours = folder / official.relative_to(root)
         ours.parent.mkdir(parents=True, exist_ok=True)
         ours.write_text(yaml.safe_dump(changed), encoding="utf-8")
