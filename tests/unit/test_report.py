@@ -254,6 +254,18 @@ def test_with_early_stopping_the_loss_is_that_of_the_adapter_that_is_kept(tmp_pa
     assert "kept" not in rows(numbers(folders[1:]), "runs")[0]
 
 
+def test_losses_on_earlier_validation_rows_are_no_part_of_the_curve(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=80)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "eval_loss" in line:
+            line |= {"eval_loss": 0.1 if line["step"] < 40 else 1.0} | ({"new_rows": True} if line["step"] == 40 else {})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(folder).series("eval_loss") == ([40, 50, 60, 70, 80], [1.0] * 5)
+    (row,) = rows(numbers([folder], losses=[0.2]), "convergence")
+    assert row["reached"] == 0
+
+
 def test_an_alpha_that_is_the_rank_is_the_same_written_out(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3)]
     for folder, alpha in zip(folders[1:], ("4", "8"), strict=True):
