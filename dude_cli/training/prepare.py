@@ -41,7 +41,7 @@ from dude_cli.training.init_from import source_run, template_note
 from dude_cli.training.plan import Plan, make_plan, packs_flat
 from dude_cli.training.positions import check_positions
 from dude_cli.training.resume import checkpoint_to_continue
-from dude_cli.training.run_dir import begun_at, begun_base_revision, check_base, check_writable, clear_run
+from dude_cli.training.run_dir import begun_at, begun_base_revision, check_base, check_writable, clear_run, has_steps
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
 from dude_cli.training.trackers import check_trackers
@@ -180,7 +180,7 @@ def prepare(
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     record = environment(str(accelerator.device), origin.world_size, model_revision)
     record |= {"data_revisions": data.revisions, "begun_at": moment}
-    on_main_rank(accelerator, lambda: _write_run(config, record, data.train, checkpoint, overwrite=overwrite))
+    on_main_rank(accelerator, lambda: _write_run(config, record, data.train, overwrite=overwrite))
     return Prepared(
         config=config,
         model=model,
@@ -265,12 +265,11 @@ def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], N
         say(f"{len(names)} layers smaller than rank {config.adapter.rank} get no adapter: {shown}")
 
 
-def _write_run(
-    config: Config, record: dict[str, Any], rows: EncodedRows, checkpoint: Path | None, *, overwrite: bool
-) -> None:
+def _write_run(config: Config, record: dict[str, Any], rows: EncodedRows, *, overwrite: bool) -> None:
     if overwrite:
         clear_run(config)
-    record_trained_rows(config.run_dir, rows, None if checkpoint is None else config.run_dir, source_run(config))
+    begun = config.run_dir if has_steps(config.run_dir) else None
+    record_trained_rows(config.run_dir, rows, begun, source_run(config))
     files.write_text(config.run_dir / "config.yaml", dump_config(config))
     files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
 
