@@ -89,6 +89,14 @@ def test_scores_have_mean_deviation_and_n_and_lm_evals_error_apart(written: tupl
     assert rows(written[0], "headline")[1]["eval_loss"]["n"] == 2
 
 
+def test_what_is_over_the_runs_with_a_base_alone_says_of_how_many(runs: list[Path], tmp_path: Path) -> None:
+    without = write_run(tmp_path / "without", seed=3, final_loss=0.8, right=RIGHT["dude", 1])
+    lora, dude = rows(numbers([*runs, without]), "scores")
+    assert (lora["n"], lora["n_base"]) == (2, 2)
+    assert (dude["n"], dude["n_base"], dude["base"]) == (3, 2, pytest.approx(0.25))
+    assert all("n_base" not in row for row in rows(numbers(runs), "scores"))
+
+
 def test_a_loss_is_looked_up_in_every_run_with_its_tokens(runs: list[Path]) -> None:
     document = numbers(runs, losses=[1.2, 0.65])
     found = {(row["loss"], row["setting"]): row for row in rows(document, "convergence")}
@@ -259,7 +267,8 @@ def test_losses_on_earlier_validation_rows_are_no_part_of_the_curve(tmp_path: Pa
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "eval_loss" in line:
-            line |= {"eval_loss": 0.1 if line["step"] < 40 else 1.0} | ({"new_rows": True} if line["step"] == 40 else {})
+            line["eval_loss"] = 0.1 if line["step"] < 40 else 1.0
+            line |= {"new_rows": True} if line["step"] == 40 else {}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_run(folder).series("eval_loss") == ([40, 50, 60, 70, 80], [1.0] * 5)
     (row,) = rows(numbers([folder], losses=[0.2]), "convergence")
