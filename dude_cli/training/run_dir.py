@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 INITIAL, RESULT = "initial", "adapter"
 REPORT_FILES = ("report.html", "report.md")
-FILES = (
-    *("config.yaml", "environment.json", METRICS_FILE, MEMORY_FILE, LAYERS_FILE, TRAINED_ROWS_FILE),
-    *REPORT_FILES,
-)
-FOLDERS = (INITIAL, RESULT, BEST, CHECKPOINTS, "eval", *TRACKERS)
+# What a run folder holds. First what is there before step 1, which starting anew writes over.
+PREPARED = (INITIAL, "config.yaml", "environment.json", TRAINED_ROWS_FILE)
+# Then what starting anew deletes, in this order: what is said of the adapter first, so that none of it is there beside
+# another one, should that be cut short.
+TRAINED = ("eval", *REPORT_FILES, LAYERS_FILE, RESULT, BEST, CHECKPOINTS, *TRACKERS, METRICS_FILE, MEMORY_FILE)
 # Settings that may change between two parts of one run: they do not touch what is learned.
 FREE_SETTINGS = {
     "logging_steps",
@@ -61,7 +61,7 @@ def check_run_dir(config: Config) -> None:
     folder = config.run_dir
     if folder.is_file():
         raise UsageError(f"{folder} is a file", where="output_dir", fix="name a folder")
-    refuse_links(folder, (*FILES, *FOLDERS, LOCK_FILE))
+    refuse_links(folder, (*PREPARED, *TRAINED, LOCK_FILE))
     for name in (INITIAL, RESULT, BEST):
         files.recover_folder(folder / name)
     # Hidden files may be what a killed process left half-written.
@@ -152,9 +152,7 @@ def begun_at(config: Config) -> datetime | None:
 
 def clear_run(config: Config) -> None:
     """Delete what an earlier training left in the run folder; `initial/` stays, and is reused if it fits."""
-    # What is said of the adapter first: none of it may be there beside another one, should this be cut short.
-    left = ("eval", *REPORT_FILES, LAYERS_FILE, RESULT, BEST, CHECKPOINTS, *TRACKERS, METRICS_FILE, MEMORY_FILE)
-    for name in left:
+    for name in TRAINED:
         files.delete(config.run_dir / name)
 
 
