@@ -40,8 +40,8 @@ from dude_cli.training.forecast import forecast
 from dude_cli.training.init_from import source_run, template_note
 from dude_cli.training.plan import Plan, make_plan, packs_flat
 from dude_cli.training.positions import check_positions
-from dude_cli.training.resume import checkpoint_to_continue
-from dude_cli.training.run_dir import begun_at, begun_base_revision, check_base, check_writable, clear_run, has_steps
+from dude_cli.training.resume import begun_at, begun_base_revision, checkpoint_to_continue, refuse_moved_base
+from dude_cli.training.run_dir import check_writable, clear_run, has_steps
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
 from dude_cli.training.trackers import check_trackers
@@ -139,7 +139,7 @@ def prepare(
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
     # One commit for all that is read of a base from the hub, whatever its branch points to in the meantime.
     if not overwrite:
-        check_base(config)
+        refuse_moved_base(config)
     begun = None if overwrite else begun_base_revision(config)
     model_revision = begun or on_main_rank(accelerator, lambda: hub_commit(config.model))
     base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
