@@ -216,7 +216,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """The same for machines, with the estimate's assumptions and its sum."""
+    """What `dude reproduce --plan --json` prints: runs and hours by setting, the estimate's assumptions and its sum."""
     settings = [_setting_plan(plan, setting) for setting in plan.settings]
     training = [row["training_hours"] for row in settings]
     evaluation = sum(row["evaluation_hours"] for row in settings)

@@ -95,7 +95,7 @@ class Prepared:
         return sum(layer.trainable_parameters for layer in self.layers)
 
     def report(self) -> dict[str, object]:
-        """The same for machines: what `dude init --json` prints."""
+        """What `dude init --json` prints: layers, data, plan, memory, and where the start comes from."""
         reports: dict[str, DataReport | None] = {
             "train": self.data.train_report,
             "validation": self.data.validation_report,
@@ -150,11 +150,7 @@ def prepare(
     note = template_note(config, tokenizer)
     if note:
         say(note)
-    for task in config.eval.tasks:  # after hours of training it would be a pity
-        if task.apply_chat_template:
-            default_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
-        if task.rows is not None:
-            as_trained(task.rows, config.data, config.data.max_length)
+    _check_tasks(config, tokenizer)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))
@@ -213,6 +209,18 @@ def _check_fit(config: Config, base: ModelConfig, tokenizer: PreTrainedTokenizer
         return
     check_vocabulary(model, tokenizer)
     check_ranks(find_targets(model, config.adapter), config.adapter.rank)
+
+
+def _check_tasks(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DudeError for a task of `eval.tasks` that cannot be asked: after hours of training it would be a pity.
+
+    That is one to be asked as a chat where there is no chat template, or rows that are not of the training's form.
+    """
+    for task in config.eval.tasks:
+        if task.apply_chat_template:
+            default_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
+        if task.rows is not None:
+            as_trained(task.rows, config.data, config.data.max_length)
 
 
 def _load_base(
