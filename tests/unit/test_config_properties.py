@@ -31,7 +31,7 @@ FULL = {
         "prompt": "Q: {q}\n",
         "completion": "{a}",
     },
-    "eval": {"tasks": [{"name": "gsm8k"}]},
+    "eval": {"tasks": [{"name": "own", "rows": [{"path": "c"}]}]},
     "output_dir": "runs/full",
 }
 
