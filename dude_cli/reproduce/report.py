@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.report.markup import escaped, table_row
+from dude_cli.markup import escaped, table_row
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Plan, Setting, estimate_hours
 from dude_cli.reproduce.recipe import EVAL_LOSS
