@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# Either has a vocabulary; there are other names for it beside them.
 UNKNOWN_CONTEXT = 2048
+# Either has a vocabulary; there are other names for it beside them.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 

@@ -45,11 +45,22 @@ def _without_dashes(option: str | None, words: Sequence[str]) -> str | None:
     """What to write for an option that is a key of the config; None for any other."""
     from dude_cli.config.hints import key_of_option
 
-    key = None if option is None or words[:1] not in (["init"], ["train"]) else key_of_option(option)
+    if option is None or words[:1] not in (["init"], ["train"]):
+        return None
+    # Of `-rank` click names `-r`, as if it were several options of one letter.
+    is_letter = not option.startswith("--")
+    places = [
+        place
+        for place, word in enumerate(words)
+        if word.partition("=")[0] == option or (is_letter and word.startswith(option))
+    ]
+    if not places:
+        return None
+    name, _, value = words[places[0]].partition("=")
+    key = key_of_option(name)
     if key is None:
         return None
-    (place, word), *_ = [(place, word) for place, word in enumerate(words) if word.partition("=")[0] == option]
-    value = word.partition("=")[2] or "".join(words[place + 1 : place + 2])
+    value = value or "".join(words[places[0] + 1 : places[0] + 2])
     return f"write `{key}={value}`: a key of the config has no dashes, and its value belongs to the same word"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 
@@ -17,14 +18,15 @@ from dude_cli.training.prepare import Prepared, prepare
 
 
 class StopAfter(StopSignal):
-    """Stands for a signal that arrives in a step: the training asks once a step."""
+    """Stands for a signal that arrives in a step: the training asks once a step, an evaluation without gradients."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.left = steps
 
     def __bool__(self) -> bool:
-        self.left -= 1
+        if torch.is_grad_enabled():
+            self.left -= 1
         if self.left == 0:
             self.name = "SIGTERM"
         return self.name is not None

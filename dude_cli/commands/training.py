@@ -34,7 +34,8 @@ def init(
     from dude_cli.training.decompositions import check_decompositions
     from dude_cli.training.init_report import init_report
     from dude_cli.training.prepare import prepare
-    from dude_cli.training.run_dir import alone_in_run_dir, check_run_dir, is_finished_run
+    from dude_cli.training.resume import is_finished_run
+    from dude_cli.training.run_dir import alone_in_run_dir, check_run_dir
 
     if estimate:
         _estimate(config, count, output)
@@ -96,7 +97,8 @@ def train(
     from dude_cli.training.loop import train as run_training
     from dude_cli.training.metrics import run_summary, summary_lines
     from dude_cli.training.prepare import prepare
-    from dude_cli.training.run_dir import alone_in_run_dir, changed_settings, check_run_dir, is_finished_run
+    from dude_cli.training.resume import changed_settings, is_finished_run
+    from dude_cli.training.run_dir import alone_in_run_dir, check_run_dir
 
     accelerator = make_accelerator(config.train.distributed_timeout_s)
     output = output.on_rank(accelerator.is_main_process)

@@ -23,6 +23,8 @@ from dude_cli.template import parse_template
 PositiveInt = Annotated[int, Field(gt=0)]
 # Far above any that trains, and below those with which a step of AdamW has no number in float32.
 LearningRate = Annotated[float, Field(gt=0, le=1000)]
+# Far outside of any that trains, and within those with which the start and the norms have numbers in float32.
+LEAST_ALPHA, MOST_ALPHA = 1e-6, 1_000_000
 Method = Literal["dude", "dora", "pissa", "lora"]
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
@@ -111,7 +113,10 @@ class AdapterConfig(Section):
     )
     rank: PositiveInt = Field(16, description="Rank r of the trained factors; at most a target layer's min(in, out).")
     alpha: float | None = Field(
-        None, gt=0, description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given."
+        None,
+        ge=LEAST_ALPHA,
+        le=MOST_ALPHA,
+        description="The update is scaled by alpha / rank; alpha = rank (scaling 1) if not given.",
     )
     target_modules: str | list[str] = Field(
         "all-linear",

@@ -62,8 +62,8 @@ class EncodedRows(Sequence[EncodedRow]):
         return sums
 
     @property
-    def longest_row(self) -> int:
-        """The tokens of the longest row, however rows are put into sequences."""
+    def longest_encoded_row(self) -> int:
+        """The tokens of the longest row as it is learned, after truncation, however rows are put into sequences."""
         return int(self._table.lengths[self._rows].max())
 
     def row_hashes(self) -> npt.NDArray[np.uint64]:

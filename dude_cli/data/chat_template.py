@@ -18,7 +18,8 @@ from dude_cli.config.schema import plain_values
 from dude_cli.config.strict_yaml import parse
 from dude_cli.errors import UsageError, nearest
 
-DATA_KEYS = ("data.chat_template", "data.chat_template_kwargs")  # where the two are given: in a config
+TEMPLATE_KEY = "data.chat_template"
+DATA_KEYS = (TEMPLATE_KEY, "data.chat_template_kwargs")  # where the two are given: in a config
 OPTIONS = ("--chat-template", "--chat-template-kwargs")  # on the command line
 
 _FOR_QUESTIONS = (

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dude_cli.config import DataConfig
 from dude_cli.data.batches import EncodedRow, EncodedRows
-from dude_cli.data.chat_template import DATA_KEYS
+from dude_cli.data.chat_template import TEMPLATE_KEY
 from dude_cli.data.order import split_rows
 from dude_cli.data.packing import pack
 from dude_cli.data.report import DataReport
@@ -44,7 +44,7 @@ class PreparedData:
         if self.validation is not None:
             found["data.validation"] = self.validation.fingerprint()
         if self.chat_template is not None:
-            found[DATA_KEYS[0]] = hashlib.sha256(self.chat_template.encode()).hexdigest()
+            found[TEMPLATE_KEY] = hashlib.sha256(self.chat_template.encode()).hexdigest()
         return found
 
     def warnings(self) -> list[str]:

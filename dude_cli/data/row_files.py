@@ -129,6 +129,12 @@ def _read_json(path: Path) -> Rows:
             where=f"{path}:{error.lineno}:{error.colno}",
             fix="write a list of objects, or one object per line",
         ) from error
+    except RecursionError as error:
+        raise DataError(
+            f"not valid JSON: {first_line(error)}",
+            where=str(path),
+            fix="write what nests so deeply as text, or remove its row",
+        ) from error
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):

@@ -21,6 +21,7 @@ from dude_cli.export.importable import (
     PLAIN_STARTS,
     SUBTRACTED_STARTS,
     check_base_weights,
+    check_common_alpha,
     check_numbers,
     refuse_unsupported,
 )
@@ -251,6 +252,7 @@ def _adapter_config(model: PreTrainedModel, adapter: PeftAdapter, *, has_start: 
     rank = max(ranks)
     is_uniform = len(ranks) == len(scalings) == 1 and not config.get("alpha_pattern")
     alpha = float(config.get("lora_alpha", PEFT_ALPHA)) if is_uniform else max(scalings) * rank
+    check_common_alpha(adapter, alpha, rank)
     return AdapterConfig(
         method=("dude" if use_dora else "pissa") if has_start else ("dora" if use_dora else "lora"),
         rank=rank,

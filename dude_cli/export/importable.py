@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING, TypeGuard
 
+from dude_cli.config import LEAST_ALPHA, MOST_ALPHA
 from dude_cli.errors import AdapterError
 from dude_cli.export.peft_files import CONFIG_FILE, PeftAdapter
 
@@ -43,7 +43,7 @@ def refuse_unsupported(adapter: PeftAdapter) -> None:
 
 
 def check_numbers(adapter: PeftAdapter) -> None:
-    """Raise AdapterError unless each layer's alpha is finite and above zero, and the dropout a share, as ours are."""
+    """Raise AdapterError unless each layer's alpha and the dropout are within the bounds that ours have."""
     config = adapter.config
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
@@ -51,11 +51,22 @@ def check_numbers(adapter: PeftAdapter) -> None:
     alphas = {"lora_alpha": config.get("lora_alpha", PEFT_ALPHA)}
     alphas |= {f"alpha_pattern: {key}": value for key, value in patterns.items()}
     for key, alpha in alphas.items():
-        if not _is_number(alpha) or not 0 < alpha < math.inf:
-            raise _unusable(adapter, key, alpha, "a scaling is a number above zero")
+        if not _is_number(alpha) or not LEAST_ALPHA <= alpha <= MOST_ALPHA:
+            raise _unusable(adapter, key, alpha, f"a scaling is a number from {LEAST_ALPHA:g} to {MOST_ALPHA:g}")
     dropout = config.get("lora_dropout", 0.0)
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise _unusable(adapter, "lora_dropout", dropout, "a dropout is a number from 0 on and below 1")
+
+
+def check_common_alpha(adapter: PeftAdapter, alpha: float, rank: int) -> None:
+    """Raise AdapterError for the alpha that layers with scalings of their own have at one rank, if it cannot be one."""
+    if not LEAST_ALPHA <= alpha <= MOST_ALPHA:
+        raise AdapterError(
+            f"the layers' scalings are those of an alpha of {alpha:g} at rank {rank}, and one is a number from "
+            f"{LEAST_ALPHA:g} to {MOST_ALPHA:g}",
+            where=str(adapter.folder / CONFIG_FILE),
+            fix="lower lora_alpha or alpha_pattern, and scale lora_B up by as much",
+        )
 
 
 def _unusable(adapter: PeftAdapter, key: str, value: object, wanted: str) -> AdapterError:

@@ -14,7 +14,7 @@ from dude_cli.errors import DudeError, UsageError
 from dude_cli.evaluation import form_of, is_of_adapter, other_examples, read_results, requested_task, result_files
 from dude_cli.evaluation.compare import higher_is_better_of
 from dude_cli.evaluation.results import as_number, scores, table_rows
-from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, read_metrics, run_summary
+from dude_cli.training.metrics import LAYERS_FILE, MEMORY_FILE, comparable_evaluations, read_metrics, run_summary
 from dude_cli.training.run_dir import RESULT
 
 
@@ -56,7 +56,7 @@ class Run:
     config: Config
     environment: Mapping[str, Any]
     steps: Sequence[Mapping[str, Any]]
-    evaluations: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Mapping[str, Any]]  # on the validation rows that it had at its end
     memory: Mapping[str, Any] | None
     layers: Mapping[str, Any] | None
     adapter_sha256: str | None
@@ -111,7 +111,7 @@ def read_run(folder: Path) -> Run:
         config=config,
         environment=_read_json(folder / "environment.json") or {},
         steps=[line for line in lines if "loss" in line],
-        evaluations=[line for line in lines if "eval_loss" in line],
+        evaluations=comparable_evaluations(lines),
         memory=_read_json(folder / MEMORY_FILE),
         layers=_read_json(folder / LAYERS_FILE),
         adapter_sha256=adapter_sha256,

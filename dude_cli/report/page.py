@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dude_cli import __version__
+from dude_cli.markup import escaped, escaped_but_code, table_row
 from dude_cli.report.content import Report, Section, Table
-from dude_cli.report.markup import escaped, escaped_but_code, table_row
 
 _TEMPLATE = Path(__file__).parent / "page.html.j2"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dude_cli.evaluation.results import is_share, shown_score
 from dude_cli.evaluation.statistics import summarize
@@ -53,28 +53,27 @@ def shown_metric(metric: str) -> Shown:
 
 def scores_table(settings: Sequence[Setting]) -> Table:
     """Every score: the spread over runs and lm-eval's error over questions, which say different things, apart."""
-    rows = []
-    for key, name in score_names(settings).items():
-        for setting in settings:
-            found = [score for run in setting.runs if (score := score_of(run, key)) is not None]
-            if not found:
-                continue
-            shown, change, spread = _written(key[2])
-            summary = summarize([score.value for score in found])
-            assert summary is not None
-            rows.append(
-                {
-                    "score": name,
-                    "setting": setting.label,
-                    "mean": _Number(summary.mean, shown),
-                    "sd": None if summary.sd is None else _Number(summary.sd, spread),
-                    "n": summary.n,
-                    "stderr": _mean_number([score.stderr for score in found], spread),
-                    "base": _mean_number([score.base for score in found], shown),
-                    "difference": _mean_number([score.difference for score in found], change),
-                    "difference_stderr": _mean_number([score.difference_stderr for score in found], spread),
-                }
-            )
+    rows, is_of_fewer = [], False
+    for key, name, setting, found in _by_setting(settings):
+        shown, change, spread = _written(key[2])
+        summary = summarize([score.value for score in found])
+        assert summary is not None
+        bases = [score.base for score in found if score.base is not None]
+        is_of_fewer |= 0 < len(bases) < len(found)
+        rows.append(
+            {
+                "score": name,
+                "setting": setting.label,
+                "mean": _Number(summary.mean, shown),
+                "sd": None if summary.sd is None else _Number(summary.sd, spread),
+                "n": summary.n,
+                "stderr": _mean_number([score.stderr for score in found], spread),
+                "n_base": len(bases),
+                "base": _mean_number(bases, shown),
+                "difference": _mean_number([score.difference for score in found], change),
+                "difference_stderr": _mean_number([score.difference_stderr for score in found], spread),
+            }
+        )
     return Table(
         "scores",
         "Scores",
@@ -85,6 +84,7 @@ def scores_table(settings: Sequence[Setting]) -> Table:
             Column("sd", "sd over runs"),
             Column("n", "n runs", count),
             Column("stderr", "lm-eval stderr"),
+            *([Column("n_base", "n runs with base", count)] if is_of_fewer else []),
             Column("base", "base"),
             Column("difference", "tuned - base"),
             Column("difference_stderr", "its paired stderr"),
@@ -92,7 +92,8 @@ def scores_table(settings: Sequence[Setting]) -> Table:
         rows,
         "sd is the standard deviation of the score over n training runs. lm-eval's standard error is over the "
         "questions of one evaluation, the mean over the runs: it does not shrink with more runs, and does not know "
-        "of seeds. Spreads and differences of percentages are in percentage points.",
+        "of seeds. Spreads and differences of percentages are in percentage points."
+        + (" Base and tuned - base are over the runs that were scored with --base alone." if is_of_fewer else ""),
         group_by="score",
     )
 
@@ -100,28 +101,25 @@ def scores_table(settings: Sequence[Setting]) -> Table:
 def kept_table(settings: Sequence[Setting]) -> Table:
     """Scores that were not what the run was for, before and after."""
     rows = []
-    for key, name in score_names(settings).items():
-        for setting in settings:
-            found = [score for run in setting.runs if (score := score_of(run, key)) is not None]
-            found = [score for score in found if score.base is not None and not score.is_of_config]
-            if not found:
-                continue
-            shown, change, spread = _written(key[2])
-            after = summarize([score.value for score in found])
-            assert after is not None
-            rows.append(
-                {
-                    "score": name,
-                    "setting": setting.label,
-                    "n": after.n,
-                    "base": _mean_number([score.base for score in found], shown),
-                    "tuned": _Number(after.mean, shown),
-                    "sd": None if after.sd is None else _Number(after.sd, spread),
-                    "difference": _mean_number([score.difference for score in found], change),
-                    "difference_stderr": _mean_number([score.difference_stderr for score in found], spread),
-                    "better": {True: "higher", False: "lower", None: None}[found[0].higher_is_better],
-                }
-            )
+    for key, name, setting, scores in _by_setting(settings):
+        found = [score for score in scores if score.base is not None and not score.is_of_config]
+        after = summarize([score.value for score in found])
+        if after is None:
+            continue
+        shown, change, spread = _written(key[2])
+        rows.append(
+            {
+                "score": name,
+                "setting": setting.label,
+                "n": after.n,
+                "base": _mean_number([score.base for score in found], shown),
+                "tuned": _Number(after.mean, shown),
+                "sd": None if after.sd is None else _Number(after.sd, spread),
+                "difference": _mean_number([score.difference for score in found], change),
+                "difference_stderr": _mean_number([score.difference_stderr for score in found], spread),
+                "better": {True: "higher", False: "lower", None: None}[found[0].higher_is_better],
+            }
+        )
     return Table(
         "kept",
         "Before and after",
@@ -191,6 +189,15 @@ def pairs_table(pairs: Sequence[Pair]) -> Table:
         "adjustment is over all pairs on one score.",
         group_by="score",
     )
+
+
+def _by_setting(settings: Sequence[Setting]) -> Iterator[tuple[ScoreKey, str, Setting, list[Score]]]:
+    """Each score and what it is called, with every setting that has it and what the setting's runs have of it."""
+    for key, name in score_names(settings).items():
+        for setting in settings:
+            found = [score for run in setting.runs if (score := score_of(run, key)) is not None]
+            if found:
+                yield key, name, setting, found
 
 
 def _written(metric: str) -> tuple[Shown, Shown, Shown]:

@@ -11,7 +11,7 @@ from typing import Any
 from dude_cli.evaluation.statistics import Summary, summarize
 from dude_cli.report.collect import Run
 from dude_cli.report.content import Style, short_rate, shortened
-from dude_cli.training.run_dir import FREE_SETTINGS
+from dude_cli.training.resume import FREE_SETTINGS
 
 METHODS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "dude": "DuDe"}
 _METHOD_COLORS = {"lora": "#c07a10", "dora": "#189a70", "pissa": "#3b82f6", "dude": "#d6455d"}

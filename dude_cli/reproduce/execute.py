@@ -55,8 +55,8 @@ class Job:
         return self.config_path.parent.parent / "diverged" / f"{self.run.name}.yaml"
 
     def missing_tasks(self) -> list[EvalTask]:
-        found = {task: task_results(self.run, task) for task in self.tasks}
-        return [task for task, results in found.items() if results is None or (self.base and "base" not in results)]
+        found = [(task, task_results(self.run, task)) for task in self.tasks]
+        return [task for task, results in found if results is None or (self.base and "base" not in results)]
 
     @property
     def is_done(self) -> bool:

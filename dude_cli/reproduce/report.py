@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.report.markup import escaped, table_row
+from dude_cli.markup import escaped, table_row
 from dude_cli.reproduce.execute import Failures
 from dude_cli.reproduce.plan import Plan, Setting, estimate_hours
 from dude_cli.reproduce.recipe import EVAL_LOSS
@@ -216,7 +216,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """The same for machines, with the estimate's assumptions and its sum."""
+    """What `dude reproduce --plan --json` prints: runs and hours by setting, the estimate's assumptions and its sum."""
     settings = [_setting_plan(plan, setting) for setting in plan.settings]
     training = [row["training_hours"] for row in settings]
     evaluation = sum(row["evaluation_hours"] for row in settings)

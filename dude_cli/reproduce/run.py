@@ -14,7 +14,8 @@ from dude_cli.reproduce.report import Result
 from dude_cli.reproduce.verdict import choose_rate, judge, setting_scores
 from dude_cli.system import files
 from dude_cli.training.init_from import resolve_init_from
-from dude_cli.training.run_dir import changed_settings, has_steps
+from dude_cli.training.resume import changed_settings
+from dude_cli.training.run_dir import has_steps
 
 
 def reproduce(

@@ -209,7 +209,7 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """The commit of the code that runs, with `+changes` if the tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

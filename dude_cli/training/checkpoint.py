@@ -2,6 +2,7 @@
 
     checkpoints/step-000500/
       adapter/                 a full adapter folder, which `dude eval` takes
+      best/                    the best adapter so far, where the run keeps it
       optimizer.safetensors    AdamW's moments and step counts by parameter name
       state.json               TrainState, with float16's loss scale
       manifest.json            the sha256 of each file, written last
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dude_cli.data.chat_template import DATA_KEYS
+from dude_cli.data.chat_template import TEMPLATE_KEY
 from dude_cli.errors import AdapterError
 from dude_cli.system import files
 
@@ -44,8 +45,8 @@ class Origin:
     def differences(self, now: Origin) -> list[str]:
         """The names of what is otherwise now, with both values where a person can read them."""
         changed = dict(now.data_fingerprints.items() ^ self.data_fingerprints.items())
-        if DATA_KEYS[0] in changed:  # which makes other rows
-            found = [f"{DATA_KEYS[0]} (another text)"]
+        if TEMPLATE_KEY in changed:  # which makes other rows
+            found = [f"{TEMPLATE_KEY} (another text)"]
         else:
             found = [f"{name} (other rows)" for name in sorted(changed)]
         if self.base_revision != now.base_revision:

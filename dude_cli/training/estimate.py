@@ -65,7 +65,7 @@ class MemoryEstimate:
         return sum(self.phases[self.peak_phase].values())
 
     def report(self) -> dict[str, Any]:
-        """The same for machines."""
+        """The forecast as `--json` prints it: bytes by part in each phase, their sums, and the phase with the most."""
         phases = {name: parts | {"total": sum(parts.values())} for name, parts in self.phases.items()}
         return {"batch": asdict(self.batch), **phases, "peak_phase": self.peak_phase, "peak_bytes": self.peak_bytes}
 

@@ -12,7 +12,7 @@ from dude_cli.data import prepare_data, set_chat_template
 from dude_cli.errors import UsageError
 from dude_cli.model import load_tokenizer
 from dude_cli.training.plan import Plan, split_batch
-from dude_cli.training.run_dir import check_base
+from dude_cli.training.resume import refuse_moved_base
 
 if TYPE_CHECKING:
     from dude_cli.training.estimate import MemoryEstimate
@@ -29,7 +29,7 @@ def estimate(config: Config, world_size: int) -> tuple[MemoryEstimate, str]:
     """
     from dude_cli.training.estimate import Batch, estimate_memory
 
-    check_base(config)
+    refuse_moved_base(config)
     step_rows, length, source = config.train.global_batch_size, config.data.max_length, "data.max_length"
     if all(map(_is_quick, config.data.train)):
         tokenizer = load_tokenizer(config.model)

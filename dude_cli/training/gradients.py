@@ -40,7 +40,7 @@ def accumulate_gradients(
     for micro_batch in equal_batches(rows, per_device_batch_size, most_rows):
         with no_sync():
             loss = summed_loss(make_batch(micro_batch))
-            backward(loss * (world_size / max(1, target_tokens)))
+            backward(loss * (world_size / target_tokens))
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
 

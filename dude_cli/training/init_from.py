@@ -12,6 +12,7 @@ from typing import Any
 from dude_cli.config import ADAPTER_FIXED, AdapterConfig, Config, SvdConfig, load_config
 from dude_cli.errors import AdapterError, UsageError
 from dude_cli.target import find_target
+from dude_cli.training.checkpoint import CHECKPOINTS
 from dude_cli.training.run_dir import INITIAL, has_steps, initial_key
 
 
@@ -57,13 +58,15 @@ def source_folder(config: Config) -> Path:
 
 
 def source_run(config: Config) -> Path | None:
-    """The run whose adapter the training continues from; None without one, and where it is gone."""
+    """The run whose adapter, or one of a checkpoint's, the training continues from; None without one, or if gone."""
     if config.adapter.init_from is None:
         return None
     try:
-        return source_folder(config).parent
+        adapter = source_folder(config).resolve()
     except UsageError:
         return None
+    folder = adapter.parent
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
 
 
 def template_note(config: Config, tokenizer: Any) -> str | None:

@@ -26,18 +26,14 @@ class SummedLoss(nn.Module):
     """The sum of the cross-entropies of a batch's target tokens, in nats, float32, as the forward of a module.
 
     A module, because DDP averages the gradients of what its own forward has computed. `model` is a causal language
-    model whose base is frozen. `chunked` says whether its logits are never whole: only where `head_of` has seen that
-    they are its head's output and nothing more.
+    model whose base is frozen. Its logits are never whole where `head_of` has seen that they are its head's output and
+    nothing more.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self._head = head_of(model)
-
-    @property
-    def chunked(self) -> bool:
-        return self._head is not None
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The loss of a batch from `with_targets`, a scalar. Only positions that have a target get logits."""

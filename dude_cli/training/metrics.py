@@ -41,6 +41,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def comparable_evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the evaluations on the rows of the last one: a run may have been continued with other rows."""
+    found = [record for record in records if "eval_loss" in record]
+    start = max((place for place, record in enumerate(found) if record.get("new_rows")), default=0)
+    return found[start:]
+
+
 def run_summary(config: Config) -> dict[str, Any]:
     """What became of a run, from its metrics: steps, last loss, first, last and lowest evaluation loss, seconds.
 
@@ -53,7 +60,7 @@ def run_summary(config: Config) -> dict[str, Any]:
     """
     records = read_metrics(config.run_dir)
     steps = [record for record in records if "loss" in record]
-    evaluations = _evaluations(records)
+    evaluations = comparable_evaluations(records)
     last = steps[-1] if steps else {"step": 0}
     lowest = min(evaluations, key=lambda record: record["eval_loss"], default=None)
     kept = last
@@ -90,13 +97,6 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     elif first is not None and last > first:
         lines.append("warning: the evaluation loss is higher than before the training: lower train.learning_rate")
     return lines
-
-
-def _evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations on the rows of the last one: a run may have been continued with others."""
-    found = [record for record in records if "eval_loss" in record]
-    start = max((place for place, record in enumerate(found) if record.get("new_rows")), default=0)
-    return found[start:]
 
 
 def _read_memory(run_dir: Path) -> dict[str, Any] | None:

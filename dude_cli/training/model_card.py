@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli import quickstart
 from dude_cli.config import AdapterConfig, Config, ModelConfig
+from dude_cli.markup import escaped
 
 if TYPE_CHECKING:
     from dude_cli.adapter import SavedAdapter
@@ -17,7 +18,7 @@ library_name: dude-cli
 pipeline_tag: text-generation
 tags: [{method}]
 ---
-# {method} adapter for {base_model}
+# {method} adapter for {name}
 
 | | |
 | --- | --- |
@@ -63,13 +64,14 @@ def model_card(
     targets = config.adapter.target_modules
     return _CARD.format(
         base_model=config.model.name_or_path,
+        name=escaped(config.model.name_or_path),
         usage=_usage(config.model, commit),
         method=config.adapter.method,
         rank=config.adapter.rank,
         scaling=config.adapter.scaling,
-        targets=targets if isinstance(targets, str) else ", ".join(targets),
-        start=_start(config.adapter, source_sha256),
-        data=", ".join(f"{source.path} ({source.split})" for source in config.data.train),
+        targets=escaped(targets if isinstance(targets, str) else ", ".join(targets)),
+        start=escaped(_start(config.adapter, source_sha256)),
+        data=escaped(", ".join(f"{source.path} ({source.split})" for source in config.data.train)),
         global_batch_size=config.train.global_batch_size,
         learning_rate=config.train.learning_rate,
         schedule=config.train.lr_scheduler_type,
@@ -169,9 +171,9 @@ def merged_card(saved: SavedAdapter, dtype: str, measured: str, *, trust_remote_
         base_model=saved.base_model,
         library="transformers",
         method=saved.config.method,
-        title=f"{saved.base_model} with a {saved.config.method} adapter merged into it, in {dtype}",
-        source=_source(saved),
-        measured=measured,
+        title=escaped(f"{saved.base_model} with a {saved.config.method} adapter merged into it, in {dtype}"),
+        source=escaped(_source(saved)),
+        measured=escaped(measured),
         usage=_MERGED_USAGE.format(dtype=dtype, trust=_trust(trust_remote_code)),
     )
 
@@ -182,9 +184,9 @@ def peft_card(saved: SavedAdapter, title: str, measured: str, *, trust_remote_co
         base_model=saved.base_model,
         library="peft",
         method=saved.config.method,
-        title=f"{title} for {saved.base_model}",
-        source=_source(saved),
-        measured=measured,
+        title=escaped(f"{title} for {saved.base_model}"),
+        source=escaped(_source(saved)),
+        measured=escaped(measured),
         usage=_peft_usage(saved, trust_remote_code=trust_remote_code),
     )
 
@@ -205,9 +207,9 @@ def imported_card(model: ModelConfig, adapter: AdapterConfig, source: str, measu
         base_model=model.name_or_path,
         library="dude-cli",
         method=adapter.method,
-        title=f"{adapter.method} adapter for {model.name_or_path}",
-        source=f"the PEFT adapter {source}, rank {adapter.rank}",
-        measured=measured,
+        title=escaped(f"{adapter.method} adapter for {model.name_or_path}"),
+        source=escaped(f"the PEFT adapter {source}, rank {adapter.rank}"),
+        measured=escaped(measured),
         usage=_usage(model, commit),
     )
 

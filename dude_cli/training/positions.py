@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_positions(model: PreTrainedModel, data: PreparedData, max_length: int, say: Callable[[str], None]) -> None:
     """Raise DataError for a row that is longer than the model's table of positions; warn where they are computed."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(rows.longest_row for rows in (data.train, data.validation) if rows is not None)
+    longest = max(rows.longest_encoded_row for rows in (data.train, data.validation) if rows is not None)
     if positions is None or longest <= positions:
         return
     what = f"the longest row has {longest:,} tokens, and {model.config.name_or_path} is made for {positions:,}"

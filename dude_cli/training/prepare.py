@@ -40,8 +40,8 @@ from dude_cli.training.forecast import forecast
 from dude_cli.training.init_from import source_run, template_note
 from dude_cli.training.plan import Plan, make_plan, packs_flat
 from dude_cli.training.positions import check_positions
-from dude_cli.training.resume import checkpoint_to_continue
-from dude_cli.training.run_dir import begun_at, begun_base_revision, check_base, check_writable, clear_run
+from dude_cli.training.resume import begun_at, begun_base_revision, checkpoint_to_continue, refuse_moved_base
+from dude_cli.training.run_dir import check_writable, clear_run, has_steps
 from dude_cli.training.sharding import blocks_of
 from dude_cli.training.start import Start
 from dude_cli.training.trackers import check_trackers
@@ -95,7 +95,7 @@ class Prepared:
         return sum(layer.trainable_parameters for layer in self.layers)
 
     def report(self) -> dict[str, object]:
-        """The same for machines: what `dude init --json` prints."""
+        """What `dude init --json` prints: layers, data, plan, memory, and where the start comes from."""
         reports: dict[str, DataReport | None] = {
             "train": self.data.train_report,
             "validation": self.data.validation_report,
@@ -139,7 +139,7 @@ def prepare(
         say("train.weight_decay pulls an SVD start away from the base model; 0 is usual for dude and pissa")
     # One commit for all that is read of a base from the hub, whatever its branch points to in the meantime.
     if not overwrite:
-        check_base(config)
+        refuse_moved_base(config)
     begun = None if overwrite else begun_base_revision(config)
     model_revision = begun or on_main_rank(accelerator, lambda: hub_commit(config.model))
     base = config.model.model_copy(update={"revision": model_revision or config.model.revision})
@@ -150,11 +150,7 @@ def prepare(
     note = template_note(config, tokenizer)
     if note:
         say(note)
-    for task in config.eval.tasks:  # after hours of training it would be a pity
-        if task.apply_chat_template:
-            default_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
-        if task.rows is not None:
-            as_trained(task.rows, config.data, config.data.max_length)
+    _check_tasks(config, tokenizer)
     say(f"reading the data: {', '.join(source.path for source in config.data.train)}")
     with local_main_first(accelerator):  # it encodes, the others find the rows in the cache
         data = prepare_data(config.data, tokenizer, config.seed, say, datetime.fromisoformat(moment))
@@ -180,7 +176,7 @@ def prepare(
     reused = start.on_all_ranks(accelerator, overwrite=overwrite)
     record = environment(str(accelerator.device), origin.world_size, model_revision)
     record |= {"data_revisions": data.revisions, "begun_at": moment}
-    on_main_rank(accelerator, lambda: _write_run(config, record, data.train, checkpoint, overwrite=overwrite))
+    on_main_rank(accelerator, lambda: _write_run(config, record, data.train, overwrite=overwrite))
     return Prepared(
         config=config,
         model=model,
@@ -213,6 +209,18 @@ def _check_fit(config: Config, base: ModelConfig, tokenizer: PreTrainedTokenizer
         return
     check_vocabulary(model, tokenizer)
     check_ranks(find_targets(model, config.adapter), config.adapter.rank)
+
+
+def _check_tasks(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DudeError for a task of `eval.tasks` that cannot be asked: after hours of training it would be a pity.
+
+    That is one to be asked as a chat where there is no chat template, or rows that are not of the training's form.
+    """
+    for task in config.eval.tasks:
+        if task.apply_chat_template:
+            default_template(tokenizer, f"eval.tasks: {task.name}, apply_chat_template")
+        if task.rows is not None:
+            as_trained(task.rows, config.data, config.data.max_length)
 
 
 def _load_base(
@@ -265,12 +273,11 @@ def _say_left_out(config: Config, model: PreTrainedModel, say: Callable[[str], N
         say(f"{len(names)} layers smaller than rank {config.adapter.rank} get no adapter: {shown}")
 
 
-def _write_run(
-    config: Config, record: dict[str, Any], rows: EncodedRows, checkpoint: Path | None, *, overwrite: bool
-) -> None:
+def _write_run(config: Config, record: dict[str, Any], rows: EncodedRows, *, overwrite: bool) -> None:
     if overwrite:
         clear_run(config)
-    record_trained_rows(config.run_dir, rows, None if checkpoint is None else config.run_dir, source_run(config))
+    begun = config.run_dir if has_steps(config.run_dir) else None
+    record_trained_rows(config.run_dir, rows, begun, source_run(config))
     files.write_text(config.run_dir / "config.yaml", dump_config(config))
     files.write_text(config.run_dir / "environment.json", json.dumps(record, indent=2) + "\n")
 

@@ -56,8 +56,8 @@ class Start:
                 base_logits, seen = self._base_logits()
         overwritten = on_main_rank(accelerator, lambda: sorted(seen))
         reused = on_main_rank(accelerator, lambda: self._reuse(overwrite=overwrite))
-        found = {} if reused else self._decompose(accelerator)
-        on_main_rank(accelerator, lambda: self._make_checked(None if reused else found, base_logits))
+        found = None if reused else self._decompose(accelerator)
+        on_main_rank(accelerator, lambda: self._make_checked(found, base_logits))
         if not accelerator.is_main_process:
             self._load(self.config.run_dir / INITIAL / RESULT)
         self._keep_outputs_of(overwritten)

@@ -73,7 +73,7 @@ def _validation_loss(run: Run, rows: EncodedRows, stop: StopSignal) -> float | N
     run.model.eval()
     with torch.no_grad(), constant_adapters(run.model):
         for some in equal_batches(own, size, most_rows):
-            if run.sum_over_ranks(float(stop.name is not None))[0]:
+            if run.sum_over_ranks(float(bool(stop)))[0]:
                 return None
             total += run.summed_loss(run.make_batch(some))
     return run.sum_over_ranks(total)[0] / int(rows.target_tokens.sum())

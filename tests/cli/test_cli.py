@@ -193,6 +193,25 @@ def test_an_option_that_is_a_key_is_told_how_to_be_written(option):
     assert "fix:" not in dude_here("ls", *option.split()).stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("-rank 8", "write `adapter.rank=8`"),
+        ("-rank=8", "write `adapter.rank=8`"),
+        ("-r 8", "write `adapter.rank=8`"),
+        ("-rx 8", None),
+        ("-qz", None),
+    ],
+)
+def test_an_unknown_option_with_one_dash_is_a_usage_error(option, fix):
+    """Such an option is several of one letter, of which click names the first."""
+    done = dude_here("train", "configs/gsm8k.yaml", *option.split())
+    assert done.returncode == 2, done.stderr
+    assert "No such option" in done.stderr
+    assert ("fix:" in done.stderr) == (fix is not None)
+    assert fix is None or fix in done.stderr
+
+
 def error_of(*arguments: object, code: int, cwd: Path | None = None) -> dict[str, Any]:
     """The document that a command prints which fails; what it says to a person is on standard error."""
     done = dude_here(*arguments, "--json", cwd=cwd)

@@ -746,6 +746,15 @@ def test_a_recipes_run_loads_its_model_once_for_all_tasks(
     assert job.is_done
 
 
+def test_a_recipe_scores_rows_too(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "runs/a", tmp_path / "a")
+    config = load_config(tmp_path / "a/config.yaml", [f"output_dir={tmp_path / 'a'}"])
+    job = Job(Run("a", config), tmp_path / "configs/a.yaml", (EvalTask(name="mine", rows=config.data.train),))
+    assert job.missing_tasks() == list(job.tasks)
+    reproduce_run(job)
+    assert job.is_done
+
+
 def test_a_recipe_does_not_take_the_score_of_another_lm_eval(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "runs/a", tmp_path / "a")
     config = load_config(tmp_path / "a/config.yaml", [f"output_dir={tmp_path / 'a'}"])

@@ -19,7 +19,7 @@ from dude_cli.adapter import AdapterConfig, patch_model, trainable_parameters, w
 from dude_cli.data.batches import NOT_LEARNED, EncodedRow, collate
 from dude_cli.training import loss as loss_module
 from dude_cli.training.live_bytes import counted
-from dude_cli.training.loss import SummedLoss, chunk_tokens, linear_cross_entropy, with_targets
+from dude_cli.training.loss import SummedLoss, chunk_tokens, head_of, linear_cross_entropy, with_targets
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(batch, chunk):
     """Any lengths and masks, rows and batches without a target too; any number of chunks."""
     model = trained_model("llama")
     with chunks_of(chunk):
-        assert SummedLoss(model).chunked
+        assert head_of(model) is not None
         assert_equal_to_plain(model, batch, 1e-5)
 
 
@@ -101,7 +101,7 @@ def test_tied_heads_and_checkpointing(kind, checkpointing):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     try:
         with chunks_of(5):
-            assert SummedLoss(model).chunked
+            assert head_of(model) is not None
             assert_equal_to_plain(model, BATCH, 1e-5)
     finally:
         model.activation_checkpointing_disable()
@@ -145,13 +145,13 @@ def test_logits_that_a_model_changes_are_taken_as_they_are(kind):
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         patch_model(model, AdapterConfig(method="dude", rank=2))
-        assert not SummedLoss(model).chunked
+        assert head_of(model) is None
         assert_equal_to_plain(model, BATCH, 1e-6)
 
 
 def test_an_adapter_on_the_head_gets_its_gradients():
     model = trained_model("llama", ("lm_head", "q_proj"))
-    assert not SummedLoss(model).chunked
+    assert head_of(model) is None
     assert_equal_to_plain(model, BATCH, 1e-5)
 
 
@@ -163,7 +163,7 @@ def test_a_head_that_is_no_plain_linear_layer_is_called():
     model = patch_model(tiny_model("llama"), AdapterConfig(method="dude", rank=4))
     head = Halved(32, VOCABULARY, bias=False).requires_grad_(False)
     model.set_output_embeddings(head)
-    assert not SummedLoss(model).chunked
+    assert head_of(model) is None
     assert_equal_to_plain(model, BATCH, 1e-6)
 
 

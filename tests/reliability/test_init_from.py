@@ -17,6 +17,7 @@ from dude_cli.config import ADAPTER_FIXED as FIXED
 from dude_cli.config import load_config
 from dude_cli.console import Output
 from dude_cli.errors import AdapterError, StoppedError, UsageError
+from dude_cli.markup import escaped
 from dude_cli.training import prepare, start
 from dude_cli.training.init_from import resolve_init_from
 from dude_cli.training.metrics import read_metrics
@@ -81,10 +82,8 @@ def test_it_starts_where_the_other_ended_and_keeps_what_the_tensors_fix(method, 
     assert (written.init_from, saved.init_from) == (str(tmp_path / "one/run"), None)
     assert (saved.dropout, saved.norm_gradient) == (0.1, "exact")
     sha256 = read_adapter_config(tmp_path / "one/run/adapter").sha256
-    assert (
-        f"the adapter of {tmp_path / 'one/run'}, sha256 {sha256}"
-        in (tmp_path / "two/run/adapter/README.md").read_text()
-    )
+    source = escaped(f"the adapter of {tmp_path / 'one/run'}, sha256 {sha256}")
+    assert source in (tmp_path / "two/run/adapter/README.md").read_text()
 
 
 def test_values_that_the_adapter_has_otherwise_are_named_all_at_once(first, tmp_path):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from command import dude_here
 from quickstart_config import quickstart_config
 from training import train_here
 
 from dude_cli.commands import training
-from dude_cli.config import load_config
+from dude_cli.config import TRACKERS, load_config
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
 from dude_cli.system import files
-from dude_cli.training.run_dir import clear_run
+from dude_cli.training.run_dir import PREPARED, TRAINED, clear_run
 
 
 def train(config, *overrides, overwrite=True):
@@ -64,6 +65,18 @@ def test_no_score_outlives_the_adapter_that_it_is_of(finished, tmp_path, monkeyp
     monkeypatch.setattr(files, "delete", looked_at)
     clear_run(load_config(finished))
     assert not (tmp_path / "run/adapter").exists()
+
+
+def test_all_that_a_run_leaves_is_known_and_what_it_began_with_stays(tmp_path):
+    path = quickstart_config(tmp_path, max_steps="2", extra="  save_steps: 1\n  eval_steps: 1\n  keep: best")
+    for command in (("train", path), ("eval", tmp_path / "run", "--task", "quickstart_choices", "--limit", "1")):
+        done = dude_here(*command)
+        assert done.returncode == 0, done.stderr
+    left = {file.name for file in (tmp_path / "run").iterdir() if not file.name.startswith(".")}
+    assert left == {*PREPARED, *TRAINED} - {*TRACKERS}
+    clear_run(load_config(path))
+    left = {file.name for file in (tmp_path / "run").iterdir() if not file.name.startswith(".")}
+    assert left == {*PREPARED}
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -20,7 +20,7 @@ from dude_cli.model import load_tokenizer
 from dude_cli.training import forecast, prepare
 from dude_cli.training.checkpoint import Origin, checkpoints, read_state
 from dude_cli.training.metrics import read_metrics
-from dude_cli.training.run_dir import changed_settings, is_finished_run
+from dude_cli.training.resume import changed_settings, is_finished_run
 
 EXTRA = "  save_steps: 2"
 

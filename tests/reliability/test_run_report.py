@@ -12,8 +12,8 @@ from training import train_here
 import dude_cli.report
 from dude_cli.config import load_config
 from dude_cli.training import result
+from dude_cli.training.resume import is_finished_run
 from dude_cli.training.run import Run
-from dude_cli.training.run_dir import is_finished_run
 
 
 def test_a_training_ends_with_a_report_and_loses_nothing_without(

@@ -20,7 +20,7 @@ from dude_cli.evaluation import write_results
 from dude_cli.model import load_model, load_tokenizer
 from dude_cli.system import files
 from dude_cli.system.lock import LOCK_FILE
-from dude_cli.training.run_dir import FILES, FOLDERS
+from dude_cli.training.run_dir import PREPARED, TRAINED
 
 TOKEN = "hf_" + "Abc123" * 6
 
@@ -60,12 +60,12 @@ def test_a_models_own_code_does_not_run_unless_the_config_says_so(what, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", [*FILES, *FOLDERS, LOCK_FILE])
+@pytest.mark.parametrize("name", [*PREPARED, *TRAINED, LOCK_FILE])
 def test_a_link_in_a_run_folder_is_refused_before_anything_is_written(name, tmp_path):
     config = quickstart_config(tmp_path)
     outside = tmp_path / "outside"
     (tmp_path / "run").mkdir()
-    outside.mkdir() if name in FOLDERS else outside.write_text("precious")
+    outside.write_text("precious") if "." in name else outside.mkdir()
     (tmp_path / "run" / name).symlink_to(outside)
     for overwrite in ([], ["--overwrite"]):
         done = dude_here("train", config, *overwrite)

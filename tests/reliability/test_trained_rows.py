@@ -62,6 +62,31 @@ def test_those_before_a_change_and_of_an_earlier_run_are_among_them(tmp_path: Pa
     assert len(known(tmp_path / "third")) == 20
 
 
+def test_those_of_the_run_are_among_them_where_one_of_its_checkpoints_is_continued_from(tmp_path: Path) -> None:
+    extra = "  eval_steps: 1\n  save_steps: 1\n  early_stopping_patience: 3"
+    train_here(quickstart_config(tmp_path, max_steps="1", extra=extra), rows(0, 8))
+    checkpoint = tmp_path / "run/checkpoints/step-000001"
+    for name in ("", "adapter", "best"):
+        config = quickstart_config(tmp_path / f"next{name}", rows="8", max_steps="1")
+        init_here(config, f"adapter={{init_from: {checkpoint / name}}}", rows(8, 12))
+        assert known(tmp_path / "run") < known(tmp_path / f"next{name}" / "run")
+
+
+def test_preparing_a_begun_run_forgets_none(tmp_path: Path) -> None:
+    config = quickstart_config(tmp_path, max_steps="3", extra="  save_steps: 1")
+    with pytest.raises(StoppedError):
+        train_here(config, rows(0, 8), stop=StopAfter(1))
+    with pytest.raises(StoppedError):
+        train_here(config, rows(8, 16), stop=StopAfter(2), allow_changes=True)
+    both = known(tmp_path / "run")
+    done = dude_here("init", config, rows(8, 16))
+    assert done.returncode == 0, done.stderr
+    assert known(tmp_path / "run") == both
+    done = dude_here("train", config, rows(16, 20), "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert not both & known(tmp_path / "run")
+
+
 def test_an_evaluation_tells_rows_that_were_trained_on(tmp_path: Path) -> None:
     train_here(quickstart_config(tmp_path, rows="8", max_steps="1"))
     mixed, new = write_rows(tmp_path / "mixed.jsonl", 5, 12), write_rows(tmp_path / "new.jsonl", 8, 12)

@@ -143,6 +143,8 @@ def test_an_alias_bomb_is_cheap(load: Load) -> None:
         ("train.learning_rate=.inf", "wanted a number above 0"),
         ("train.learning_rate=.nan", "wanted a number above 0"),
         ("train.learning_rate=2e5", "`train.learning_rate` is 200000.0; wanted a number above 0 and of at most 1000"),
+        ("adapter.alpha=1e300", "`adapter.alpha` is 1e+300; wanted a number of at least 1e-06 and of at most 1000000"),
+        ("adapter.alpha=1e-300", "wanted a number of at least 1e-06"),
         ("train.report_to=tensorboard", "write `[tensorboard]`"),
         ("data.train=rows.jsonl", "write `[{path: rows.jsonl}]`"),
         ("data.train={path: rows.jsonl}", "start each entry with a dash: `- path: ...`"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dude_cli import shipped
-from dude_cli.config import Config
+from dude_cli.config import LEAST_ALPHA, MOST_ALPHA, Config
 from dude_cli.config.hints import FOREIGN
 from dude_cli.config.keys import key_paths
 from dude_cli.config.read import dump_config, load_config
@@ -31,7 +31,7 @@ FULL = {
         "prompt": "Q: {q}\n",
         "completion": "{a}",
     },
-    "eval": {"tasks": [{"name": "gsm8k"}]},
+    "eval": {"tasks": [{"name": "own", "rows": [{"path": "c"}]}]},
     "output_dir": "runs/full",
 }
 
@@ -77,7 +77,7 @@ def configs(draw: st.DrawFn) -> Config:
     values: dict[str, Any] = {
         "model": {"name_or_path": draw(free_text()), "revision": draw(maybe_text)},
         "adapter": {
-            "alpha": draw(st.none() | number),
+            "alpha": draw(st.none() | st.floats(LEAST_ALPHA, MOST_ALPHA)),
             "target_modules": draw(free_text() | st.lists(free_text(), min_size=1)),
             "rank": draw(st.integers(1, 2**70)),
         },

@@ -216,6 +216,11 @@ def test_malformed_line_is_named(tmp_path):
 def test_broken_files_say_what_is_wrong(tmp_path):
     (tmp_path / "rows.json").write_text('[{"question": "a",}]')
     assert f"{tmp_path}/rows.json:1:" in error_of(tmp_path / "rows.json").where
+    for suffix in ("json", "jsonl"):  # Python's reader has a depth at which it gives up
+        deep = tmp_path / f"deep.{suffix}"
+        deep.write_text('{"question": ' + "[" * 100_000 + "]" * 100_000 + "}")
+        assert "not valid JSON: maximum recursion depth exceeded" in error_of(deep).what
+        assert str(deep) in error_of(deep).where
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 not really")
     assert "parquet" in error_of(tmp_path / "rows.parquet").what
     (tmp_path / "rows.csv").write_text("question,answer\na,b,c\n")

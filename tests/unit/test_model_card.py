@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 import pytest
@@ -40,6 +41,27 @@ def given(card: str) -> dict[str, Any]:
     tree = ast.parse(card.split("```python\n")[1].split("```")[0])
     keywords = [word for node in ast.walk(tree) if isinstance(node, ast.Call) for word in node.keywords]
     return {str(word.arg): word.value.value for word in keywords if isinstance(word.value, ast.Constant)}
+
+
+def test_text_in_a_card_is_no_markup():
+    """A pipe in a regular expression, or in a path, would begin another cell."""
+    targets = [r"layers\.(0|1)\..*_proj", "up_proj"]
+    data = {"train": [{"path": "rows|*new*.jsonl"}]}
+    adapter = AdapterConfig(target_modules=targets, init_from="runs/a|b")
+    config = Config.model_validate({"model": {"name_or_path": "my|<b>"}, "data": data, "adapter": adapter})
+    saved = saved_adapter("my|<b>", None, None)
+    found = {
+        "trained": model_card(config, SUMMARY, "0" * 64),
+        "imported": imported_card(config.model, adapter, "a|b", "1|2", commit=None),
+        "peft": peft_card(saved, "LoRA", "1|2", trust_remote_code=False),
+        "merged": merged_card(saved, "bfloat16", "1|2", trust_remote_code=False),
+    }
+    for kind, card in found.items():
+        rows = [line for line in card.splitlines() if line.startswith("|")]
+        assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows), kind
+        (heading,) = [line for line in card.splitlines() if line.startswith("# ")]
+        assert r"my\|\<b>" in heading, kind
+    assert r"| target modules | layers\\.(0\|1)\\..\*\_proj, up\_proj |" in found["trained"]
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])

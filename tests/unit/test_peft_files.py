@@ -82,11 +82,28 @@ def test_the_same_settings_switched_off_are_no_obstacle(folder, key):
     import_peft(tiny_model("llama"), folder)
 
 
-@pytest.mark.parametrize("alpha", [0, -4, "4", None, float("inf")])
+@pytest.mark.parametrize("alpha", [0, -4, "4", None, float("inf"), 1e300, 1e-300, pytest.param(10**400, id="huge")])
 @pytest.mark.parametrize("key", ["lora_alpha", "alpha_pattern"])
 def test_an_alpha_that_is_no_scaling(folder, key, alpha):
     change_config(folder, **{key: alpha if key == "lora_alpha" else {"up_proj": alpha}})
     refused(folder, str(folder / "adapter_config.json"), key, repr(alpha))
+
+
+def test_layers_whose_scalings_are_those_of_no_alpha(folder):
+    """Each alpha is one there can be; brought to the largest rank, they are of one that there cannot."""
+    change_tensors(folder, lambda tensors: tensors.update(narrowed(tensors)))
+    change_config(folder, lora_alpha=1e6, rank_pattern={"layers.0.mlp.up_proj": 1})
+    refused(folder, "an alpha of 4e+06 at rank 4", str(folder / "adapter_config.json"))
+
+
+def narrowed(tensors):
+    """The tensors of the first layer, at rank 1."""
+    first = {name: tensor for name, tensor in tensors.items() if ".layers.0." in name}
+    return {
+        name: tensor[:1].contiguous() if "lora_A" in name else tensor[:, :1].contiguous()
+        for name, tensor in first.items()
+        if "lora_A" in name or "lora_B" in name
+    }
 
 
 @pytest.mark.parametrize("dropout", [1.0, -0.1, "a", None, True])

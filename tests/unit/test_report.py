@@ -89,6 +89,14 @@ def test_scores_have_mean_deviation_and_n_and_lm_evals_error_apart(written: tupl
     assert rows(written[0], "headline")[1]["eval_loss"]["n"] == 2
 
 
+def test_what_is_over_the_runs_with_a_base_alone_says_of_how_many(runs: list[Path], tmp_path: Path) -> None:
+    without = write_run(tmp_path / "without", seed=3, final_loss=0.8, right=RIGHT["dude", 1])
+    lora, dude = rows(numbers([*runs, without]), "scores")
+    assert (lora["n"], lora["n_base"]) == (2, 2)
+    assert (dude["n"], dude["n_base"], dude["base"]) == (3, 2, pytest.approx(0.25))
+    assert all("n_base" not in row for row in rows(numbers(runs), "scores"))
+
+
 def test_a_loss_is_looked_up_in_every_run_with_its_tokens(runs: list[Path]) -> None:
     document = numbers(runs, losses=[1.2, 0.65])
     found = {(row["loss"], row["setting"]): row for row in rows(document, "convergence")}
@@ -252,6 +260,19 @@ def test_with_early_stopping_the_loss_is_that_of_the_adapter_that_is_kept(tmp_pa
     assert (stopped["eval_loss"], stopped["steps"], stopped["kept"]) == (1.0, 40, 20)
     assert plain["kept"] is None
     assert "kept" not in rows(numbers(folders[1:]), "runs")[0]
+
+
+def test_losses_on_earlier_validation_rows_are_no_part_of_the_curve(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=80)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "eval_loss" in line:
+            line["eval_loss"] = 0.1 if line["step"] < 40 else 1.0
+            line |= {"new_rows": True} if line["step"] == 40 else {}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(folder).series("eval_loss") == ([40, 50, 60, 70, 80], [1.0] * 5)
+    (row,) = rows(numbers([folder], losses=[0.2]), "convergence")
+    assert row["reached"] == 0
 
 
 def test_an_alpha_that_is_the_rank_is_the_same_written_out(tmp_path: Path) -> None:

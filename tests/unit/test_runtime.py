@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -10,7 +14,8 @@ import torch
 from quickstart_config import quickstart_config
 from training import init_here
 
-from dude_cli.system.runtime import best_device, make_accelerator, quiet_libraries
+import dude_cli
+from dude_cli.system.runtime import best_device, environment, make_accelerator, quiet_libraries
 from dude_cli.training import cpu
 
 
@@ -62,3 +67,18 @@ def test_the_hub_is_tried_again_without_a_line(text, is_shown):
     quiet_libraries()
     record = logging.LogRecord("", logging.WARNING, "", 0, text, None, None)
     assert bool(logging.getLogger("huggingface_hub.utils._http").filter(record)) == is_shown
+
+
+def test_the_commit_of_the_code_is_recorded_in_a_checkout():
+    root = Path(dude_cli.__file__).parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("this is no checkout")
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    assert environment("cpu", 1, None)["git_commit"].removesuffix("+changes") == head.stdout.strip()
+
+
+def test_code_outside_a_checkout_has_no_commit(tmp_path):
+    shutil.copytree(Path(dude_cli.__file__).parent, tmp_path / "dude_cli")
+    code = "from dude_cli.system.runtime import environment; print(environment('cpu', 1, None)['git_commit'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"None\n"
