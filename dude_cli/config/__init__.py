@@ -1,5 +1,6 @@
 """A run's config: the schema, and the strict reading of a YAML file into it or into another schema."""
 
+from dude_cli.config.data_schema import DataConfig, DataSource, RowForm
 from dude_cli.config.read import dump_config, find_file, given_source, load_config, load_sections, resolved
 from dude_cli.config.schema import (
     ADAPTER_FIXED,
@@ -11,8 +12,6 @@ from dude_cli.config.schema import (
     TRACKERS,
     AdapterConfig,
     Config,
-    DataConfig,
-    DataSource,
     Distributed,
     DType,
     EvalConfig,
@@ -20,12 +19,11 @@ from dude_cli.config.schema import (
     Method,
     ModelConfig,
     Quantization,
-    RowForm,
-    Section,
     SvdConfig,
     TrackerName,
     TrainConfig,
 )
+from dude_cli.config.section import Section
 
 __all__ = [
     "ADAPTER_FIXED",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 
 from dude_cli.config.keys import Path, field_at, has_entries, key_paths, path_of, section_at
-from dude_cli.config.schema import Config, Section
+from dude_cli.config.schema import Config
+from dude_cli.config.section import Section
 from dude_cli.config.strict_yaml import Loc
 from dude_cli.errors import nearest
 

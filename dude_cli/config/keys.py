@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from dude_cli.config.schema import Config, Section
+from dude_cli.config.schema import Config
+from dude_cli.config.section import Section
 from dude_cli.config.strict_yaml import Loc
 
 Path = tuple[str, ...]  # the names of keys from the root; entries of a list have their list's path

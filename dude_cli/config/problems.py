@@ -25,7 +25,7 @@ from dude_cli.config.keys import (
     without_union_tags,
 )
 from dude_cli.config.overrides import IN_A_SHELL
-from dude_cli.config.schema import Section
+from dude_cli.config.section import Section
 from dude_cli.config.strict_yaml import Document, Loc, Place, Problem, parse
 
 S = TypeVar("S", bound=Section)

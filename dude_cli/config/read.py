@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 import yaml
 
 from dude_cli import shipped
+from dude_cli.config.data_schema import DataSource
 from dude_cli.config.overrides import apply_overrides
 from dude_cli.config.problems import validate
-from dude_cli.config.schema import Config, DataSource, Section
+from dude_cli.config.schema import Config
+from dude_cli.config.section import Section
 from dude_cli.config.strict_yaml import SCALAR_PATTERNS, Document, Place, Problem, parse, place_of
 from dude_cli.errors import ConfigError, UsageError, nearest
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dude_cli.config.schema import plain_values
+from dude_cli.config.data_schema import plain_values
 from dude_cli.config.strict_yaml import parse
 from dude_cli.errors import UsageError, nearest
 

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dude_cli.config import EvalConfig, Method, Section, find_file, load_sections
-from dude_cli.config.schema import Contradiction, LearningRate, PositiveInt
+from dude_cli.config.schema import LearningRate
+from dude_cli.config.section import Contradiction, PositiveInt
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
