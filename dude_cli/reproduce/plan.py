@@ -12,6 +12,7 @@ from dude_cli.config import Config, EvalTask, load_config
 from dude_cli.data.order import steps_per_epoch
 from dude_cli.errors import ConfigError
 from dude_cli.reproduce.recipe import Block, Number, Recipe
+from dude_cli.training.run_dir import has_result
 from dude_cli.training.schedule import total_steps
 from dude_cli.training.smoke import EVAL_LIMIT
 
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return (self.folder / "adapter" / "adapter_config.json").is_file()
+        return has_result(self.folder)
 
 
 @dataclass(frozen=True)

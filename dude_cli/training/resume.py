@@ -14,7 +14,7 @@ from dude_cli.errors import ConfigError, UsageError
 from dude_cli.model import refuse_moved_folder
 from dude_cli.system.ranks import on_main_rank
 from dude_cli.training.checkpoint import Origin, checkpoints, newest_checkpoint, read_state
-from dude_cli.training.run_dir import RESULT, has_steps
+from dude_cli.training.run_dir import has_result, has_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,7 @@ def is_finished_run(config: Config, *, allow_changes: bool = False) -> bool:
     `allow_changes` lets an unfinished run have other settings than those which its tensors were made with.
     """
     folder = config.run_dir
-    is_finished = (folder / RESULT).is_dir()
+    is_finished = has_result(folder)
     changed = changed_settings(config)
     refused = changed if is_finished or not allow_changes else [key for key in changed if key in FIXED_SETTINGS]
     if refused:

@@ -98,5 +98,10 @@ def initial_key(folder: Path) -> str | None:
         return None
 
 
+def has_result(folder: Path) -> bool:
+    """Whether the training in this run folder is finished: its adapter is whole or not there."""
+    return (folder / RESULT).is_dir()
+
+
 def has_steps(folder: Path) -> bool:
-    return (folder / RESULT).is_dir() or bool(checkpoints(folder))
+    return has_result(folder) or bool(checkpoints(folder))
