@@ -256,10 +256,20 @@ def eval_config(target: Target) -> EvalConfig:
     return EvalConfig() if path is None else load_config(path).eval
 
 
+def run_of(target: Target) -> Path | None:
+    """The folder of the run that a run's, or a checkpoint's, adapter is of; None for all else."""
+    if target.run_dir is not None or target.adapter_dir is None:
+        return target.run_dir
+    folder = target.adapter_dir.resolve().parent
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    return folder if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file() else None
+
+
 def data_config(target: Target) -> DataConfig | None:
-    """The `data` section of a run's config, which says in what form its prompts were; None for all else."""
-    path = _config_file(target)
-    return None if path is None else load_config(path).data
+    """The `data` section of the config of the run that a target is of, which says in what form its prompts were."""
+    run = run_of(target)
+    return None if run is None else load_config(run / "config.yaml").data
 
 
 def results_dir(target: Target) -> Path | None:
@@ -368,5 +378,7 @@ def check_dtype(dtype: str | None) -> DType | None:
     """The dtype of that name. Raises UsageError for another."""
     found = next((known for known in DTYPES if known == dtype), None)
     if dtype is not None and found is None:
-        raise UsageError(f"unknown dtype {dtype}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
+        close = nearest(str(dtype), list(DTYPES))
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"unknown dtype {dtype}", where="--dtype", fix=f"{hint}use one of {', '.join(DTYPES)}")
     return found

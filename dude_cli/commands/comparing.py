@@ -27,6 +27,9 @@ def compare(names: tuple[str, str], options: EvalOptions, *, target_name: str | 
 
     Raises UsageError for a target or a base beside the two.
     """
+    option = next((name for name in names if name.startswith("--")), None)
+    if option is not None:
+        raise UsageError(f"--compare takes two names, and one of them is {option}", where="--compare", fix="give both")
     if target_name is not None or options.compare_base:
         what = f"`{target_name}`" if target_name is not None else "--base"
         raise UsageError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dude_cli.config import DataSource, EvalTask
 from dude_cli.console import Output
-from dude_cli.errors import UsageError
+from dude_cli.errors import DataError, UsageError
 from dude_cli.system.launch import ranks_to_start, run_ranks
 from dude_cli.target import AS_TRAINED, Loading
 
@@ -92,22 +92,27 @@ def find_side(name: str | None, options: EvalOptions, output_dir: Path | None) -
 
 
 def asked_tasks(sides: Sequence[Side], options: EvalOptions) -> list[EvalTask]:
-    """The tasks asked for, else those of the config of the first run that has some; there may be none."""
+    """The tasks asked for, else those of the config of the first run that has some; there may be none.
+
+    A name may be that of rows in a run's config.
+    """
     from dude_cli.target import eval_config
 
     _check_asked(options)
-    if options.task_names or options.rows:
-        named = [EvalTask(name=name) for name in options.task_names]
-        own = [EvalTask(name=_name_of(source), rows=[source]) for source in options.rows]
-        return [as_asked(task, options) for task in (*named, *own)]
     targets = [side.target for side in sides if side.target is not None]
-    found = next((tasks for target in targets if (tasks := eval_config(target).tasks)), [])
-    return [as_asked(task, options) for task in found]
+    configs = [eval_config(target).tasks for target in targets]
+    if options.task_names or options.rows:
+        own = {task.name: task for tasks in configs for task in tasks if task.rows is not None}
+        named = [own.get(name) or EvalTask(name=name) for name in options.task_names]
+        pairs = zip(_names_of(options.rows), options.rows, strict=True)
+        given = [EvalTask(name=name, rows=[source]) for name, source in pairs]
+        return [as_asked(task, options) for task in (*named, *given)]
+    return [as_asked(task, options) for task in next(filter(None, configs), [])]
 
 
 def _check_asked(options: EvalOptions) -> None:
     """Raise UsageError for names and a text that say nothing, and for what is asked twice."""
-    names = [*options.task_names, *map(_name_of, options.rows)]
+    names = [*options.task_names, *_names_of(options.rows)]
     for name in names:
         if not name.strip():
             raise UsageError("a name is empty", where="--task, --rows", fix="name a task, or a file of rows")
@@ -122,8 +127,15 @@ def _check_asked(options: EvalOptions) -> None:
         raise UsageError("it is empty", where="--system-instruction", fix="leave it out, or say something")
 
 
-def _name_of(source: DataSource) -> str:
-    return Path(source.path).resolve().name
+def _names_of(sources: Sequence[DataSource]) -> list[str]:
+    """What rows that are given as options are called in tables and file names: as their file, or as its whole path."""
+    short = [_name_of(source, Path(source.path).resolve().name) for source in sources]
+    pairs = zip(short, sources, strict=True)
+    return [name if short.count(name) == 1 else _name_of(source, source.path) for name, source in pairs]
+
+
+def _name_of(source: DataSource, place: str) -> str:
+    return " ".join(filter(None, (place, source.name, source.split if source.split != "train" else None)))
 
 
 def no_task(sides: Sequence[Side], more: str = "") -> UsageError:
@@ -248,7 +260,7 @@ def _take_stored(sides: Sequence[Side], tasks: Sequence[EvalTask], options: Eval
         if len(sides) == 1
         or not all(task.name in side.scores for side in sides)
         or (task.apply_chat_template and options.loading.changes_chat_template)
-        or task.name in map(_name_of, options.rows)  # a file may have changed, or be another one of that name
+        or task.name in _names_of(options.rows)  # a file may have changed, or be another one of that name
     ]
     doubtful = [task for task in doubtful if any(task.name in side.stored for side in sides)]
     benchmarks = _loaded([task for task in doubtful if task.rows is None], options)
@@ -279,9 +291,24 @@ def _take_stored(sides: Sequence[Side], tasks: Sequence[EvalTask], options: Eval
 def _own_rows(
     target: Target, tasks: Sequence[EvalTask], options: EvalOptions, accelerator: Accelerator | None, output: Output
 ) -> list[LoadedTask]:
-    """Those of the tasks that are rows of the user's own, read by `target`; the user is told what is to be known."""
+    """Those of the tasks that are rows of the user's own, read by `target`; the user is told what is to be known.
+
+    Raises UsageError for a chat template that none of them goes through.
+    """
     rows = [task for task in tasks if task.rows is not None]
-    return _loaded(rows, options, target, accelerator, output)
+    found = _loaded(rows, options, target, accelerator, output)
+    in_chat = any(task.apply_chat_template for task in tasks)
+    if rows and options.loading.changes_chat_template and not in_chat and not any(_are_chats(task) for task in found):
+        raise UsageError(
+            f"{', '.join(task.name for task in rows)}: these rows are no conversations, and have no template",
+            where="--chat-template, --chat-template-kwargs",
+            fix="leave these out",
+        )
+    return found
+
+
+def _are_chats(found: LoadedTask) -> bool:
+    return any(task.are_chats for task in found.tasks.values())
 
 
 def _loaded(
@@ -297,19 +324,24 @@ def _loaded(
     if not tasks:
         return []
     request = EvalRequest(tuple(tasks), data_dir=options.data_dir, include_paths=tuple(options.include_paths))
-    reader = None if target is None else _reader(target, options)
-    if output is None:
-        return load_request(request, reader=reader)
-    return load_request(request, reader=reader, accelerator=accelerator, log=output.say, warn=output.warn)
+    if target is None:
+        return load_request(request)
+    said = {} if output is None else {"log": output.say, "warn": output.warn}
+    try:
+        return load_request(request, reader=_reader(target, options), accelerator=accelerator, **said)
+    except DataError as error:  # of two that are compared it may fit one alone
+        where = ", ".join(filter(None, [error.where, f"read for {target}"]))
+        raise DataError(error.what, where=where, fix=error.fix) from error
 
 
 def _reader(target: Target, options: EvalOptions) -> RowReader:
     """How a target reads rows of the user's own."""
     from dude_cli.evaluation import RowReader
-    from dude_cli.target import context_length, data_config, target_tokenizer
+    from dude_cli.target import context_length, data_config, run_of, target_tokenizer
     from dude_cli.training.trained_rows import trained_rows
 
-    known = None if target.run_dir is None else trained_rows(target.run_dir)
+    run = run_of(target)
+    known = None if run is None else trained_rows(run)
     tokenizer = target_tokenizer(target, options.loading)
     return RowReader(tokenizer, data_config(target), context_length(target, options.loading), known)
 

@@ -48,7 +48,7 @@ def _with_form(
     # What is wrong with a source without rows is told when it is read.
     form = next((form for form in forms if row is None or columns(form).fit(row)), None)
     if form is None:
-        wanted = ", or ".join(" and ".join(map(repr, columns(form).required)) for form in forms)
+        wanted = ", or ".join(columns(form).wanted() for form in forms)
         of_whom = "the rows of the training" if trained is not None else "rows"
         raise DataError(
             f"the columns are {', '.join(map(repr, row or {}))}; {of_whom} have {wanted}",

@@ -33,6 +33,11 @@ class Columns:
         """All names of the columns that are read."""
         return [name for column in (*self.required, *self.optional, *self.instead) for name in self.names(column)]
 
+    def wanted(self) -> str:
+        """The required columns, or those instead, in words."""
+        words = " and ".join(map(repr, self.required))
+        return f"{words}, or lists of messages in {' and '.join(map(repr, self.instead))}" if self.instead else words
+
     def fit(self, row: Row) -> bool:
         """Whether a row has the required columns, or those instead, as texts or as lists, whichever is read."""
         has_lists = any(isinstance(row.get(name), list) for name in (*self.required, *self.instead))

@@ -56,8 +56,8 @@ class Comparison:
     """One task's or group's score in two results, b against a.
 
     `test` is None where the score is not the mean of one number for each question, such as a perplexity.
-    `gained` are the questions with a higher number in b, `lost` those with a lower one. Whether higher is better is the
-    metric's: `higher_is_better`, None if lm-eval does not say.
+    `gained` are the questions that are better in b, `lost` those that are better in a. Whether a higher number is
+    better is the metric's: `higher_is_better`, None if lm-eval does not say, when it is taken to be.
     """
 
     task: str
@@ -105,7 +105,7 @@ def comparison_shown(
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     for heading in ("task", "metric"):
         table.add_column(heading, overflow="fold")
-    for heading in ("A", "B", "B - A", "only A", "only B", "p-value"):
+    for heading in ("A", "B", "B - A", "A better", "B better", "p-value"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparisons:
         label = row.metric if row.filter == "none" else f"{row.metric}{br}{row.filter}"
@@ -183,12 +183,20 @@ def refuse_other_questions(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
             problems.append(f"longest answer of {name}: {lengths[0]} and {lengths[1]} tokens")
     if not problems:
         return
+    fix = (
+        "evaluate both with the same tasks, --num-fewshot and --limit, in plain text or in one chat template, by the "
+        "same version of lm-eval"
+    )
+    if any(request.get("rows") for request in a["requested"].values()):
+        fix = (
+            "each is asked in the form that it was trained on, cut to its length: give both one, as "
+            '--rows "{path: FILE, prompt: ..., completion: ...}"; or their rows have changed: --rescore'
+        )
     shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     raise UsageError(
         "the two results are not of the same questions in the same form; different are:\n  " + "\n  ".join(shown),
         where="--compare",
-        fix="evaluate both with the same tasks, --num-fewshot and --limit, in plain text or in one chat template, by "
-        "the same version of lm-eval",
+        fix=fix,
     )
 
 
@@ -201,23 +209,27 @@ def _comparison(a: Mapping[str, Any], b: Mapping[str, Any], name: str, metric: s
     key, error_key = f"{metric},{filter_name}", f"{metric}_stderr,{filter_name}"
     rows = [side["results"][name] for side in (a, b)]
     before, after = (question_values(side, name, metric, filter_name) for side in (a, b))
+    higher_is_better = higher_is_better_of(a, name, metric)
     test, changes = None, []
     if before is not None and after is not None and before.keys() == after.keys():
         questions = sorted(before)
-        test = paired_test([before[q] for q in questions], [after[q] for q in questions])
+        values = ([side[q] for q in questions] for side in (before, after))
+        test = paired_test(*values, higher_is_better=higher_is_better is not False)
         changes = list(_changes(a, b, name, filter_name, before, after))
+    higher = [change for change in changes if change.score_b > change.score_a]
+    lower = [change for change in changes if change.score_b < change.score_a]
     return Comparison(
         task=name,
         metric=metric,
         filter=filter_name,
-        higher_is_better=higher_is_better_of(a, name, metric),
+        higher_is_better=higher_is_better,
         score_a=rows[0][key],
         score_b=rows[1][key],
         stderr_a=rows[0].get(error_key, NOT_AVAILABLE),
         stderr_b=rows[1].get(error_key, NOT_AVAILABLE),
         test=test,
-        gained=tuple(change for change in changes if change.score_b > change.score_a),
-        lost=tuple(change for change in changes if change.score_b < change.score_a),
+        gained=tuple(higher if higher_is_better is not False else lower),
+        lost=tuple(lower if higher_is_better is not False else higher),
     )
 
 
@@ -278,7 +290,7 @@ def _examples_shown(comparisons: Sequence[Comparison]) -> Iterator[str]:
         if row.task in seen or row.test is None:
             continue
         seen.add(row.task)
-        word = "right in {} alone" if row.test.method == "exact McNemar" else "higher in {}"
+        word = "right in {} alone" if row.test.method == "exact McNemar" else "better in {}"
         for heading, changes in ((word.format("B"), row.gained), (word.format("A"), row.lost)):
             if not changes:
                 continue

@@ -207,12 +207,11 @@ def templates_compiled_once() -> Iterator[None]:
     """
     from lm_eval.utils import env
 
-    before = env.from_string
-    env.from_string = functools.lru_cache(KEPT_TEMPLATES)(before)
+    env.from_string = functools.lru_cache(KEPT_TEMPLATES)(env.from_string)  # in front of the class's
     try:
         yield
     finally:
-        env.from_string = before
+        del env.from_string
 
 
 @contextlib.contextmanager

@@ -76,8 +76,9 @@ def _change(
     if before != own:
         return f"its longest answer was {before} tokens and is {own}"
     asked = {sample["doc_id"]: sample["doc_hash"] for sample in results["samples"].get(name, [])}
+    own_rows = results["requested"].get(name, {}).get("rows")
     if asked != {number: _doc_hash(doc) for number, doc in task.doc_iterator(limit=limit)}:
-        return "it has other questions now"
+        return "its rows are others now, or in another form" if own_rows else "it has other questions now"
     is_same = _prompts_hash(task, limit, settings) == results["prompt_hashes"][name]
     return None if is_same else "its prompts are others now"
 
@@ -121,7 +122,11 @@ def _doc_hash(doc: Any) -> str:
 def _sources(results: Mapping[str, Any]) -> str:
     """Where the rows are from that a document is about, if they are the user's own."""
     (request,) = results["requested"].values()
-    return ", ".join(source["path"] for source in request.get("rows") or ())
+    sources = request.get("rows") or ()
+    parts = [
+        (source["path"], source["name"], source["split"] if source["split"] != "train" else None) for source in sources
+    ]
+    return ", ".join(" ".join(filter(None, part)) for part in parts)
 
 
 def _value(results: Mapping[str, Any], key: str) -> str:

@@ -43,8 +43,9 @@ class RowsTask(Task):  # type: ignore[misc]
     VERSION = 1
     OUTPUT_TYPE = "loglikelihood"
 
-    def __init__(self, name: str, rows: EncodedRows, tokenizer: Any, limit: int | None) -> None:
+    def __init__(self, name: str, rows: EncodedRows, tokenizer: Any, limit: int | None, *, are_chats: bool) -> None:
         super().__init__()
+        self.are_chats = are_chats
         self._config = TaskConfig(task=name, output_type=self.OUTPUT_TYPE, num_fewshot=0)
         count = len(rows) if limit is None else min(limit, len(rows))
         self._rows = [rows[index] for index in range(count)]
@@ -116,7 +117,10 @@ def rows_task(
     if seen:
         what = f"{seen:,} of {len(hashes):,} rows are among those that it was trained on"
         warn(f"warning: {name}: {what}: of them the scores do not tell what the model makes of new rows")
-    return RowsTask(name, data.train, reader.tokenizer, limit)
+    left_out = data.train_report.rows_without_target
+    if left_out:
+        warn(f"warning: {name}: {left_out:,} rows have no answer to score and are left out")
+    return RowsTask(name, data.train, reader.tokenizer, limit, are_chats=config.has_chats)
 
 
 def _doc(tokenizer: Any, row: EncodedRow) -> dict[str, Any]:

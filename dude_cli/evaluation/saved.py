@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -90,7 +91,8 @@ def join_results(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def results_path(folder: Path, task: EvalTask, shots: int | None) -> Path:
     """The document of a task in a folder of results; `shots` None for as many examples as the task has by default."""
     parts = [task.name.replace("/", "_")]  # a task file of someone's may be called ../../x
-    parts += ["rows"] if task.rows is not None else []
+    if task.rows is not None:
+        parts = [re.sub(r"[^\w.-]+", "_", task.name), "rows"]
     parts += ["chat"] if task.apply_chat_template else []
     if task.system_instruction is not None:
         parts.append(f"system-{hashlib.sha256(task.system_instruction.encode()).hexdigest()[:12]}")

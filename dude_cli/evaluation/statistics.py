@@ -29,7 +29,7 @@ class PairedTest:
 
     `standard_error` is that of the difference (see `paired_difference`), None for one question. `interval` is the
     percentile interval of the paired bootstrap (Efron and Tibshirani 1993, chapter 13), None for one question.
-    `gained` questions score higher in b, `lost` ones higher in a. `p_value` is two-sided, by `method`:
+    `gained` questions are better in b, `lost` ones better in a. `p_value` is two-sided, by `method`:
     exact McNemar where each score is 0 or 1, else the sign-flip permutation test of the mean difference.
     """
 
@@ -79,11 +79,12 @@ def weighted_standard_error(errors: Sequence[float], weights: Sequence[float]) -
     return math.sqrt(math.fsum((w * e) ** 2 for w, e in zip(weights, errors, strict=True))) / math.fsum(weights)
 
 
-def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
+def paired_test(a: Sequence[float], b: Sequence[float], *, higher_is_better: bool = True) -> PairedTest:
     """Compare two scores on the same questions, in the same order. Raises ValueError if their numbers differ."""
     difference, error = paired_difference(a, b)
-    gained = sum(after > before for before, after in zip(a, b, strict=True))
-    lost = sum(after < before for before, after in zip(a, b, strict=True))
+    higher = sum(after > before for before, after in zip(a, b, strict=True))
+    lower = sum(after < before for before, after in zip(a, b, strict=True))
+    gained, lost = (higher, lower) if higher_is_better else (lower, higher)
     is_right_or_wrong = all(value in (0, 1) for value in (*a, *b))
     changes = [after - before for before, after in zip(a, b, strict=True)]
     return PairedTest(

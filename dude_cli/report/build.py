@@ -131,7 +131,7 @@ def _change_lists(changed: Changed) -> list[tuple[str, list[str]]]:
         if comparison.test is None or not changes:
             continue
         if comparison.test.method != "exact McNemar":
-            word = {"from wrong to right": "to a higher number", "from right to wrong": "to a lower number"}[word]
+            word = {"from wrong to right": "to a better number", "from right to wrong": "to a worse number"}[word]
         heading = (
             f"{changed.label}: {len(changes)} of {comparison.test.n} {word}, base to tuned; "
             f"{comparison.task}, {comparison.metric}"

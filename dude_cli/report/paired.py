@@ -81,7 +81,8 @@ def pairs(settings: Sequence[Setting]) -> list[Pair]:
             if before.keys() != after.keys():
                 continue
             questions = sorted(before)
-            test = paired_test([before[q] for q in questions], [after[q] for q in questions])
+            values = ([side[q] for q in questions] for side in (before, after))
+            test = paired_test(*values, higher_is_better=first.higher_is_better is not False)
             tests.append(Pair(first.name, first.metric, a, b, runs_a, runs_b, test, test.p_value))
         adjusted = holm([pair.test.p_value for pair in tests])
         found += [replace(pair, adjusted_p_value=value) for pair, value in zip(tests, adjusted, strict=True)]

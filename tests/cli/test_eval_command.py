@@ -787,7 +787,7 @@ def test_own_rows_have_the_loss_of_the_trainings_evaluation(runs: Path, tmp_path
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["eval"] = {"tasks": [{"name": "held-out", "rows": config["data"]["validation"]}]}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    document = json.loads(evaluated(tmp_path, "run", "--base", "--json").stdout)
+    document = json.loads(evaluated(tmp_path, "run", "--base", "--task", "held-out", "--json").stdout)
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     before, after = [line["eval_loss"] for line in losses if "eval_loss" in line]
     assert document["base"]["results"]["held-out"]["loss,none"] == pytest.approx(before, rel=1e-5)
@@ -807,7 +807,7 @@ def test_own_rows_are_scored_again_when_they_are_others(runs: Path, tmp_path: Pa
     assert "was scored before" in evaluated(runs, *ask).stderr
     assert scored == ["own.jsonl"]
     own_rows(rows, count=4)
-    assert "own.jsonl is scored again: it has other questions now" in evaluated(runs, *ask).stderr
+    assert "own.jsonl is scored again: its rows are others now, or in another form" in evaluated(runs, *ask).stderr
     assert scored == ["own.jsonl"] * 2
     evaluated(runs, *ask, "--limit", "2")
     assert {path.name for path in (tmp_path / "out").glob("*.json")} == {
@@ -827,6 +827,14 @@ def test_rows_of_another_place_take_the_place_of_those_of_their_name_with_a_word
             evaluated(tmp_path, runs / "runs/a", "--rows", f"{folder}/own.jsonl", "--output", tmp_path / "out").stderr
         )
     assert ["its rows were one/own.jsonl and are two/own.jsonl" in text for text in said] == [False, True]
+    splits = [f"{{path: two/own.jsonl, split: 'train[:{count}]'}}" for count in (1, 2)]
+    both = ("--rows", splits[0], "--rows", splits[1], "--rows", "one/own.jsonl", "--rows", "two/own.jsonl")
+    results = json.loads(evaluated(tmp_path, runs / "runs/a", *both, "--json", "--output", tmp_path / "out").stdout)
+    names = ["own.jsonl train[:1]", "own.jsonl train[:2]", "one/own.jsonl", "two/own.jsonl"]
+    assert list(results["results"]) == names
+    files = {path.name for path in (tmp_path / "out").glob("*.json")}
+    assert {f"{name}.rows.json" for name in ("own.jsonl_train_1_", "own.jsonl_train_2_", "one_own.jsonl")} < files
+    scored[2:] = []
     assert scored == ["own.jsonl"] * 2
 
 
@@ -862,6 +870,9 @@ def test_two_runs_are_compared_on_own_rows_and_not_on_what_a_file_was(
         ("", (), "names no data set"),
         ("{path: own.jsonl, splitt: test}", (), "did you mean `split`"),
         ("others.jsonl", (), "the rows of the training have 'prompt' and 'completion'"),
+        ("others.jsonl", (), "others.jsonl, read for run "),
+        ("own.jsonl", ("--chat-template", "template.jinja"), "own.jsonl: these rows are no conversations"),
+        ("own.jsonl", ("--compare", "run", "--limit"), "--compare takes two names, and one of them is --limit"),
         ("owm.jsonl", (), "did you mean own.jsonl"),
     ],
 )
@@ -876,6 +887,7 @@ def test_what_is_wrong_with_own_rows_is_told_before_the_model_is_loaded(
     monkeypatch.setattr("dude_cli.target.load_model", lambda *_: pytest.fail("the model was loaded"))
     own_rows(tmp_path / "own.jsonl")
     own_rows(tmp_path / "others.jsonl", prompt="question")
+    (tmp_path / "template.jinja").write_text(CHAT_TEMPLATE)
     done = dude_here("eval", runs / "runs/a", "--rows", name, *options, "--output", "out", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr

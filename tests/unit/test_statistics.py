@@ -105,6 +105,14 @@ def test_other_scores_are_tested_by_sign_flips() -> None:
         paired_test([1.0], [1.0, 0.0])
 
 
+def test_of_a_loss_the_lower_number_is_the_better_one() -> None:
+    a, b = [0.5, 0.5, 0.5], [0.1, 0.7, 0.2]
+    up, down = paired_test(a, b), paired_test(a, b, higher_is_better=False)
+    assert (up.gained, up.lost) == (1, 2)
+    assert (down.gained, down.lost) == (2, 1)
+    assert (down.difference, down.p_value) == (up.difference, up.p_value)
+
+
 def test_holm_agrees_with_statsmodels() -> None:
     """`multipletests(p, method="holm")` of statsmodels 0.15."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

@@ -12,7 +12,7 @@ from exporting import save_base, save_trained
 from dude_cli.adapter import AdapterConfig
 from dude_cli.config import Config, dump_config
 from dude_cli.errors import AdapterError, UsageError
-from dude_cli.target import AS_TRAINED, Loading, check_target, find_target, load_target, target_tokenizer
+from dude_cli.target import AS_TRAINED, Loading, check_target, data_config, find_target, load_target, target_tokenizer
 from dude_cli.training.smoke import smoke_config
 
 
@@ -103,6 +103,20 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", finished_at=None)
     with pytest.raises(UsageError, match=r"not finished.*\n.*\n.*dude train"):
         find_target(str(run))
+
+
+def test_a_runs_adapters_are_asked_in_the_form_of_the_run(tmp_path: Path) -> None:
+    """That of a checkpoint too, and the best one; not one that was put somewhere else."""
+    run = make_smoke_run(tmp_path / "run", finished_at=1_000)
+    (run / "environment.json").write_text("{}")
+    for name in ("checkpoints/step-000002/adapter", "best"):
+        make_adapter(run / name)
+    stray = make_adapter(tmp_path / "adapter")
+    data = data_config(find_target(str(run)))
+    assert data is not None
+    for name in ("adapter", "checkpoints/step-000002", "checkpoints/step-000002/adapter", "best"):
+        assert data_config(find_target(str(run / name))) == data
+    assert data_config(find_target(str(stray))) is None
 
 
 def test_an_unfinished_run_has_checkpoints_that_can_be_named(tmp_path: Path) -> None:
