@@ -38,7 +38,11 @@ def compare(names: tuple[str, str], options: EvalOptions, *, target_name: str | 
             fix="leave it out; a model's folder or hub name may be one of the two",
         )
     sides = [_side(name, options, place) for name, place in zip(names, "ab", strict=True)]
-    tasks = _compared_tasks(sides, options) or _stored_by_both(sides, options, output)
+    tasks = _compared_tasks(sides, options)
+    is_said = options.task_names or options.rows or any(side.scores for side in sides)
+    if tasks and not is_said:
+        output.say(f"comparing on the tasks of a config: {_shown(tasks)}")
+    tasks = tasks or _stored_by_both(sides, options, output)
     if any(task.apply_chat_template for task in tasks):
         _refuse_other_templates(sides, options)
     with all_scored(sides, tasks, options, output) as output:

@@ -398,6 +398,7 @@ def test_the_tasks_are_those_of_whichever_run_has_some(runs: Path, tmp_path: Pat
     done = dude_here("eval", "--compare", "embedded:quickstart", "runs/a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert scored == ["quickstart_choices"] * 2
+    assert "comparing on the tasks of a config: quickstart_choices (first 2)" in done.stderr
 
 
 def test_without_a_task_what_both_have_stored_is_compared(runs: Path, tmp_path: Path, scored: list[str]) -> None:
