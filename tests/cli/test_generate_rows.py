@@ -128,6 +128,7 @@ def test_what_cannot_be_answered_is_told_before_the_model_is_loaded(run, tmp_pat
         (["--output", out], "--output and --batch-size are for the answers to rows"),
         (["--batch-size", "2", "--prompt", "a"], "--output and --batch-size are for the answers to rows"),
         (["--rows", rows, "--output", rows], "is there already"),
+        (["--rows", rows, "--rows", out, "--output", out], "--rows takes one data set here, and 2 are given"),
         (["--rows", rows, "--output", out], "the rows of the training have 'story' and 'question'"),
         (["--rows", rows, "--output", out, "--top-p", "0.5"], "does nothing"),
         (["--rows", "", "--output", out], "'' names no data set"),
@@ -141,6 +142,9 @@ def test_what_cannot_be_answered_is_told_before_the_model_is_loaded(run, tmp_pat
         assert (done.returncode, done.stdout) == (2, "")
         assert said in done.stderr
     write(rows, ROWS)
+    for options in (["--rows", rows, "--output", out], ["--prompt", "a", "--raw"]):
+        done = dude_here("generate", run, *options, "--dtype", "bf16")
+        assert done.stderr.startswith("error: unknown dtype bf16"), options
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages[0].content }}")
     done = dude_here("generate", run, "--rows", rows, "--output", out, "--chat-template", template)
