@@ -113,7 +113,8 @@ def generate_rows(
         form, prompts = row_prompts(source, trained, tokenizer, say=output.say, moment=answers.begun_at)
         if loading.changes_chat_template:
             _check_is_chat(form)
-        output.say(f"answering {len(prompts)} rows with {target}", f"prompt form: {form.description}")
+        asked = "1 row" if len(prompts) == 1 else f"{len(prompts)} rows"
+        output.say(f"answering {asked} with {target}", f"prompt form: {form.description}")
         loaded = load_target(target, loading)
         generator = Generator(loaded.model, loaded.tokenizer, form, sampling)
         check_rows(generator, prompts, source.path)
@@ -139,7 +140,8 @@ def generate_rows(
             _tell_what_is_kept(answers, len(prompts), output)
             raise
     found = summary(ordered, compare_base=compare_base)
-    shown = [f"{len(ordered)} answers are in {path}", *summary_lines(found, max_new_tokens)]
+    said = "1 answer is" if len(ordered) == 1 else f"{len(ordered)} answers are"
+    shown = [f"{said} in {path}", *summary_lines(found, max_new_tokens)]
     document: dict[str, Any] = {"target": str(target), "adapter_sha256": loaded.adapter_sha256}
     document |= {
         "prompt_form": form.description,

@@ -71,6 +71,18 @@ def test_rows_need_no_answer(name, plain_tokenizer, source):
             prompts(source(wrong), config(**fields), plain_tokenizer)
 
 
+def test_prompts_that_the_training_would_have_cut_are_whole_and_counted(plain_tokenizer, source):
+    rows = source(*[{"prompt": "x" * length, "completion": "y"} for length in (39, 40, 41, 90)])
+    said: list[str] = []
+    found = prompts(rows, config(max_length=40), plain_tokenizer, said)
+    assert [len(row.prompt.ids) for row in found] == [39, 40, 41, 90]
+    note = "2 of 4 prompts are longer than data.max_length (40), to which the training cut its rows: they are sent whole"
+    assert said == [f"note: {note}"]
+    for data in (config(max_length=90), None):
+        prompts(rows, data, plain_tokenizer, said)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_of_a_chat_the_last_answer_is_left_out_and_the_earlier_ones_stay(template, chat_tokenizer, source):
     tokenizer, chats = chat_tokenizer(template), config(format="chat")
