@@ -63,17 +63,30 @@ def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     found = _open_source(source)
     if not isinstance(found, Rows):
         return _read_dataset(source, found, columns, seen)
-    there = list(found.values[0]) if found.values else []
+    there = list(_first_values(found.values))
     check_columns(source, there, columns, empty=not found.values)
     return _kept(source, found, columns, there, seen)
 
 
-def first_row(source: DataSource) -> Row | None:
-    """The first row of a source, None of one without rows. Raises DataError where it cannot be read."""
+def first_values(source: DataSource) -> Row | None:
+    """The columns of a source, each with its first value, None of one without rows; a table's are all in its first row.
+
+    Raises DataError where it cannot be read.
+    """
     found = _open_source(source)
     if isinstance(found, Rows):
-        return found.values[0] if found.values else None
+        return _first_values(found.values) if found.values else None
     return dict(found[0]) if len(found) else None
+
+
+def _first_values(rows: Sequence[Row]) -> Row:
+    """Each column that a row has, in order, with its first value that is not null."""
+    first: Row = {}
+    for row in rows:
+        for column, value in row.items():
+            if first.get(column) is None:
+                first[column] = value
+    return first
 
 
 def _open_source(source: DataSource) -> Rows | Dataset:

@@ -219,7 +219,7 @@ def test_rows_of_either_form_are_read_each_as_it_is(prepare, suffix):
     assert first.input_ids == whole.input_ids == other.input_ids
     assert first.labels == other.labels != whole.labels
     notes = [line for line in said if "not read" in line]
-    assert ["id" in note for note in notes] == ([] if suffix == ".jsonl" else [True])
+    assert ["id" in note for note in notes] == [True]
     assert not any("prompt" in note for note in notes)
 
 

@@ -13,7 +13,7 @@ import pytest
 from dude_cli import quickstart
 from dude_cli.config import DataSource
 from dude_cli.data.columns import Columns
-from dude_cli.data.rows import Seen, read_source
+from dude_cli.data.rows import Seen, first_values, read_source
 from dude_cli.errors import DataError
 from dude_cli.system import cache_dir
 
@@ -272,6 +272,22 @@ def test_missing_column_names_those_there_and_the_nearest(tmp_path):
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder/train.jsonl")
     assert "no column 'prompt'" in error_of(tmp_path / "folder", Columns(("prompt",))).what
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_the_columns_of_a_file_are_those_of_all_of_its_rows(tmp_path, suffix):
+    rows = [{"question": "a"}, *ROWS[1:3], {"answer": "b", "more": 1}]
+    path = write(tmp_path / f"rows{suffix}", rows)
+    error = error_of(path, split="train[:3]")
+    assert error.what == "column 'answer' has no value (null)"
+    assert error.where in (f"{path}:1", f"{path}, row 1")
+    assert "2 of 4 rows cannot be used" in error_of(path).what
+    assert error_of(path, Columns(("questions",))).what.endswith("the columns are: question, answer, extra, more")
+    seen = Seen()
+    read_source(DataSource(path=str(path), split="train[:3]"), Columns(("question",)), seen)
+    assert seen.unread == {str(path): ["answer", "extra"]}
+    first = first_values(DataSource(path=str(path)))
+    assert first == {"question": "a", "answer": "1", "extra": 1, "more": 1}
 
 
 @pytest.mark.parametrize(

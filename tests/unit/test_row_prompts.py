@@ -186,6 +186,14 @@ def test_of_a_training_on_several_forms_it_is_that_of_the_columns(chat_tokenizer
     assert "<|im_start|>" in prompts(source({"messages": CONVERSATION}), data, tokenizer)[0].prompt.text
 
 
+def test_the_form_is_that_of_the_columns_of_all_rows(plain_tokenizer, source):
+    """A row without the column is named as any other such row, whichever it is."""
+    for rows in ([{"id": 1}, {"prompt": "hi"}], [{"prompt": "hi"}, {"id": 1}]):
+        with pytest.raises(DataError, match="column 'prompt' has no value") as error:
+            prompts(source(*rows), config(), plain_tokenizer)
+        assert error.value.where.endswith(f"rows.jsonl:{rows.index({'id': 1}) + 1}")
+
+
 def test_text_without_a_prompt_has_nothing_to_answer(plain_tokenizer, source):
     for data, row in ((config(format="text"), {"text": "hi"}), (config(prompt="", completion="{b}"), {"b": "hi"})):
         with pytest.raises(DataError, match="nothing to answer") as error:
