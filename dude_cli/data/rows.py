@@ -122,11 +122,13 @@ def _missing_path(source: DataSource) -> DataError:
     path = _local_path(source)
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, siblings)
-    fix = (
-        f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
-        if close
-        else f"give the path of a folder, of a file named {SUFFIXES_HINT}, or a Hub name such as owner/name"
-    )
+    parts = [part.strip() for part in source.path.split(",")]
+    if len(parts) > 1 and all(part and Path(os.path.expanduser(part)).exists() for part in parts):
+        fix = "give each on its own: in a config an entry each, on the command line the option once for each"
+    elif close:
+        fix = f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+    else:
+        fix = f"give the path of a folder, of a file named {SUFFIXES_HINT}, or a Hub name such as owner/name"
     return DataError(f"no such data file or folder: {source.path}", where="data", fix=fix)
 
 

@@ -182,11 +182,13 @@ def test_prompts_without_room_are_named_all_at_once(tuned, tokenizer):
     rows = rows_of(tokenizer, [QUESTIONS[0], "~" * 481, "~" * 480, "", "~" * 500])
     with pytest.raises(DataError) as error:
         check_rows(one, rows, "rows.jsonl")
+    shorten = "shorten the prompt, or lower --max-new-tokens"
+    too_long = f"the model's context of 512 less --max-new-tokens 32; {shorten}"
     assert error.value.what.splitlines() == [
         "3 of 5 rows cannot be used:",
-        "  row 2: the prompt has 481 tokens, and 480 fit: the model's context of 512 less --max-new-tokens 32",
-        "  row 4: the prompt is empty",
-        "  row 5: the prompt has 500 tokens, and 480 fit: the model's context of 512 less --max-new-tokens 32",
+        f"  row 2: the prompt has 481 tokens, and 480 fit: {too_long}",
+        "  row 4: the prompt is empty; give some text",
+        f"  row 5: the prompt has 500 tokens, and 480 fit: {too_long}",
     ]
 
 

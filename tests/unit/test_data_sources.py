@@ -205,10 +205,22 @@ def test_missing_file_names_the_nearest(tmp_path):
     assert str(tmp_path / "rows.jsonl") in error.fix
 
 
+def test_several_files_in_one_name_are_told_to_be_named_each(tmp_path):
+    one, two = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    for name in (f"{one},{two}", f"{one}, {two}", f"{one},{one},{two}"):
+        error = error_of(name)
+        assert f"no such data file or folder: {name}" in error.what
+        assert error.fix.startswith("give each on its own: in a config an entry each, on the command line the option")
+    for name in (f"{one},{tmp_path}/c.jsonl", f"{one},"):
+        assert "each on its own" not in error_of(name).fix
+    assert read(write(tmp_path / "a,b.jsonl")) == KEPT
+
+
 def test_malformed_line_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a", "answer": "b"}\n\n{"question": \n')
     assert error_of(path).where == f"{path}:3"
+    assert error_of(path).what == "not valid JSON: Expecting value, column 14"
     path.write_text("[1, 2]\n")
     assert "list" in error_of(path).what
 
@@ -242,11 +254,23 @@ def test_all_bad_rows_are_counted_and_the_first_five_are_named(tmp_path):
         path = write(tmp_path / f"rows{suffix}", [*ROWS[:2], *bad])
         error = error_of(path)
         nothing, a_list = "column 'answer' has no value (null)", "column 'question' is a list, not text"
-        named = [f"  {place.format(path=path, line=line)}: {(a_list, nothing)[line % 2]}" for line in range(3, 8)]
+        named = [
+            f"  {place.format(path=path, line=line)}: {(a_list, nothing)[line % 2]}; "
+            f"{('write the text to learn into a column of its own', 'fill in or remove such rows')[line % 2]}"
+            for line in range(3, 8)
+        ]
         assert error.what.splitlines() == ["8 of 10 rows cannot be used:", *named, "  and 3 more"]
         assert error.where == f"{path}, split train"
-        assert error.fix == "fill in or remove such rows; write the text to learn into a column of its own"
+        assert error.fix == "do what stands behind each row"
         assert place.format(path=path, line=4) == error_of(path, split="train[3:4]").where
+
+
+def test_what_is_to_be_done_about_all_bad_rows_is_said_once(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"question": "a", "answer": None}] * 2)
+    error = error_of(path)
+    nothing = "column 'answer' has no value (null)"
+    assert error.what.splitlines()[1:] == [f"  {path}:1: {nothing}", f"  {path}:2: {nothing}"]
+    assert error.fix == "fill in or remove such rows"
 
 
 def test_all_broken_lines_are_named(tmp_path):
