@@ -263,9 +263,26 @@ def _unreadable_dataset(source: DataSource, error: Exception) -> DataError:
             f"cannot take split {source.split!r}: {message}",
             ("set `split` to one of those, or a slice such as train[:1000] or train[10%:]"),
         )
+    elif "DatasetGenerationError" in kinds:
+        what, fix = (
+            f"cannot open the data set: {_why_not_generated(error)}",
+            "write its files with the same columns and types; or give each file on its own, and a broken row is named",
+        )
     else:
         what, fix = (
             f"cannot open the data set: {type(error).__name__}: {message}",
             ("check that `datasets.load_dataset` opens it (--debug shows the whole cause)"),
         )
     return DataError(what, where=source.path, fix=fix)
+
+
+def _why_not_generated(error: Exception) -> str:
+    """Why files make no table, on one line.
+
+    The first line of the error never says it: the next ones may, with the file, else the cause does.
+    """
+    _, _, told = str(error).strip().partition("\n")
+    cause = error.__cause__
+    if not told and cause is not None:
+        told = f"{type(cause).__name__}: {cause}"
+    return " ".join((told or str(error)).split())[:500]

@@ -100,6 +100,38 @@ def test_folders_that_load_dataset_or_save_to_disk_made(tmp_path):
     assert "Unknown split" in error_of(tmp_path / "folder", split="nope").what
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ('{"question": "a", "other": "b"}', "column names don't match"),
+        ('{"question": ["a"], "answer": "b"}', "TypeError: Couldn't cast array of type list<item: string> to string"),
+        ('{"question": "a", "ans', "JSON parse error: Invalid encoding in string. in row 0"),
+    ],
+)
+def test_files_of_a_folder_that_make_no_table_are_told_why(tmp_path, other, what):
+    write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    (tmp_path / "b.jsonl").write_text(f"{other}\n")
+    error = error_of(tmp_path)
+    assert error.what.startswith("cannot open the data set: ")
+    assert what in error.what
+    assert "\n" not in error.what
+    assert "each file on its own" in error.fix
+
+
+def test_the_file_that_datasets_names_is_told(tmp_path, monkeypatch):
+    import datasets
+    from datasets.exceptions import DatasetGenerationCastError
+
+    def load_dataset(*_: object, **__: object) -> None:
+        said = "An error occurred while generating the dataset\n\nAll the data files must have the same columns, but at "
+        said += "some point there are 1 new columns\n\nThis happened while the json dataset builder was generating data "
+        raise DatasetGenerationCastError(f"{said}using\n\n/data/b.jsonl\n\nPlease either") from ValueError("cast")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "1 new columns This happened while" in error_of(tmp_path).what
+    assert "/data/b.jsonl" in error_of(tmp_path).what
+
+
 def test_real_data_folder_opens_by_its_configuration(test_data):
     rows = read(test_data / "gsm8k", name="main", split="train[:10]")
     lines = (test_data / "gsm8k/train.jsonl").read_text().splitlines()[:10]
