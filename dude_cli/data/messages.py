@@ -67,7 +67,8 @@ def conversation_of(
     except _PartError as error:
         raise DataError(error.what, where=where, fix=error.fix) from error
     template = templates.of(tools)
-    plain, learned = [], []
+    plain: list[Message] = []
+    learned: list[bool] = []
     parts = [column for column in ("prompt", "completion") if column in row]
     for column in ["messages"] if "messages" in row else parts:
         is_context, answers_before = column == "prompt" and not learn_all, len(learned)

@@ -76,8 +76,8 @@ def test_prompts_that_the_training_would_have_cut_are_whole_and_counted(plain_to
     said: list[str] = []
     found = prompts(rows, config(max_length=40), plain_tokenizer, said)
     assert [len(row.prompt.ids) for row in found] == [39, 40, 41, 90]
-    note = "2 of 4 prompts are longer than data.max_length (40), to which the training cut its rows: they are sent whole"
-    assert said == [f"note: {note}"]
+    longer = "2 of 4 prompts are longer than data.max_length (40)"
+    assert said == [f"note: {longer}, to which the training cut its rows: they are sent whole"]
     for data in (config(max_length=90), None):
         prompts(rows, data, plain_tokenizer, said)
     assert len(said) == 1
