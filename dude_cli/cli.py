@@ -220,7 +220,7 @@ def generate(
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Answer line by line.")] = False,
     rows: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option("--rows", help="Answer each row of this file, folder or hub data set, in the training's form."),
     ] = None,
     output_file: Annotated[
@@ -256,11 +256,11 @@ def generate(
     from dude_cli.commands import answering
 
     loading = _loading(dtype, base_model, allow_other_base, chat_template, chat_template_kwargs)
-    if not (rows is None and output_file is None and batch_size is None):
+    if rows or not (output_file is None and batch_size is None):
         asked = {"--prompt": prompt, "--interactive": interactive, "--system": system is not None, "--raw": raw}
         answering.generate_rows(
             target,
-            rows,
+            rows or [],
             output_file,
             batch_size=batch_size,
             others=[option for option, given in asked.items() if given],

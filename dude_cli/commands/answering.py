@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from dude_cli.config import DataSource, given_source
 from dude_cli.console import Output
 from dude_cli.errors import UsageError
-from dude_cli.target import LoadedTarget, Loading, Target, data_config, find_target, load_target, target_tokenizer
+from dude_cli.target import (
+    LoadedTarget,
+    Loading,
+    Target,
+    check_dtype,
+    data_config,
+    find_target,
+    load_target,
+    target_tokenizer,
+)
 
 if TYPE_CHECKING:
     from dude_cli.data import PromptForm
@@ -47,6 +56,7 @@ def generate(
         raise UsageError("a conversation is no JSON document", where="--json", fix="give --prompt TEXT with --json")
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
+    check_dtype(loading.dtype)
     target = _target(target_name, compare_base=compare_base)
     texts = [read_prompt(text, raw=raw) for text in prompts]
     if loading.changes_chat_template:  # before the model is loaded
@@ -69,7 +79,7 @@ def generate(
 
 def generate_rows(
     target_name: str | None,
-    rows: str | None,
+    rows: Sequence[str],
     out: Path | None,
     *,
     batch_size: int | None,
@@ -82,7 +92,10 @@ def generate_rows(
     loading: Loading,
     output: Output,
 ) -> None:
-    """Answer each row of a data set, and write the answers to a new file `out`; `others` are options against that."""
+    """Answer each row of a data set, and write the answers to a new file `out`.
+
+    `rows` are the values of that option, and `others` the options against it.
+    """
     from dude_cli.data.row_prompts import row_prompts
     from dude_cli.generation.answers_file import answers_file
     from dude_cli.generation.generate import Generator, Sampling
@@ -92,6 +105,7 @@ def generate_rows(
     source, path = _check_rows_options(rows, out, others)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
+    check_dtype(loading.dtype)
     target = _target(target_name, compare_base=compare_base)
     with answers_file(path, output.warn) as answers:
         quiet_libraries()
@@ -99,7 +113,8 @@ def generate_rows(
         form, prompts = row_prompts(source, trained, tokenizer, say=output.say, moment=answers.begun_at)
         if loading.changes_chat_template:
             _check_is_chat(form)
-        output.say(f"answering {len(prompts)} rows with {target}", f"prompt form: {form.description}")
+        asked = "1 row" if len(prompts) == 1 else f"{len(prompts)} rows"
+        output.say(f"answering {asked} with {target}", f"prompt form: {form.description}")
         loaded = load_target(target, loading)
         generator = Generator(loaded.model, loaded.tokenizer, form, sampling)
         check_rows(generator, prompts, source.path)
@@ -125,7 +140,8 @@ def generate_rows(
             _tell_what_is_kept(answers, len(prompts), output)
             raise
     found = summary(ordered, compare_base=compare_base)
-    shown = [f"{len(ordered)} answers are in {path}", *summary_lines(found, max_new_tokens)]
+    said = "1 answer is" if len(ordered) == 1 else f"{len(ordered)} answers are"
+    shown = [f"{said} in {path}", *summary_lines(found, max_new_tokens)]
     document: dict[str, Any] = {"target": str(target), "adapter_sha256": loaded.adapter_sha256}
     document |= {
         "prompt_form": form.description,
@@ -136,11 +152,17 @@ def generate_rows(
     output.result("\n".join(shown), document | found)
 
 
-def _check_rows_options(rows: str | None, out: Path | None, others: Sequence[str]) -> tuple[DataSource, Path]:
+def _check_rows_options(rows: Sequence[str], out: Path | None, others: Sequence[str]) -> tuple[DataSource, Path]:
     """The data set and the file of the answers. Raises UsageError where an option is missing or one too much."""
-    if rows is None:
+    if not rows:
         raise UsageError(
             "--output and --batch-size are for the answers to rows", where="--rows", fix="give --rows FILE too"
+        )
+    if len(rows) > 1:
+        raise UsageError(
+            f"--rows takes one data set here, and {len(rows)} are given",
+            where=f"--rows {', --rows '.join(rows)}",
+            fix="give one command for each, with an --output of its own",
         )
     if others:
         raise UsageError(
@@ -152,7 +174,7 @@ def _check_rows_options(rows: str | None, out: Path | None, others: Sequence[str
         raise UsageError(
             "the answers to rows need a file", where="--output", fix="give one, such as --output answers.jsonl"
         )
-    return given_source(rows, "--rows"), out.expanduser()
+    return given_source(rows[0], "--rows"), out.expanduser()
 
 
 def _settings(

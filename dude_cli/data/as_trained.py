@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dude_cli.config import DataConfig, DataSource, RowForm
 from dude_cli.data.columns import Columns
 from dude_cli.data.encode import format_columns
-from dude_cli.data.rows import first_row
+from dude_cli.data.rows import first_values
 from dude_cli.errors import DataError
 
 # What rows may look like where nothing says how they were trained on.
@@ -44,7 +44,7 @@ def _has_own_form(source: DataSource) -> bool:
 def _with_form(
     source: DataSource, forms: Sequence[RowForm], trained: DataConfig | None, columns: Callable[[RowForm], Columns]
 ) -> DataSource:
-    row = first_row(source)
+    row = first_values(source)
     # What is wrong with a source without rows is told when it is read.
     form = next((form for form in forms if row is None or columns(form).fit(row)), None)
     if form is None:

@@ -11,12 +11,14 @@ _NAMED = 5
 
 
 class BadRows:
-    """Collects what is wrong with rows, each an error of its own; the first five of them are named in the end."""
+    """Collects what is wrong with rows, each an error of its own; the first five of them are named in the end.
+
+    What to do about them is the error's fix where it is one thing for all five, else it stands beside each.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._first: list[DataError] = []
-        self._fixes: dict[str, None] = {}  # each once, in order
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -27,7 +29,6 @@ class BadRows:
             self.count += 1
             if self.count <= _NAMED:
                 self._first.append(error)
-                self._fixes[error.fix or ""] = None
 
     def check(self, rows: int, where: str) -> None:
         """Raise one DataError if any of the `rows` rows of `where` is wrong."""
@@ -35,7 +36,11 @@ class BadRows:
             raise self._first[0]
         if self.count:
             lines = [f"{self.count:,} of {rows:,} rows cannot be used:"]
-            lines += [f"  {error.where}: {error.what}" for error in self._first]
+            fixes = {error.fix for error in self._first}
+            for error in self._first:
+                own = f"; {error.fix}" if len(fixes) > 1 and error.fix else ""
+                lines.append(f"  {error.where}: {error.what}{own}")
             if self.count > _NAMED:
                 lines.append(f"  and {self.count - _NAMED:,} more")
-            raise DataError("\n".join(lines), where=where, fix="; ".join(self._fixes))
+            fix = self._first[0].fix if len(fixes) == 1 else "do what stands behind each row"
+            raise DataError("\n".join(lines), where=where, fix=fix)

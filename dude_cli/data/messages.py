@@ -58,18 +58,20 @@ def conversation_of(
     """Return a row's conversation. Raises DataError, naming `where`, for one that its template cannot be given.
 
     The row has `messages`, or `prompt` and `completion`, which go on from each other, or that prompt alone: what the
-    assistant says in it is not learned, unless all is. It may have `tools`: a list of their descriptions or the same
-    as JSON, and `system`: the text of a message in front of the others.
+    assistant says in it is not learned, unless all is, and in the completion it has to say something. The row may have
+    `tools`: a list of their descriptions or the same as JSON, and `system`: the text of a message in front of the
+    others.
     """
     try:
         tools = _tools(row.get("tools"), templates)
     except _PartError as error:
         raise DataError(error.what, where=where, fix=error.fix) from error
     template = templates.of(tools)
-    plain, learned = [], []
+    plain: list[Message] = []
+    learned: list[bool] = []
     parts = [column for column in ("prompt", "completion") if column in row]
     for column in ["messages"] if "messages" in row else parts:
-        is_context = column == "prompt" and not learn_all
+        is_context, answers_before = column == "prompt" and not learn_all, len(learned)
         for number, fields in enumerate(_messages(row, column, where), start=1):
             try:
                 weight = fields.pop("weight", 1)
@@ -80,6 +82,12 @@ def conversation_of(
                 name = f"message {number}" if column == "messages" else f"message {number} of `{column}`"
                 raise DataError(f"{name} {error.what}", where=where, fix=error.fix) from error
             plain.append(message)
+        if column == "completion" and len(learned) == answers_before:
+            raise DataError(
+                "`completion` has no message of the assistant's",
+                where=where,
+                fix='give what is to be learned the role "assistant"',
+            )
     try:
         return Conversation(_with_system(row.get("system"), plain), learned, tools)
     except _PartError as error:

@@ -45,12 +45,17 @@ class DataReport:
                 f"texts longer than data.max_length ({self.max_length}): {self.split_documents:,}, split into rows of "
                 f"at most that length; {self.rows:,} rows in all"
             )
-        if self.lost_starts:
+        if self.lost_starts and not self._many_lost_starts:
             found.append(
                 f"rows longer than data.max_length ({self.max_length}): {self.lost_starts:,} lose the start of their "
                 "prompt"
             )
         return found
+
+    @property
+    def _many_lost_starts(self) -> bool:
+        """Whether it is no longer a few rows that lose the start of their prompt."""
+        return self.lost_starts > self.rows / 10
 
     def warnings(self) -> list[str]:
         """What a user should know before training on these rows, a line each."""
@@ -60,6 +65,8 @@ class DataReport:
                 f"{self.cut_answers:,} of {self.rows:,} rows lose their whole prompt and the end of their answer, with "
                 f"its EOS, to {limit}"
             )
+        if self._many_lost_starts:
+            found.append(f"{self.lost_starts:,} of {self.rows:,} rows lose the start of their prompt to {limit}")
         if self.lost_questions:
             found.append(
                 f"{self.lost_questions:,} conversations lose all of the question in front of their first answer to "

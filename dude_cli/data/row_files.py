@@ -96,10 +96,11 @@ def _parse_lines(path: Path, lines: Iterable[str]) -> Rows:
 
 def _parsed(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\n"))
     except (json.JSONDecodeError, RecursionError) as error:
+        problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
         raise DataError(
-            f"not valid JSON: {first_line(error)}",
+            f"not valid JSON: {problem}",
             where=where,
             fix="write one JSON object per line, or remove this line",
         ) from error

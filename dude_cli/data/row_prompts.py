@@ -62,8 +62,14 @@ def row_prompts(
         say(note)
     if chat is None and trained is None and getattr(tokenizer, "chat_template", None):
         say("note: these prompts are not put into the tokenizer's chat template; rows of `messages` would be")
-    found = _text_prompts(form, rows, encoder) if chat is None else _chat_prompts(rows, chat, source)
-    return PromptForm(_description(form), encoder, chat), list(found)
+    found = list(_text_prompts(form, rows, encoder) if chat is None else _chat_prompts(rows, chat, source))
+    longer = [] if trained is None else [row for row in found if len(row.prompt.ids) > trained.max_length]
+    if trained is not None and longer:
+        say(
+            f"note: {len(longer):,} of {len(found):,} prompts are longer than data.max_length ({trained.max_length}), "
+            "to which the training cut its rows: they are sent whole"
+        )
+    return PromptForm(_description(form), encoder, chat), found
 
 
 def _description(form: RowForm) -> str:

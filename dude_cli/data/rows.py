@@ -63,17 +63,30 @@ def read_source(source: DataSource, columns: Columns, seen: Seen) -> Rows:
     found = _open_source(source)
     if not isinstance(found, Rows):
         return _read_dataset(source, found, columns, seen)
-    there = list(found.values[0]) if found.values else []
+    there = list(_first_values(found.values))
     check_columns(source, there, columns, empty=not found.values)
     return _kept(source, found, columns, there, seen)
 
 
-def first_row(source: DataSource) -> Row | None:
-    """The first row of a source, None of one without rows. Raises DataError where it cannot be read."""
+def first_values(source: DataSource) -> Row | None:
+    """The columns of a source, each with its first value, None of one without rows; a table's are all in its first row.
+
+    Raises DataError where it cannot be read.
+    """
     found = _open_source(source)
     if isinstance(found, Rows):
-        return found.values[0] if found.values else None
+        return _first_values(found.values) if found.values else None
     return dict(found[0]) if len(found) else None
+
+
+def _first_values(rows: Sequence[Row]) -> Row:
+    """Each column that a row has, in order, with its first value that is not null."""
+    first: Row = {}
+    for row in rows:
+        for column, value in row.items():
+            if first.get(column) is None:
+                first[column] = value
+    return first
 
 
 def _open_source(source: DataSource) -> Rows | Dataset:
@@ -109,11 +122,13 @@ def _missing_path(source: DataSource) -> DataError:
     path = _local_path(source)
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, siblings)
-    fix = (
-        f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
-        if close
-        else f"give the path of a folder, of a file named {SUFFIXES_HINT}, or a Hub name such as owner/name"
-    )
+    parts = [part.strip() for part in source.path.split(",")]
+    if len(parts) > 1 and all(part and Path(os.path.expanduser(part)).exists() for part in parts):
+        fix = "give each on its own: in a config an entry each, on the command line the option once for each"
+    elif close:
+        fix = f"did you mean {' or '.join(str(path.parent / name) for name in close)}?"
+    else:
+        fix = f"give the path of a folder, of a file named {SUFFIXES_HINT}, or a Hub name such as owner/name"
     return DataError(f"no such data file or folder: {source.path}", where="data", fix=fix)
 
 
@@ -248,9 +263,26 @@ def _unreadable_dataset(source: DataSource, error: Exception) -> DataError:
             f"cannot take split {source.split!r}: {message}",
             ("set `split` to one of those, or a slice such as train[:1000] or train[10%:]"),
         )
+    elif "DatasetGenerationError" in kinds:
+        what, fix = (
+            f"cannot open the data set: {_why_not_generated(error)}",
+            "write its files with the same columns and types; or give each file on its own, and a broken row is named",
+        )
     else:
         what, fix = (
             f"cannot open the data set: {type(error).__name__}: {message}",
             ("check that `datasets.load_dataset` opens it (--debug shows the whole cause)"),
         )
     return DataError(what, where=source.path, fix=fix)
+
+
+def _why_not_generated(error: Exception) -> str:
+    """Why files make no table, on one line.
+
+    The first line of the error never says it: the next ones may, with the file, else the cause does.
+    """
+    _, _, told = str(error).strip().partition("\n")
+    cause = error.__cause__
+    if not told and cause is not None:
+        told = f"{type(cause).__name__}: {cause}"
+    return " ".join((told or str(error)).split())[:500]

@@ -64,7 +64,7 @@ class AnswersFile:
         if self.settings is not None and self.settings != given:
             other = [key for key in given if given[key] != self.settings.get(key)]
             raise UsageError(
-                f"the answers that are there are from a command with another {', '.join(other)}",
+                f"the answers that are there are from a command that differs in: {', '.join(other)}",
                 where=str(self.partial),
                 fix="give that command again, delete the file, or choose another --output",
             )

@@ -106,31 +106,32 @@ def pads_unseen(generator: Generator, ids: Sequence[int]) -> bool:
 
 
 def summary(records: Sequence[Record], *, compare_base: bool) -> dict[str, Any]:
-    """How many answers there are, how many were cut, and, if each row has an answer of its own, how many equal it."""
-    found = {"rows": len(records), **_counts(records, records)}
+    """How many answers there are, how many were cut, and how many equal the row's own, of the rows that have one."""
+    with_answer = sum(record["expected"] is not None for record in records)
+    found = {"rows": len(records), "rows_with_answer": with_answer, **_counts(records, records)}
     return found | {"base": _counts([record["base"] for record in records], records)} if compare_base else found
 
 
 def _counts(answers: Sequence[Record], rows: Sequence[Record]) -> dict[str, int | None]:
-    pairs = [(answer["completion"], row["expected"]) for answer, row in zip(answers, rows, strict=True)]
-    is_known = all(expected is not None for _, expected in pairs)
+    both = [(answer["completion"], row["expected"]) for answer, row in zip(answers, rows, strict=True)]
+    pairs = [(said, expected) for said, expected in both if expected is not None]
     return {
         "cut": sum(answer["stop_reason"] == "length" for answer in answers),
-        "exact_matches": sum(said.strip() == expected.strip() for said, expected in pairs) if is_known else None,
+        "exact_matches": sum(said.strip() == expected.strip() for said, expected in pairs) if pairs else None,
     }
 
 
 def summary_lines(found: dict[str, Any], max_new_tokens: int) -> list[str]:
     """The same for a person."""
-    rows, lines = found["rows"], []
+    rows, with_answer, lines = found["rows"], found["rows_with_answer"], []
+    equal = "equal the row's answer" if with_answer == rows else "rows with an answer equal it"
     for name, counts in (("", found), ("base: ", found.get("base"))):
         if counts is not None and counts["exact_matches"] is not None:
-            share = counts["exact_matches"] / rows
-            lines.append(f"{name}{counts['exact_matches']} of {rows} equal the row's answer exactly ({share:.2%})")
+            share = counts["exact_matches"] / with_answer
+            lines.append(f"{name}{counts['exact_matches']} of {with_answer} {equal} exactly ({share:.2%})")
         if counts is not None and counts["cut"]:
-            lines.append(
-                f"{name}{counts['cut']} of {rows} were cut after {max_new_tokens} tokens; more with --max-new-tokens"
-            )
+            was = "was" if counts["cut"] == 1 else "were"
+            lines.append(f"{name}{counts['cut']} of {rows} {was} cut at --max-new-tokens {max_new_tokens}")
     return lines
 
 

@@ -58,6 +58,7 @@ def test_each_row_has_a_line_and_the_summary_counts_them(run, tmp_path):
         "data": str(rows),
         "output": str(out),
         "rows": 12,
+        "rows_with_answer": 12,
         "cut": sum(line["stop_reason"] == "length" for line in found),
         "exact_matches": equal,
         "base": None,
@@ -78,7 +79,7 @@ def test_rows_without_an_answer_and_an_entry_of_a_config(run, tmp_path):
     assert [line["expected"] for line in answers(out)] == [None] * 3
     assert done.stdout.splitlines() == [
         f"3 answers are in {out}",
-        "3 of 3 were cut after 1 tokens; more with --max-new-tokens",
+        "3 of 3 were cut at --max-new-tokens 1",
     ]
     assert done.stderr.splitlines()[:2] == [
         f"answering 3 rows with run {run}",
@@ -86,6 +87,10 @@ def test_rows_without_an_answer_and_an_entry_of_a_config(run, tmp_path):
     ]
     quiet = dude_here("generate", run, "--rows", entry, "--output", tmp_path / "b", "--max-new-tokens", "1", "--quiet")
     assert (quiet.stdout.count("\n"), quiet.stderr) == (2, "")
+    first = entry.replace(":3", ":1")
+    one = dude_here("generate", run, "--rows", first, "--output", tmp_path / "c", "--max-new-tokens", "1")
+    assert one.stdout == f"1 answer is in {tmp_path / 'c'}\n1 of 1 was cut at --max-new-tokens 1\n"
+    assert one.stderr.startswith("answering 1 row with run")
 
 
 def test_an_interrupted_command_keeps_its_answers_and_the_same_one_goes_on(run, tmp_path):
@@ -110,7 +115,7 @@ def test_an_interrupted_command_keeps_its_answers_and_the_same_one_goes_on(run, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl.partial", "rows.jsonl"]
     other = dude_here("generate", run, *options, out, "--seed", "1")
     assert other.returncode == 2
-    assert "from a command with another sampling" in other.stderr
+    assert "from a command that differs in: sampling" in other.stderr
     done = dude_here("generate", run, *options, out)
     assert f"{kept} of 96 answers are there already" in done.stderr
     assert dude_here("generate", run, *options, whole).returncode == 0
@@ -128,6 +133,7 @@ def test_what_cannot_be_answered_is_told_before_the_model_is_loaded(run, tmp_pat
         (["--output", out], "--output and --batch-size are for the answers to rows"),
         (["--batch-size", "2", "--prompt", "a"], "--output and --batch-size are for the answers to rows"),
         (["--rows", rows, "--output", rows], "is there already"),
+        (["--rows", rows, "--rows", out, "--output", out], "--rows takes one data set here, and 2 are given"),
         (["--rows", rows, "--output", out], "the rows of the training have 'story' and 'question'"),
         (["--rows", rows, "--output", out, "--top-p", "0.5"], "does nothing"),
         (["--rows", "", "--output", out], "'' names no data set"),
@@ -141,6 +147,9 @@ def test_what_cannot_be_answered_is_told_before_the_model_is_loaded(run, tmp_pat
         assert (done.returncode, done.stdout) == (2, "")
         assert said in done.stderr
     write(rows, ROWS)
+    for options in (["--rows", rows, "--output", out], ["--prompt", "a", "--raw"]):
+        done = dude_here("generate", run, *options, "--dtype", "bf16")
+        assert done.stderr.startswith("error: unknown dtype bf16"), options
     template = tmp_path / "own.jinja"
     template.write_text("{{ messages[0].content }}")
     done = dude_here("generate", run, "--rows", rows, "--output", out, "--chat-template", template)

@@ -182,11 +182,13 @@ def test_prompts_without_room_are_named_all_at_once(tuned, tokenizer):
     rows = rows_of(tokenizer, [QUESTIONS[0], "~" * 481, "~" * 480, "", "~" * 500])
     with pytest.raises(DataError) as error:
         check_rows(one, rows, "rows.jsonl")
+    shorten = "shorten the prompt, or lower --max-new-tokens"
+    too_long = f"the model's context of 512 less --max-new-tokens 32; {shorten}"
     assert error.value.what.splitlines() == [
         "3 of 5 rows cannot be used:",
-        "  row 2: the prompt has 481 tokens, and 480 fit: the model's context of 512 less --max-new-tokens 32",
-        "  row 4: the prompt is empty",
-        "  row 5: the prompt has 500 tokens, and 480 fit: the model's context of 512 less --max-new-tokens 32",
+        f"  row 2: the prompt has 481 tokens, and 480 fit: {too_long}",
+        "  row 4: the prompt is empty; give some text",
+        f"  row 5: the prompt has 500 tokens, and 480 fit: {too_long}",
     ]
 
 
@@ -206,12 +208,22 @@ def test_what_is_counted():
     records = [record(" 1", "1 "), record("1.", "1", "length"), record("1", "1", base="2")]
     found = summary(records, compare_base=True)
     base = {"cut": 0, "exact_matches": 2}
-    assert found == {"rows": 3, "cut": 1, "exact_matches": 2, "base": base}
+    assert found == {"rows": 3, "rows_with_answer": 3, "cut": 1, "exact_matches": 2, "base": base}
     assert summary_lines(found, 16) == [
         "2 of 3 equal the row's answer exactly (66.67%)",
-        "1 of 3 were cut after 16 tokens; more with --max-new-tokens",
+        "1 of 3 was cut at --max-new-tokens 16",
         "base: 2 of 3 equal the row's answer exactly (66.67%)",
     ]
-    without = summary([*records, record(" 1", None)], compare_base=False)
-    assert without == {"rows": 4, "cut": 1, "exact_matches": None}
+
+
+def test_matches_are_counted_over_the_rows_that_have_an_answer():
+    records = [record(" 1", "1 "), record("1.", "1"), record("1", "1", base="2"), record(" 1", None)]
+    found = summary(records, compare_base=True)
+    assert (found["rows"], found["rows_with_answer"], found["exact_matches"]) == (4, 3, 2)
+    assert summary_lines(found, 16) == [
+        "2 of 3 rows with an answer equal it exactly (66.67%)",
+        "base: 2 of 3 rows with an answer equal it exactly (66.67%)",
+    ]
+    without = summary([record(" 1", None), record("2", None, "length")], compare_base=False)
+    assert without == {"rows": 2, "rows_with_answer": 0, "cut": 1, "exact_matches": None}
     assert len(summary_lines(without, 16)) == 1

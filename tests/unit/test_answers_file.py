@@ -101,7 +101,7 @@ def test_answers_to_something_else_are_not_gone_on_with(tmp_path):
     path, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
     written(path, [1], stop=True)
     before = partial.read_bytes()
-    with pytest.raises(UsageError, match="from a command with another sampling\n") as error:
+    with pytest.raises(UsageError, match="from a command that differs in: sampling\n") as error:
         written(path, [2], settings=SETTINGS | {"sampling": {"seed": 1}})
     assert error.value.where == str(partial)
     assert partial.read_bytes() == before

@@ -55,25 +55,38 @@ def test_report_counts_rows_tokens_and_truncation(prepare, bos_tokenizer):
 def test_answers_that_lose_their_end_are_counted_and_a_warning_names_them(prepare):
     long_prompt = {"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}
     long_answer = {"prompt": "hello", "completion": " The cat sat on the mat." * 20}
-    prepared = prepare([long_prompt, long_answer, *numbered(2)], max_length=40)
+    prepared = prepare([long_prompt, long_answer, *numbered(8)], max_length=40)
     report = prepared.train_report
-    assert (report.rows, report.truncated_rows, report.cut_answers) == (4, 2, 1)
+    assert (report.rows, report.truncated_rows, report.cut_answers) == (10, 2, 1)
     assert prepared.warnings() == [
-        "data.train: 1 of 4 rows lose their whole prompt and the end of their answer, with its EOS, "
+        "data.train: 1 of 10 rows lose their whole prompt and the end of their answer, with its EOS, "
         "to data.max_length (40); "
         f"the longest row has {report.longest_row} tokens"
     ]
-    assert prepare([long_prompt, *numbered(2)], max_length=40).warnings() == []
+    assert prepare([long_prompt, *numbered(9)], max_length=40).warnings() == []
 
 
 def test_prompts_that_lose_their_start_are_told(prepare):
     said: list[str] = []
     prepare(
-        [{"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}, *numbered(2)],
+        [{"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}, *numbered(9)],
         max_length=40,
         say=said.append,
     )
     assert said[-1] == "data.train: rows longer than data.max_length (40): 1 lose the start of their prompt"
+
+
+@pytest.mark.parametrize("lost", [2, 3])
+def test_a_tenth_of_the_prompts_may_lose_their_start_and_more_is_a_warning(prepare, lost):
+    said: list[str] = []
+    long = {"prompt": "The cat sat on the mat. " * 20, "completion": " hello"}
+    prepared = prepare([long] * lost + numbered(20 - lost), max_length=40, say=said.append)
+    longest = prepared.train_report.longest_row
+    assert any("lose the start of their prompt" in line for line in said) == (lost == 2)
+    assert prepared.warnings() == [
+        f"data.train: {lost} of 20 rows lose the start of their prompt to data.max_length (40); "
+        f"the longest row has {longest} tokens"
+    ] * (lost == 3)
 
 
 def test_empty_answers_are_counted_and_a_warning_names_them(prepare, chat_tokenizer):
@@ -254,13 +267,12 @@ def test_conversations_that_lose_the_whole_question_are_counted_and_no_others(pr
         }
         for talk in talks
     ]
-    said: list[str] = []
     length = prepare(rows[3:], format="chat", tokenizer=tokenizer).train_report.longest_row - 3
-    prepared = prepare(rows, format="chat", tokenizer=tokenizer, max_length=length, say=said.append)
+    prepared = prepare(rows, format="chat", tokenizer=tokenizer, max_length=length)
     report = prepared.train_report
     assert (report.lost_starts, report.lost_questions, report.cut_answers, report.shortened_chats) == (2, 1, 0, 1)
-    assert said[-1] == f"data.train: rows longer than data.max_length ({length}): 2 lose the start of their prompt"
-    lost, shortened = prepared.warnings()
+    starts, lost, shortened = prepared.warnings()
+    assert starts.startswith("data.train: 2 of 4 rows lose the start of their prompt to ")
     assert lost.startswith("data.train: 1 conversations lose all of the question in front of their first answer to ")
     assert shortened.startswith("data.train: 1 conversations lose their last messages, with 1 turns")
 

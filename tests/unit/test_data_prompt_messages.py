@@ -6,7 +6,7 @@ import json
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_chat_templates import CALLING, FOLDER, NAMES, ONE, PARTS_ONLY, SYSTEM, TOOL, TWIN, TWO, template_of, turns_of
 from test_chat_templates import encode as encode_by  # noqa: F401 - a fixture
@@ -51,7 +51,9 @@ def test_it_is_the_conversation_whose_prompt_has_the_weight_zero(tokenizers, tal
     """Text, mask, borders and what a cut may take: all of it."""
     messages = [{"role": "system", "content": "it's fine"}] * has_system
     messages += [{"role": role, "content": text, "weight": int(on)} for role, text, on in talk]
-    border = min(round(share * len(messages)), len(messages) - 1)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    assume(answers)
+    border = min(round(share * len(messages)), answers[-1])
     prompt, completion = messages[:border], messages[border:]
     context = [message | {"weight": 0} for message in prompt]
     for tokenizer in tokenizers:
@@ -164,6 +166,19 @@ def test_a_prompt_may_be_empty_and_a_completion_not(chat_tokenizer):
     assert "`completion` is not a conversation: []" in error_of(tokenizer, CONVERSATION, []).what
 
 
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+def test_a_completion_in_which_the_assistant_says_nothing_is_a_bad_row(prepare, train_on_inputs):
+    wrong = [{"prompt": PROMPT, "completion": [{"role": role, "content": "46"}]} for role in ("user", "tool")]
+    with pytest.raises(DataError) as error:
+        prepare([ROW, *wrong], train_on_inputs=train_on_inputs)
+    first, *lines = error.value.what.splitlines()
+    assert "2 of 3 rows cannot be used" in first
+    assert [line.partition(": ")[2] for line in lines] == ["`completion` has no message of the assistant's"] * 2
+    assert error.value.fix == 'give what is to be learned the role "assistant"'
+    weightless = [COMPLETION[0] | {"weight": 0}, *COMPLETION[1:]]
+    prepare([ROW, {"prompt": PROMPT, "completion": weightless}], train_on_inputs=train_on_inputs)
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "what", "fix"),
     [
@@ -219,7 +234,7 @@ def test_rows_of_either_form_are_read_each_as_it_is(prepare, suffix):
     assert first.input_ids == whole.input_ids == other.input_ids
     assert first.labels == other.labels != whole.labels
     notes = [line for line in said if "not read" in line]
-    assert ["id" in note for note in notes] == ([] if suffix == ".jsonl" else [True])
+    assert ["id" in note for note in notes] == [True]
     assert not any("prompt" in note for note in notes)
 
 

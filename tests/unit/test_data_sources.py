@@ -13,7 +13,7 @@ import pytest
 from dude_cli import quickstart
 from dude_cli.config import DataSource
 from dude_cli.data.columns import Columns
-from dude_cli.data.rows import Seen, read_source
+from dude_cli.data.rows import Seen, first_values, read_source
 from dude_cli.errors import DataError
 from dude_cli.system import cache_dir
 
@@ -98,6 +98,38 @@ def test_folders_that_load_dataset_or_save_to_disk_made(tmp_path):
     assert read(tmp_path / "several", split="dev[:2]") == KEPT[:2]
     assert "train, dev" in error_of(tmp_path / "several", split="test").fix
     assert "Unknown split" in error_of(tmp_path / "folder", split="nope").what
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ('{"question": "a", "other": "b"}', "column names don't match"),
+        ('{"question": ["a"], "answer": "b"}', "TypeError: Couldn't cast array of type list<item: string> to string"),
+        ('{"question": "a", "ans', "JSON parse error: Invalid encoding in string. in row 0"),
+    ],
+)
+def test_files_of_a_folder_that_make_no_table_are_told_why(tmp_path, other, what):
+    write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    (tmp_path / "b.jsonl").write_text(f"{other}\n")
+    error = error_of(tmp_path)
+    assert error.what.startswith("cannot open the data set: ")
+    assert what in error.what
+    assert "\n" not in error.what
+    assert "each file on its own" in error.fix
+
+
+def test_the_file_that_datasets_names_is_told(tmp_path, monkeypatch):
+    import datasets
+    from datasets.exceptions import DatasetGenerationCastError
+
+    def load_dataset(*_: object, **__: object) -> None:
+        said = "An error occurred while generating the dataset\n\nAt some point there are 1 new columns\n\n"
+        said += "This happened while the json dataset builder was generating data using\n\n/data/b.jsonl"
+        raise DatasetGenerationCastError(said) from ValueError("cast")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "1 new columns This happened while" in error_of(tmp_path).what
+    assert "/data/b.jsonl" in error_of(tmp_path).what
 
 
 def test_real_data_folder_opens_by_its_configuration(test_data):
@@ -205,10 +237,22 @@ def test_missing_file_names_the_nearest(tmp_path):
     assert str(tmp_path / "rows.jsonl") in error.fix
 
 
+def test_several_files_in_one_name_are_told_to_be_named_each(tmp_path):
+    one, two = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    for name in (f"{one},{two}", f"{one}, {two}", f"{one},{one},{two}"):
+        error = error_of(name)
+        assert f"no such data file or folder: {name}" in error.what
+        assert error.fix.startswith("give each on its own: in a config an entry each, on the command line the option")
+    for name in (f"{one},{tmp_path}/c.jsonl", f"{one},"):
+        assert "each on its own" not in error_of(name).fix
+    assert read(write(tmp_path / "a,b.jsonl")) == KEPT
+
+
 def test_malformed_line_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a", "answer": "b"}\n\n{"question": \n')
     assert error_of(path).where == f"{path}:3"
+    assert error_of(path).what == "not valid JSON: Expecting value, column 14"
     path.write_text("[1, 2]\n")
     assert "list" in error_of(path).what
 
@@ -242,11 +286,23 @@ def test_all_bad_rows_are_counted_and_the_first_five_are_named(tmp_path):
         path = write(tmp_path / f"rows{suffix}", [*ROWS[:2], *bad])
         error = error_of(path)
         nothing, a_list = "column 'answer' has no value (null)", "column 'question' is a list, not text"
-        named = [f"  {place.format(path=path, line=line)}: {(a_list, nothing)[line % 2]}" for line in range(3, 8)]
+        named = [
+            f"  {place.format(path=path, line=line)}: {(a_list, nothing)[line % 2]}; "
+            f"{('write the text to learn into a column of its own', 'fill in or remove such rows')[line % 2]}"
+            for line in range(3, 8)
+        ]
         assert error.what.splitlines() == ["8 of 10 rows cannot be used:", *named, "  and 3 more"]
         assert error.where == f"{path}, split train"
-        assert error.fix == "fill in or remove such rows; write the text to learn into a column of its own"
+        assert error.fix == "do what stands behind each row"
         assert place.format(path=path, line=4) == error_of(path, split="train[3:4]").where
+
+
+def test_what_is_to_be_done_about_all_bad_rows_is_said_once(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"question": "a", "answer": None}] * 2)
+    error = error_of(path)
+    nothing = "column 'answer' has no value (null)"
+    assert error.what.splitlines()[1:] == [f"  {path}:1: {nothing}", f"  {path}:2: {nothing}"]
+    assert error.fix == "fill in or remove such rows"
 
 
 def test_all_broken_lines_are_named(tmp_path):
@@ -272,6 +328,22 @@ def test_missing_column_names_those_there_and_the_nearest(tmp_path):
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder/train.jsonl")
     assert "no column 'prompt'" in error_of(tmp_path / "folder", Columns(("prompt",))).what
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_the_columns_of_a_file_are_those_of_all_of_its_rows(tmp_path, suffix):
+    rows = [{"question": "a"}, *ROWS[1:3], {"answer": "b", "more": 1}]
+    path = write(tmp_path / f"rows{suffix}", rows)
+    error = error_of(path, split="train[:3]")
+    assert error.what == "column 'answer' has no value (null)"
+    assert error.where in (f"{path}:1", f"{path}, row 1")
+    assert "2 of 4 rows cannot be used" in error_of(path).what
+    assert error_of(path, Columns(("questions",))).what.endswith("the columns are: question, answer, extra, more")
+    seen = Seen()
+    read_source(DataSource(path=str(path), split="train[:3]"), Columns(("question",)), seen)
+    assert seen.unread == {str(path): ["answer", "extra"]}
+    first = first_values(DataSource(path=str(path)))
+    assert first == {"question": "a", "answer": "1", "extra": 1, "more": 1}
 
 
 @pytest.mark.parametrize(

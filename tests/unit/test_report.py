@@ -260,6 +260,10 @@ def test_with_early_stopping_the_loss_is_that_of_the_adapter_that_is_kept(tmp_pa
     assert (stopped["eval_loss"], stopped["steps"], stopped["kept"]) == (1.0, 40, 20)
     assert plain["kept"] is None
     assert "kept" not in rows(numbers(folders[1:]), "runs")[0]
+    for name, shown, is_named in (("both", folders, True), ("plain", folders[1:], False)):
+        write_report(shown, tmp_path / f"{name}.html")
+        for suffix in ("html", "md"):
+            assert ("kept step" in (tmp_path / f"{name}.{suffix}").read_text()) == is_named
 
 
 def test_losses_on_earlier_validation_rows_are_no_part_of_the_curve(tmp_path: Path) -> None:

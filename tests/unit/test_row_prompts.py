@@ -71,6 +71,18 @@ def test_rows_need_no_answer(name, plain_tokenizer, source):
             prompts(source(wrong), config(**fields), plain_tokenizer)
 
 
+def test_prompts_that_the_training_would_have_cut_are_whole_and_counted(plain_tokenizer, source):
+    rows = source(*[{"prompt": "x" * length, "completion": "y"} for length in (39, 40, 41, 90)])
+    said: list[str] = []
+    found = prompts(rows, config(max_length=40), plain_tokenizer, said)
+    assert [len(row.prompt.ids) for row in found] == [39, 40, 41, 90]
+    longer = "2 of 4 prompts are longer than data.max_length (40)"
+    assert said == [f"note: {longer}, to which the training cut its rows: they are sent whole"]
+    for data in (config(max_length=90), None):
+        prompts(rows, data, plain_tokenizer, said)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
 def test_of_a_chat_the_last_answer_is_left_out_and_the_earlier_ones_stay(template, chat_tokenizer, source):
     tokenizer, chats = chat_tokenizer(template), config(format="chat")
@@ -172,6 +184,14 @@ def test_of_a_training_on_several_forms_it_is_that_of_the_columns(chat_tokenizer
     data, tokenizer = DataConfig(train=[talks, pairs]), chat_tokenizer(CHATML)
     assert prompts(source({"q": "hi"}), data, tokenizer)[0].prompt.text == "Q: hi"
     assert "<|im_start|>" in prompts(source({"messages": CONVERSATION}), data, tokenizer)[0].prompt.text
+
+
+def test_the_form_is_that_of_the_columns_of_all_rows(plain_tokenizer, source):
+    """A row without the column is named as any other such row, whichever it is."""
+    for rows in ([{"id": 1}, {"prompt": "hi"}], [{"prompt": "hi"}, {"id": 1}]):
+        with pytest.raises(DataError, match="column 'prompt' has no value") as error:
+            prompts(source(*rows), config(), plain_tokenizer)
+        assert error.value.where.endswith(f"rows.jsonl:{rows.index({'id': 1}) + 1}")
 
 
 def test_text_without_a_prompt_has_nothing_to_answer(plain_tokenizer, source):
