@@ -39,6 +39,7 @@ def test_every_case_says_what_ran_and_where():
             "avx2/startup",
             "padding",
             "encoding",
+            "prompts",
         )
     ]
     trainings = measure.read(measure.results("cuda") / "large.json").values()
