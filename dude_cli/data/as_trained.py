@@ -10,8 +10,8 @@ from dude_cli.data.encode import format_columns
 from dude_cli.data.rows import first_values
 from dude_cli.errors import DataError
 
+OWN_FORM = '"{path: FILE, prompt: ..., completion: ...}", or with a format'  # as an option, or in a config
 # What rows may look like where nothing says how they were trained on.
-OWN_FORM = '"{path: FILE, prompt: ..., completion: ...}", or with a format'
 USUAL_FORMS = tuple(RowForm(name, None, None) for name in ("chat", "prompt_completion", "alpaca", "text"))
 
 
