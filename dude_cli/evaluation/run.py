@@ -139,8 +139,8 @@ def evaluate(
         documents = []
         for found in tasks:
             start, size = time.time(), lm.batch_size
-            earlier = request.earlier.get(found.request.name)
-            if earlier is not None and request.earlier_batch_size:
+            earlier = request.earlier.get(found.request.name) if request.earlier_batch_size else None
+            if earlier is not None:
                 lm.batch_size_per_gpu = earlier["config"]["batch_size"]
             facts = _facts(lm, found, log)
             scores = _scored(lm, found, request, log, bootstrap_iters)
