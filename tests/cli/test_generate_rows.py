@@ -180,5 +180,5 @@ def test_as_many_answers_are_exact_as_an_evaluation_on_the_rows_says(tmp_path):
     scored = dude_here("eval", "embedded:quickstart", *rows, "--json", cwd=tmp_path)
     exact = json.loads(answered.stdout)["exact_matches"]
     assert 0 < exact < 30
-    score = json.loads(scored.stdout)["results"]["embedded:quickstart"]["exact_match,none"]
+    score = json.loads(scored.stdout)["results"]["embedded:quickstart dev[:30]"]["exact_match,none"]
     assert score == pytest.approx(exact / 30)

@@ -170,7 +170,7 @@ def test_without_a_training_the_columns_say_what_rows_are(plain_tokenizer, chat_
         "note: these prompts are not put into the tokenizer's chat template; rows of `messages` would be",
     ]
     with pytest.raises(
-        DataError, match="the columns are 'question', 'answer'; rows have 'messages', or 'prompt'"
+        DataError, match="the columns are 'question', 'answer'; rows have 'messages', or lists of messages in 'prompt', or"
     ) as error:
         prompts(source({"question": TEXT, "answer": "46"}), None, plain_tokenizer)
     assert "{path: FILE, prompt: ..., completion: ...}" in str(error.value.fix)
