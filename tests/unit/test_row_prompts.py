@@ -169,9 +169,8 @@ def test_without_a_training_the_columns_say_what_rows_are(plain_tokenizer, chat_
         ": columns that are not read: id",
         "note: these prompts are not put into the tokenizer's chat template; rows of `messages` would be",
     ]
-    with pytest.raises(
-        DataError, match="the columns are 'question', 'answer'; rows have 'messages', or lists of messages in 'prompt', or"
-    ) as error:
+    said = "the columns are 'question', 'answer'; rows have 'messages', or lists of messages in 'prompt', or"
+    with pytest.raises(DataError, match=said) as error:
         prompts(source({"question": TEXT, "answer": "46"}), None, plain_tokenizer)
     assert "{path: FILE, prompt: ..., completion: ...}" in str(error.value.fix)
     own = source({"question": TEXT}, prompt="Q: {question}", completion=" {answer}")
